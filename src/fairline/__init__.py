@@ -1,0 +1,83 @@
+"""fairline: cut the ReLUs that make private inference slow, and see, explain and repair who pays for it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fairline import data as data
+    from fairline import models as models
+    from fairline.audit import AuditReport as AuditReport
+    from fairline.audit import audit as audit
+    from fairline.data import GroupedData as GroupedData
+    from fairline.errors import FairlineError as FairlineError
+    from fairline.inference import predict as predict
+    from fairline.linearize import SNL as SNL
+    from fairline.linearize import Linearized as Linearized
+    from fairline.masking import MaskedReLU as MaskedReLU
+    from fairline.masking import load_masks as load_masks
+    from fairline.masking import mask_relus as mask_relus
+    from fairline.masking import relu_count as relu_count
+    from fairline.masking import save_masks as save_masks
+    from fairline.objectives import ERM as ERM
+    from fairline.objectives import Objective as Objective
+    from fairline.report.html import write_report as write_report
+    from fairline.training import finetune as finetune
+    from fairline.training import train as train
+
+# Resolved on first use, so that ``import fairline`` does not wait for torch.
+_LAZY = {
+    "AuditReport": "fairline.audit",
+    "ERM": "fairline.objectives",
+    "FairlineError": "fairline.errors",
+    "GroupedData": "fairline.data",
+    "Linearized": "fairline.linearize",
+    "MaskedReLU": "fairline.masking",
+    "Objective": "fairline.objectives",
+    "SNL": "fairline.linearize",
+    "audit": "fairline.audit",
+    "data": "",
+    "finetune": "fairline.training",
+    "load_masks": "fairline.masking",
+    "mask_relus": "fairline.masking",
+    "models": "",
+    "predict": "fairline.inference",
+    "relu_count": "fairline.masking",
+    "save_masks": "fairline.masking",
+    "train": "fairline.training",
+    "write_report": "fairline.report.html",
+}
+
+__all__ = ["__version__", *sorted(_LAZY)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fairline' has no attribute '{name}'")
+    if not _LAZY[name]:
+        return importlib.import_module(f"fairline.{name}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    # Importing fairline.audit or fairline.inference puts the module under the function's name.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(ModuleType):
+    """``fairline.audit`` is a function here, though a package of that name holds it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The import system binds a submodule to its parent when it is first imported.
+        if not (name == "audit" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,152 @@
+"""Atomic files: every write goes to a temporary name and is renamed, tensors are safetensors only."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fairline.errors import FairlineError
+
+_TENSOR = "__tensor__"
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that replaces it when the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files private; a result is as readable as any other file here.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented JSON to ``path`` atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        FairlineError: The file is missing or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FairlineError(f"{path} does not exist.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FairlineError(f"{path} is not valid JSON ({error}).") from None
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
+    """Write named tensors, with ``metadata`` as JSON in the header, atomically."""
+    # Clones: safetensors refuses tensors that share memory.
+    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(plain, temporary, metadata={"fairline": json.dumps(metadata)})
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:
+    """Read what :func:`save_tensors` wrote.
+
+    Returns:
+        The tensors by name, and the metadata (None where the file carries none).
+
+    Raises:
+        FairlineError: The file is missing, cut short, or not a safetensors file.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            header = (opened.metadata() or {}).get("fairline", "null")
+        return tensors, json.loads(header)
+    except FileNotFoundError:
+        raise FairlineError(f"{path} does not exist.") from None
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise FairlineError(f"{path} is not a whole safetensors file ({error}).") from None
+
+
+def save_state(path: str | Path, state: Any) -> None:
+    """Write a nested state (dicts, lists, tensors, JSON scalars) to one safetensors file, atomically."""
+    tensors: dict[str, Tensor] = {}
+
+    def strip(value: Any, key: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[key] = value
+            return {_TENSOR: key}
+        if isinstance(value, Mapping):
+            # Pairs, since optimizer state is keyed by integers, which JSON objects are not.
+            return {"__items__": [[k, strip(v, f"{key}.{k}")] for k, v in value.items()]}
+        if isinstance(value, list | tuple):
+            return [strip(v, f"{key}.{i}") for i, v in enumerate(value)]
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise TypeError(f"cannot save {type(value).__name__} at {key}")
+
+    skeleton = strip(state, "state")
+    save_tensors(path, tensors, skeleton)
+
+
+def load_state(path: str | Path) -> Any:
+    """Read what :func:`save_state` wrote (tuples come back as lists).
+
+    Raises:
+        FairlineError: The file is missing, cut short, or not a state file.
+    """
+    tensors, skeleton = load_tensors(path)
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            if _TENSOR in value:
+                return tensors[value[_TENSOR]]
+            return {k: fill(v) for k, v in value["__items__"]}
+        if isinstance(value, list):
+            return [fill(v) for v in value]
+        return value
+
+    return fill(skeleton)
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the accelerator if there is one, or the CPU.
+
+    Raises:
+        FairlineError: The device is unknown or absent.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FairlineError(f"Device '{device}' cannot be used here: {reason}") from None
+    return chosen

@@ -1,0 +1,524 @@
+"""The command line: parses, calls :mod:`fairline.jobs`, draws progress."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fairline import __version__
+from fairline.errors import FairlineError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fairline.runs import DataSpec, Run
+    from fairline.training import ProgressCallback
+
+app = typer.Typer(
+    name="fairline",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Cut the ReLUs that make private inference slow, and see who pays for it.\n\n"
+    "Each command reads a run folder and writes one: [bold]train[/] → [bold]linearize[/] → [bold]finetune[/] → "
+    "[bold]audit[/] → [bold]report[/]. Repeating an interrupted command resumes it.\n\n"
+    "[bold]demo[/] does all five.",
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", help="Data set: digits, utkface:age|race|gender, cifar10, svhn or folder.", show_default=True
+    ),
+]
+Root = Annotated[
+    Path | None,
+    typer.Option("--root", help="Folder (or parquet file) of the data; the variable FAIRLINE_DATA by default."),
+]
+Groups = Annotated[
+    str | None, typer.Option("--groups", help="What makes the groups, if not the label: an attribute or column.")
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option("--data-option", metavar="KEY=VALUE", help="Further option of the data set, e.g. image_size=64."),
+]
+Unbalanced = Annotated[
+    bool | None,
+    typer.Option(
+        "--unbalanced/--balanced",
+        help="Keep 90 % of classes 0–4 and 10 % of 5–9 (digits: on by default; cifar10: off).",
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    str, typer.Option("--model", help="cnn, resnet18, resnet34, or your own as module:function or file.py:function.")
+]
+Width = Annotated[int | None, typer.Option("--width", help="Channels of the first stage; the model's own by default.")]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option("--model-option", metavar="KEY=VALUE", help="Further option of the model, e.g. stem_relu=true."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of every random choice; for train, also of the split.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; the accelerator by default.")]
+Out = Annotated[Path, typer.Option("--out", help="Run folder to write, or to resume.")]
+Budgets = Annotated[
+    str,
+    typer.Option(
+        "--budgets", help="ReLUs to keep, comma-separated: fractions (0.5), percents (50%) or counts (12900)."
+    ),
+]
+
+
+def parse_options(pairs: list[str] | None) -> dict[str, Any]:
+    """``["a=1", "b=true"]`` to ``{"a": 1, "b": True}``.
+
+    Raises:
+        FairlineError: A pair has no ``=``.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise FairlineError(f"'{pair}' is not KEY=VALUE.")
+        options[key.strip()] = _value(text.strip())
+    return options
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text.lower() == "none":
+        return None
+    for convert in (int, float):
+        with contextlib.suppress(ValueError):
+            return convert(text)
+    return text
+
+
+def parse_budgets(text: str) -> list[float]:
+    """``"0.5,10%,12900"`` to fractions (float) and counts (int).
+
+    Raises:
+        FairlineError: An entry is no number.
+    """
+    budgets: list[float] = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            if entry.endswith("%"):
+                budgets.append(float(entry[:-1]) / 100)
+            else:
+                budgets.append(float(entry) if "." in entry else int(entry))
+        except ValueError:
+            raise FairlineError(f"Budget '{entry}' is not a fraction (0.5), percent (50%) or count (12900).") from None
+        if budgets[-1] < 0 or (isinstance(budgets[-1], float) and not budgets[-1] <= 1):
+            raise FairlineError(f"Budget '{entry}' is outside of the network: fractions lie in [0, 1].")
+    if not budgets:
+        raise FairlineError("No ReLU budget was given.")
+    return budgets
+
+
+def data_spec(
+    name: str,
+    root: Path | None,
+    groups: str | None,
+    unbalanced: bool | None,
+    options: list[str] | None,
+    seed: int,
+) -> DataSpec:
+    """The data that the options describe."""
+    from fairline.runs import DataSpec
+
+    merged = parse_options(options)
+    if groups is not None:
+        merged["groups"] = groups
+    if unbalanced is not None:
+        merged["unbalanced"] = unbalanced
+    folder = root or os.environ.get("FAIRLINE_DATA")
+    # Absolute: a later command may run from elsewhere.
+    return DataSpec(name, None if folder is None else str(Path(folder).expanduser().resolve()), merged, seed)
+
+
+def _drop_none(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[ProgressCallback]:
+    """Draw progress reports, one bar a stage, with the time left."""
+    from fairline.training import Progress as Report
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[message]}"),
+    )
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=err_console, refresh_per_second=4) as drawn:
+
+        def report(update: Report) -> None:
+            if update.stage not in bars:
+                bars[update.stage] = drawn.add_task(update.stage, total=update.total, message="")
+            drawn.update(bars[update.stage], completed=update.done, total=update.total, message=update.message)
+
+        yield report
+
+
+def print_frame(frame: pd.DataFrame, title: str, formats: dict[str, str] | None = None) -> None:
+    """Draw a table."""
+    table = Table(title=title, title_justify="left")
+    table.add_column(str(frame.index.name or ""))
+    for column in frame.columns:
+        table.add_column(str(column), justify="right")
+    for index, row in frame.iterrows():
+        cells = [format(value, (formats or {}).get(str(column), "")) for column, value in row.items()]
+        table.add_row(str(index), *cells)
+    out_console.print(table)
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(help="digits, utkface:age|race|gender, cifar10, svhn or folder.")],
+    root: Root = None,
+    groups: Groups = None,
+    unbalanced: Unbalanced = None,
+    data_option: DataOption = None,
+    seed: Seed = 0,
+) -> None:
+    """Show a data set: its groups, the split, and the files that cannot be used."""
+    from fairline import data as registry
+
+    spec = data_spec(name, root, groups, unbalanced, data_option, seed)
+    with err_console.status(f"reading {name}"):
+        whole = registry.load(spec.name, spec.root, **spec.options)
+        parts = dict(zip(("train", "val", "test"), whole.split(seed), strict=True))
+    shape = "×".join(map(str, whole.images.shape[1:]))
+    out_console.print(
+        f"{whole.name}: {len(whole):,} images of {shape}, {whole.num_classes} classes, {whole.num_groups} groups"
+    )
+    counts = whole.counts().assign(**{part: chosen.counts()["n"] for part, chosen in parts.items()})
+    print_frame(
+        counts,
+        "images by group",
+        {"n": ",.0f", "share_percent": ".2f", "train": ",.0f", "val": ",.0f", "test": ",.0f"},
+    )
+    if not whole.groups_are_classes:
+        print_frame(whole.counts(by="class"), "images by group and class", {})
+    if whole.skipped:
+        out_console.print(f"{len(whole.skipped)} files were skipped:")
+        for item in whole.skipped[:20]:
+            out_console.print(f"  {item.file}: {item.reason}", markup=False, highlight=False)
+        if len(whole.skipped) > 20:
+            out_console.print(f"  … and {len(whole.skipped) - 20} more")
+
+
+@app.command()
+def train(
+    out: Out,
+    data: Data = "digits",
+    root: Root = None,
+    groups: Groups = None,
+    unbalanced: Unbalanced = None,
+    data_option: DataOption = None,
+    model: Model = "resnet18",
+    width: Width = None,
+    model_option: ModelOption = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 160,
+    lr: Annotated[
+        float, typer.Option(help="Learning rate at the start; a tenth at 50 % and 75 % of the epochs.")
+    ] = 0.1,
+    batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 256,
+    augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Random crops and flips.")] = False,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Train a base network on grouped images."""
+    from fairline.jobs import train_job
+
+    spec = data_spec(data, root, groups, unbalanced, data_option, seed)
+    options = {**parse_options(model_option), **_drop_none(width=width)}
+    with progress_bars() as progress:
+        run = train_job(
+            out,
+            spec,
+            model,
+            options,
+            epochs=epochs,
+            lr=lr,
+            batch_size=batch_size,
+            augment=augment,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    _say_best(run)
+
+
+@app.command()
+def linearize(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a train run.")],
+    out: Out,
+    budgets: Budgets = "0.5,0.1,0.02",
+    method: Annotated[str, typer.Option(help="Linearizer: snl.")] = "snl",
+    lr: Annotated[float | None, typer.Option(help="Learning rate of weights and masks [snl: 0.001].")] = None,
+    lam: Annotated[float | None, typer.Option(help="Weight of Σ|m| at the start [snl: 1e-05].")] = None,
+    max_epochs: Annotated[int | None, typer.Option(help="Stop here at the latest [snl: 2000].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in a step [snl: 256].")] = None,
+    granularity: Annotated[str | None, typer.Option(help="pixel, channel or layer [snl: pixel].")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="Further option of the method, e.g. growth=1.2."),
+    ] = None,
+    root: Root = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Switch off all but a budget of ReLUs; one run gives every budget."""
+    from fairline.jobs import linearize_job
+
+    named = _drop_none(lr=lr, lam=lam, max_epochs=max_epochs, batch_size=batch_size, granularity=granularity)
+    settings = {**parse_options(option), **named}
+    with progress_bars() as progress:
+        run = linearize_job(
+            source,
+            out,
+            parse_budgets(budgets),
+            method,
+            root=None if root is None else str(root),
+            seed=seed,
+            device=device,
+            progress=progress,
+            **settings,
+        )
+    _list_networks(run)
+
+
+@app.command()
+def finetune(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a linearize run.")],
+    out: Out,
+    objective: Annotated[str, typer.Option(help="What to minimise: erm.")] = "erm",
+    objective_option: Annotated[
+        list[str] | None,
+        typer.Option("--objective-option", metavar="KEY=VALUE", help="Option of the objective, e.g. temperature=2."),
+    ] = None,
+    distill: Annotated[
+        bool, typer.Option("--distill/--no-distill", help="Learn from the base network's logits.")
+    ] = True,
+    epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 100,
+    lr: Annotated[float, typer.Option(help="Learning rate at the start, then a cosine to zero.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 256,
+    augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Random crops and flips.")] = False,
+    select: Annotated[
+        str, typer.Option(help="Best validation epoch by: accuracy, loss or worst_group_accuracy.")
+    ] = "accuracy",
+    root: Root = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Finetune every network of a linearize run under knowledge distillation."""
+    from fairline.jobs import finetune_job
+
+    with progress_bars() as progress:
+        run = finetune_job(
+            source,
+            out,
+            objective,
+            parse_options(objective_option),
+            distill=distill,
+            root=None if root is None else str(root),
+            epochs=epochs,
+            lr=lr,
+            batch_size=batch_size,
+            augment=augment,
+            select=select,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    _list_networks(run)
+
+
+@app.command()
+def audit(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of train, linearize or finetune runs.")
+    ],
+    out: Out,
+    split: Annotated[str, typer.Option(help="Part to measure on: train, val or test.")] = "test",
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
+    root: Root = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Measure every network of some runs, group by group, against the base network."""
+    from fairline.jobs import audit_job
+
+    with progress_bars() as progress:
+        run = audit_job(
+            sources,
+            out,
+            split=split,
+            resamples=resamples,
+            root=None if root is None else str(root),
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    _print_audit(run)
+
+
+@app.command()
+def report(
+    source: Annotated[Path, typer.Argument(metavar="AUDIT", help="Folder of an audit run.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="HTML file; report.html in the audit folder by default.")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", help="Also write each figure there, as SVG and PNG.")
+    ] = None,
+) -> None:
+    """Write the fairness report: one HTML file that opens offline."""
+    from fairline.report.html import write_figures, write_report
+
+    path = write_report(source, out)
+    out_console.print(f"Report: {path.resolve()}", soft_wrap=True)
+    if figures is not None:
+        for file in write_figures(source, figures):
+            out_console.print(f"Figure: {file}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    data: Data = "digits",
+    root: Root = None,
+    groups: Groups = None,
+    unbalanced: Unbalanced = None,
+    data_option: DataOption = None,
+    model: Annotated[str | None, typer.Option("--model", help="Network [digits: cnn, else resnet18].")] = None,
+    width: Width = None,
+    budgets: Annotated[str | None, typer.Option("--budgets", help="ReLUs to keep [0.5,0.1,0.02].")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of base training [digits: 40, else 20].")] = None,
+    finetune_epochs: Annotated[int | None, typer.Option(help="Of each finetune [digits: 40, else 10].")] = None,
+    max_epochs: Annotated[int | None, typer.Option(help="Of mask learning, at most [digits: 200, else 40].")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Train, linearize, finetune, audit and report in one go, with settings for a short run on a CPU.
+
+    On digits it needs no files. On faces: fairline demo --data utkface:race --root FOLDER --width 8 --out faces
+    """
+    from fairline.demo import run_demo
+    from fairline.report.html import write_report
+
+    spec = data_spec(data, root, groups, unbalanced, data_option, seed)
+    with progress_bars() as progress:
+        run = run_demo(
+            out,
+            spec,
+            model=model,
+            width=width,
+            budgets=None if budgets is None else parse_budgets(budgets),
+            epochs=epochs,
+            finetune_epochs=finetune_epochs,
+            max_epochs=max_epochs,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    _print_audit(run)
+    path = write_report(run.folder, out / "report.html")
+    out_console.print(f"Report: {path.resolve()}", soft_wrap=True)
+
+
+def _say_best(run: Run) -> None:
+    import pandas as pd
+
+    rows = pd.read_parquet(run.folder / "metrics.parquet")
+    best = rows.sort_values(["val_accuracy", "val_loss"], ascending=[False, True]).iloc[0]
+    out_console.print(
+        f"Best epoch {best['epoch']:.0f} of {len(rows)}: validation accuracy {best['val_accuracy']:.1%}, "
+        f"worst group {best['val_worst_group_accuracy']:.1%}. Written to {run.folder}",
+        soft_wrap=True,
+    )
+
+
+def _list_networks(run: Run) -> None:
+    from fairline._io import read_json
+
+    for folder in run.networks().values():
+        info = read_json(folder / "network.json")
+        out_console.print(
+            f"{info['relus']:>9,} of {info['total']:,} ReLUs ({100 * info['relus'] / info['total']:.3g} %): {folder}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def _print_audit(run: Run) -> None:
+    from fairline.report.figures import prepare
+    from fairline.report.html import read_table
+
+    frame = prepare(read_table(run, "audit.parquet"), read_table(run, "counts.parquet"))
+    frame = frame[frame["measure"] == "accuracy"]
+    frame["cell"] = [f"{v:.1%} [{low:.0%}, {high:.0%}]" for v, low, high in frame[["value", "low", "high"]].to_numpy()]
+    for variant, part in frame.groupby("variant", sort=False):
+        table = part.pivot_table(index="group", columns="budget", values="cell", aggfunc="first", sort=False)
+        print_frame(table, f"accuracy [95 % interval] by ReLUs kept: {variant}")
+
+
+def version(value: bool) -> None:
+    """Print the version and stop."""
+    if value:
+        out_console.print(f"fairline {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads for torch.")] = None,
+) -> None:
+    """Options before the command."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def main() -> None:
+    """Run the command line; bad input is one sentence and exit code 2."""
+    try:
+        app()
+    except FairlineError as error:
+        err_console.print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        err_console.print(
+            f"Error: {error.strerror or error}{where}.", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err_console.print("Interrupted; repeat the command to resume.")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Data sets with groups. ``load("utkface:race", root=...)`` returns a :class:`GroupedData`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from fairline.data.grouped import OVERALL, GroupedData, Skipped
+from fairline.errors import FairlineError
+
+#: Data set name → module with a ``load(root, *, task, **options)``.
+REGISTRY: dict[str, str] = {
+    "digits": "fairline.data.digits",
+    "utkface": "fairline.data.utkface",
+    "cifar10": "fairline.data.cifar10",
+    "svhn": "fairline.data.svhn",
+    "folder": "fairline.data.folder",
+}
+
+
+def load(name: str, root: str | Path | None = None, **options: Any) -> GroupedData:
+    """Load a data set by name.
+
+    Args:
+        name: ``"digits"``, ``"utkface:age"``, ``"utkface:race"``, ``"utkface:gender"``, ``"cifar10"``,
+            ``"svhn"`` or ``"folder"``; what follows the colon is the task.
+        root: Where the files are; the environment variable ``FAIRLINE_DATA`` by default.
+        options: Passed to the data set's own ``load``.
+
+    Returns:
+        The whole data set; call :meth:`GroupedData.split` next.
+
+    Raises:
+        FairlineError: The name is unknown, or the files are missing or unusable.
+    """
+    family, _, task = name.partition(":")
+    if family not in REGISTRY:
+        raise FairlineError(f"There is no data set '{name}'; choose one of {', '.join(REGISTRY)}.")
+    module = importlib.import_module(REGISTRY[family])
+    data: GroupedData = module.load(root or os.environ.get("FAIRLINE_DATA"), task=task or None, **options)
+    return data
+
+
+__all__ = ["OVERALL", "REGISTRY", "GroupedData", "Skipped", "load"]

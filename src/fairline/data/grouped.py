@@ -1,0 +1,419 @@
+"""GroupedData: images with a label and a group each, in memory, the only thing that leaves ``data``."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fairline.errors import FairlineError
+
+logger = logging.getLogger(__name__)
+
+Index = np.ndarray[Any, np.dtype[np.int64]]
+
+#: Row that stands for all groups together in every table.
+OVERALL = "overall"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that could not be used, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedData:
+    """Labelled images whose every sample belongs to one group.
+
+    Attributes:
+        images: uint8, (N, C, H, W).
+        labels: int64, (N,), in ``range(len(class_names))``.
+        groups: int64, (N,), in ``range(len(group_names))``.
+        class_names: Name of each class.
+        group_names: Name of each group.
+        name: What the data are called in tables and reports.
+        mean: Mean of each channel in [0, 1]; :meth:`split` sets it from the training part.
+        std: Standard deviation of each channel, likewise.
+        flip: Whether a mirrored image keeps its label (digits do not).
+        official_test: bool, (N,): the samples of a fixed, published test split, if there is one.
+        skipped: Files that could not be used.
+
+    Raises:
+        FairlineError: Shapes, types or index ranges do not fit together.
+    """
+
+    images: Tensor
+    labels: Tensor
+    groups: Tensor
+    class_names: tuple[str, ...]
+    group_names: tuple[str, ...]
+    name: str = "data"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    flip: bool = True
+    official_test: Tensor | None = None
+    skipped: tuple[Skipped, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit together."""
+        object.__setattr__(self, "class_names", tuple(map(str, self.class_names)))
+        object.__setattr__(self, "group_names", tuple(map(str, self.group_names)))
+        if self.images.ndim != 4 or self.images.dtype != torch.uint8:
+            raise FairlineError(
+                f"{self.name}: images must be uint8 of shape (N, C, H, W), "
+                f"not {self.images.dtype} of shape {tuple(self.images.shape)}."
+            )
+        n = len(self.images)
+        if n == 0:
+            raise FairlineError(f"{self.name}: there is no usable image.")
+        for what, index, names in (
+            ("labels", self.labels, self.class_names),
+            ("groups", self.groups, self.group_names),
+        ):
+            if index.dtype != torch.int64 or index.shape != (n,):
+                raise FairlineError(
+                    f"{self.name}: {what} must be int64 of shape ({n},), "
+                    f"not {index.dtype} of shape {tuple(index.shape)}."
+                )
+            low, high = int(index.min()), int(index.max())
+            if low < 0 or high >= len(names):
+                raise FairlineError(f"{self.name}: {what} run from {low} to {high}, but there are {len(names)} names.")
+            if len(set(names)) != len(names):
+                raise FairlineError(f"{self.name}: {what} have a name twice: {', '.join(names)}.")
+        if OVERALL in self.group_names:
+            raise FairlineError(f"{self.name}: a group cannot be called '{OVERALL}'.")
+        if self.official_test is not None and self.official_test.shape != (n,):
+            raise FairlineError(f"{self.name}: official_test must have shape ({n},).")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    @property
+    def num_groups(self) -> int:
+        """How many groups there are."""
+        return len(self.group_names)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.images.device
+
+    @property
+    def groups_are_classes(self) -> bool:
+        """Whether every sample's group is its label."""
+        return self.class_names == self.group_names and torch.equal(self.labels, self.groups)
+
+    def to(self, device: str | torch.device) -> GroupedData:
+        """The same data with every tensor on ``device``."""
+        return replace(
+            self,
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            groups=self.groups.to(device),
+            official_test=None if self.official_test is None else self.official_test.to(device),
+        )
+
+    def select(self, index: Tensor) -> GroupedData:
+        """The samples at ``index`` (int64 or bool, (n,))."""
+        index = index.to(self.device)
+        return replace(
+            self,
+            images=self.images[index],
+            labels=self.labels[index],
+            groups=self.groups[index],
+            official_test=None if self.official_test is None else self.official_test[index],
+        )
+
+    def counts(self, by: Literal["group", "class"] = "group") -> pd.DataFrame:
+        """How many samples each group has.
+
+        Args:
+            by: ``"group"`` for size and share; ``"class"`` for one column a class.
+
+        Returns:
+            Indexed by group name: ``n`` and ``share_percent``, or one count a class.
+        """
+        index = pd.Index(self.group_names, name="group")
+        if by == "class":
+            cells = torch.bincount(
+                self.groups * self.num_classes + self.labels, minlength=self.num_groups * self.num_classes
+            )
+            table = cells.view(self.num_groups, self.num_classes).cpu().numpy()
+            return pd.DataFrame(table, index=index, columns=list(self.class_names))
+        n = torch.bincount(self.groups, minlength=self.num_groups).cpu().numpy()
+        return pd.DataFrame({"n": n, "share_percent": 100 * n / n.sum()}, index=index)
+
+    def require_groups(self, purpose: str) -> None:
+        """Refuse data in which a named group has no sample.
+
+        Raises:
+            FairlineError: Names the empty groups.
+        """
+        n = self.counts()["n"]
+        empty = [str(group) for group in n.index[n == 0]]
+        if empty:
+            raise FairlineError(f"{self.name}: {purpose} needs every group, but {_listed(empty)} no image.")
+
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, of these images unless :meth:`split` has set them."""
+        if self.mean is not None and self.std is not None:
+            return self.mean, self.std
+        channels = self.images.shape[1]
+        total = torch.zeros(channels, dtype=torch.float64, device=self.device)
+        squares = torch.zeros_like(total)
+        for chunk in self.images.split(4096):
+            values = chunk.double().div_(255)
+            total += values.sum((0, 2, 3))
+            squares += values.square_().sum((0, 2, 3))
+        count = self.images.numel() / channels
+        mean = total / count
+        std = (squares / count - mean.square()).clamp_min(0).sqrt()
+        # A constant channel has no spread to divide by.
+        std = torch.where(std > 1e-3, std, 1.0)
+        return tuple(mean.tolist()), tuple(std.tolist())
+
+    def normalized(self, index: Tensor | slice | None = None) -> Tensor:
+        """The images as a network sees them.
+
+        Args:
+            index: Which samples; all by default.
+
+        Returns:
+            float32, (n, C, H, W): ``(image / 255 − mean) / std`` a channel.
+        """
+        mean, std = self.normalization()
+        chosen = self.images if index is None else self.images[index]
+        scale = torch.tensor([1 / (255 * s) for s in std], device=self.device).view(1, -1, 1, 1)
+        shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=self.device)
+        return torch.addcmul(shift.view(1, -1, 1, 1), chosen.float(), scale)
+
+    def content_ids(self) -> Tensor:
+        """One number an image, equal where the images are byte-identical; int64, (N,)."""
+        pixels = self.images.cpu().numpy()
+        digests = np.array([hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels])
+        return torch.from_numpy(np.unique(digests, return_inverse=True)[1].reshape(-1).astype(np.int64))
+
+    def split(
+        self, seed: int = 0, *, val: float = 0.1, test: float = 0.2
+    ) -> tuple[GroupedData, GroupedData, GroupedData]:
+        """Split into training, validation and test parts.
+
+        Every group is split in the same proportions, and within it every class as nearly as whole images
+        allow. Byte-identical images stay in one part. Where the data have an official test split, it is
+        the test part, and training images that it also holds are dropped.
+
+        Args:
+            seed: Of the shuffle.
+            val: Share of what is not test that becomes the validation part.
+            test: Share that becomes the test part, where no official one exists.
+
+        Returns:
+            Training, validation and test part, all normalised by the training part's mean and deviation.
+
+        Raises:
+            FairlineError: A group is too small to have an image in every part.
+        """
+        if not (0 < val < 1 and 0 < test < 1):
+            raise FairlineError(f"Split shares must lie between 0 and 1, not val={val}, test={test}.")
+        self.require_groups("a split")
+        rng = np.random.default_rng(seed)
+        content = self.content_ids().numpy()
+        if self.official_test is not None:
+            in_test = self.official_test.cpu().numpy()
+            leaked = ~in_test & np.isin(content, content[in_test])
+            if leaked.any():
+                logger.info("%s: %d training images are also in the test part; dropped", self.name, leaked.sum())
+            rest = np.flatnonzero(~in_test & ~leaked)
+            parts = [np.flatnonzero(in_test), *self._deal(rest, content, [val], rng)]
+        else:
+            everything = np.arange(len(self))
+            parts = self._deal(everything, content, [test, (1 - test) * val], rng)
+        test_index, val_index, train_index = (torch.from_numpy(np.sort(part)) for part in parts)
+        train = self.select(train_index)
+        mean, std = train.normalization()
+
+        def part(index: Tensor, label: str) -> GroupedData:
+            chosen = replace(self.select(index), mean=mean, std=std, official_test=None)
+            chosen.require_groups(f"the {label} part")
+            return chosen
+
+        return part(train_index, "training"), part(val_index, "validation"), part(test_index, "test")
+
+    def _deal(self, samples: Index, content: Index, shares: Sequence[float], rng: np.random.Generator) -> list[Index]:
+        """Deal samples into ``len(shares) + 1`` parts, the last taking the rest; equal content stays together."""
+        labels, groups = self.labels.cpu().numpy(), self.groups.cpu().numpy()
+        _, first, unit, size = np.unique(content[samples], return_index=True, return_inverse=True, return_counts=True)
+        unit = unit.reshape(-1)
+        unit_label, unit_group = labels[samples[first]], groups[samples[first]]
+        part_of_unit = np.empty(len(first), dtype=np.int64)
+        for group in range(self.num_groups):
+            members = rng.permutation(np.flatnonzero(unit_group == group))
+            if len(members) <= len(shares):
+                raise FairlineError(
+                    f"{self.name}: group '{self.group_names[group]}' has {len(members)} distinct images, "
+                    f"too few for {len(shares) + 1} parts."
+                )
+            # Ordering by relative rank within the class deals every class evenly (systematic sampling).
+            key = np.empty(len(members))
+            for label in np.unique(unit_label[members]):
+                same = np.flatnonzero(unit_label[members] == label)
+                key[same] = (np.arange(len(same)) + rng.random()) / len(same)
+            members = members[np.argsort(key, kind="stable")]
+            filled = np.cumsum(size[members])
+            start = 0
+            for part in range(len(shares)):
+                quota = sum(shares[: part + 1]) * filled[-1]
+                stop = int(np.searchsorted(filled, quota + 0.5, side="right"))
+                stop = min(max(stop, start + 1), len(members) - (len(shares) - part))
+                part_of_unit[members[start:stop]] = part
+                start = stop
+            part_of_unit[members[start:]] = len(shares)
+        assigned = part_of_unit[unit]
+        return [samples[assigned == part] for part in range(len(shares) + 1)]
+
+    def unbalance(
+        self, fractions: Mapping[str | int, float], seed: int = 0, *, part: Literal["all", "train"] = "all"
+    ) -> GroupedData:
+        """Keep a random fraction of some classes, as the paper does for CIFAR-10 (Section 5).
+
+        Args:
+            fractions: Fraction to keep, by class name or index; a class not named stays whole.
+            seed: Of the choice.
+            part: ``"train"`` leaves an official test split whole.
+
+        Returns:
+            The thinned data, in the original order.
+
+        Raises:
+            FairlineError: A class does not exist, or a fraction is not in [0, 1].
+        """
+        generator = torch.Generator().manual_seed(seed)
+        labels = self.labels.cpu()
+        keep = torch.ones(len(self), dtype=torch.bool)
+        thinned = torch.ones_like(keep)
+        if part == "train" and self.official_test is not None:
+            thinned = ~self.official_test.cpu()
+        tests = torch.zeros_like(keep) if self.official_test is None else self.official_test.cpu()
+        for key, fraction in fractions.items():
+            label = self._class_index(key)
+            if not 0 <= fraction <= 1:
+                raise FairlineError(f"{self.name}: fraction {fraction} of class '{key}' is not in [0, 1].")
+            # The official parts are thinned apart, so that each keeps the fraction exactly.
+            for side in (~tests, tests):
+                members = torch.nonzero((labels == label) & thinned & side).squeeze(1)
+                order = torch.randperm(len(members), generator=generator)
+                keep[members[order[round(fraction * len(members)) :]]] = False
+        return self.select(torch.nonzero(keep).squeeze(1))
+
+    def _class_index(self, key: str | int) -> int:
+        if isinstance(key, str) and key in self.class_names:
+            return self.class_names.index(key)
+        if isinstance(key, int) and 0 <= key < self.num_classes:
+            return key
+        raise FairlineError(f"{self.name}: there is no class {key!r}; the classes are {', '.join(self.class_names)}.")
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Any,
+        *,
+        class_names: Sequence[str] | None = None,
+        group_names: Sequence[str] | None = None,
+        name: str = "dataset",
+        flip: bool = True,
+    ) -> GroupedData:
+        """Read a map-style ``torch.utils.data.Dataset`` of ``(image, label)`` or ``(image, label, group)``.
+
+        Args:
+            dataset: Images may be PIL images, uint8 tensors or arrays, or float tensors in [0, 1]; tensors
+                are (C, H, W), arrays (H, W) or (H, W, C). Without a group, the label is the group.
+            class_names: Names by label; ``"0"``, ``"1"``, … by default.
+            group_names: Names by group, likewise.
+            name: What to call the data.
+            flip: Whether a mirrored image keeps its label.
+
+        Returns:
+            The data in memory.
+
+        Raises:
+            FairlineError: An item is not of this form, or images differ in shape.
+        """
+        images: list[Tensor] = []
+        labels: list[int] = []
+        groups: list[int] = []
+        for position in range(len(dataset)):
+            item = dataset[position]
+            if not isinstance(item, tuple | list) or len(item) not in (2, 3):
+                raise FairlineError(f"{name}: item {position} is not (image, label) or (image, label, group).")
+            image = _to_uint8(item[0], f"{name}: image {position}")
+            if images and image.shape != images[0].shape:
+                raise FairlineError(
+                    f"{name}: image {position} has shape {tuple(image.shape)}, "
+                    f"but the first has {tuple(images[0].shape)}."
+                )
+            try:
+                labels.append(int(item[1]))
+                groups.append(int(item[-1]))
+            except (TypeError, ValueError):
+                raise FairlineError(f"{name}: item {position} has a label or group that is not a number.") from None
+            images.append(image)
+        if not images:
+            raise FairlineError(f"{name}: the data set is empty.")
+        if min(labels) < 0 or min(groups) < 0:
+            raise FairlineError(f"{name}: a label or group is negative.")
+        classes = class_names or [str(i) for i in range(max(labels) + 1)]
+        if group_names is None:
+            group_names = classes if labels == groups else [str(i) for i in range(max(groups) + 1)]
+        return cls(
+            torch.stack(images),
+            torch.tensor(labels),
+            torch.tensor(groups),
+            tuple(classes),
+            tuple(group_names),
+            name=name,
+            flip=flip,
+        )
+
+
+def _to_uint8(image: Any, where: str) -> Tensor:
+    """A uint8 (C, H, W) tensor from a PIL image, array or tensor."""
+    if not isinstance(image, Tensor):
+        array = np.asarray(image)
+        if array.ndim not in (2, 3):
+            raise FairlineError(f"{where} is not an image.")
+        image = torch.from_numpy(array.copy())
+        image = image.unsqueeze(0) if image.ndim == 2 else image.permute(2, 0, 1).contiguous()
+    if image.ndim == 2:
+        image = image.unsqueeze(0)
+    if image.ndim != 3:
+        raise FairlineError(f"{where} has shape {tuple(image.shape)}, not (C, H, W).")
+    if image.dtype == torch.uint8:
+        return image
+    if image.is_floating_point():
+        low, high = float(image.min()), float(image.max())
+        if not (low >= 0 and high <= 1):
+            raise FairlineError(
+                f"{where} has values from {low:.3g} to {high:.3g}; floats must lie in [0, 1], not normalised."
+            )
+        return image.mul(255).round().to(torch.uint8)
+    raise FairlineError(f"{where} is {image.dtype}; uint8 or float in [0, 1] is needed.")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """``'a', 'b' have`` or ``'a' has``."""
+    return ", ".join(f"'{name}'" for name in names) + (" has" if len(names) == 1 else " have")

@@ -1,0 +1,84 @@
+"""Network architectures. ``build("resnet18", num_classes=5)`` returns a plain ``nn.Module``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from fairline.errors import FairlineError
+
+#: Architecture → (module, function). The function takes num_classes, in_channels, image_size and its options.
+REGISTRY: dict[str, tuple[str, str]] = {
+    "cnn": ("fairline.models.cnn", "cnn"),
+    "resnet18": ("fairline.models.resnet", "resnet18"),
+    "resnet34": ("fairline.models.resnet", "resnet34"),
+}
+
+
+def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 32, **options: Any) -> nn.Module:
+    """Build an untrained network.
+
+    Args:
+        name: A registered architecture, or ``module:function`` or ``file.py:function`` of your own, which is
+            called with ``num_classes``, ``in_channels`` and ``image_size`` (those that it takes).
+        num_classes: Outputs.
+        in_channels: Channels of the image.
+        image_size: Side of the image in pixels.
+        options: Passed on; ``width`` and ``stem_relu`` for the ResNets.
+
+    Returns:
+        The network, in training mode.
+
+    Raises:
+        FairlineError: The name or an option is unknown.
+    """
+    if name in REGISTRY:
+        module, function = REGISTRY[name]
+        make: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    elif ":" in name:
+        make = _import(name)
+    else:
+        raise FairlineError(
+            f"There is no model '{name}'; choose one of {', '.join(REGISTRY)}, or name your own as module:function."
+        )
+    arguments = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    known = inspect.signature(make).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        for option in options:
+            if option not in known:
+                raise FairlineError(f"Model '{name}' knows no option '{option}'; it takes {', '.join(known)}.")
+        arguments = {key: value for key, value in arguments.items() if key in known}
+    model = make(**arguments, **options)
+    if not isinstance(model, nn.Module):
+        raise FairlineError(f"'{name}' returned a {type(model).__name__}, not an nn.Module.")
+    return model
+
+
+def _import(name: str) -> Callable[..., Any]:
+    source, _, function = name.rpartition(":")
+    try:
+        if source.endswith(".py"):
+            path = Path(source).resolve()
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            if spec is None or spec.loader is None or not path.exists():
+                raise FairlineError(f"{source} does not exist.")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules.setdefault(path.stem, module)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+    except ImportError as error:
+        raise FairlineError(f"Model '{name}' cannot be imported ({error}).") from None
+    if not callable(getattr(module, function, None)):
+        raise FairlineError(f"{source} has no function '{function}'.")
+    return cast(Callable[..., Any], getattr(module, function))
+
+
+__all__ = ["REGISTRY", "build"]

@@ -1,0 +1,29 @@
+"""What a network minimises. One file an objective; the interface is :class:`Objective`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fairline.errors import FairlineError
+from fairline.objectives.base import Batch, Objective, distillation_loss
+from fairline.objectives.erm import ERM
+
+#: Name on the command line → class.
+REGISTRY: dict[str, type[Objective]] = {"erm": ERM}
+
+
+def build(name: str, **options: Any) -> Objective:
+    """Build an objective by name.
+
+    Raises:
+        FairlineError: The name or an option is unknown.
+    """
+    if name not in REGISTRY:
+        raise FairlineError(f"There is no objective '{name}'; choose one of {', '.join(REGISTRY)}.")
+    try:
+        return REGISTRY[name](**options)
+    except TypeError as error:
+        raise FairlineError(f"Objective '{name}': {error}.") from None
+
+
+__all__ = ["ERM", "REGISTRY", "Batch", "Objective", "build", "distillation_loss"]

@@ -1,0 +1,113 @@
+"""The interface of what a network minimises: a loss for each sample, and how samples make one number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fairline.data.grouped import GroupedData
+from fairline.errors import FairlineError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an objective may look at.
+
+    Attributes:
+        images: float32, (B, C, H, W), normalised and augmented.
+        labels: int64, (B,).
+        groups: int64, (B,).
+        index: int64, (B,): positions in the training data.
+    """
+
+    images: Tensor
+    labels: Tensor
+    groups: Tensor
+    index: Tensor
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Knowledge distillation (Hinton, Vinyals and Dean 2015) for each sample.
+
+    ``T² · KL(softmax(teacher/T) ‖ softmax(student/T))``. The divergence is summed over classes, so its scale does
+    not depend on how many there are, and T² keeps its gradient comparable across temperatures.
+
+    Args:
+        logits: Student's, (B, K).
+        teacher_logits: Teacher's, (B, K).
+        temperature: T > 0.
+
+    Returns:
+        (B,), in nats.
+    """
+    student = F.log_softmax(logits / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * temperature**2
+
+
+class Objective:
+    """Cross-entropy, plus distillation where there is a teacher; subclasses override what they change.
+
+    Args:
+        temperature: T of the distillation; SNL and the paper use 4.
+        ce_weight: Weight of the cross-entropy.
+        kd_weight: Weight of the distillation term.
+
+    Raises:
+        FairlineError: The temperature is not positive, or a weight is negative.
+    """
+
+    def __init__(self, temperature: float = 4.0, ce_weight: float = 1.0, kd_weight: float = 1.0) -> None:
+        if not temperature > 0:
+            raise FairlineError(f"The distillation temperature must be positive, not {temperature}.")
+        if ce_weight < 0 or kd_weight < 0:
+            raise FairlineError(f"Loss weights must not be negative: ce_weight={ce_weight}, kd_weight={kd_weight}.")
+        self.temperature = temperature
+        self.ce_weight = ce_weight
+        self.kd_weight = kd_weight
+
+    def start(self, train_data: GroupedData) -> None:
+        """Look at the training data once, before the first step."""
+
+    def losses(self, logits: Tensor, teacher_logits: Tensor | None, batch: Batch) -> Tensor:
+        """Loss of each sample, (B,): ``CE + T²·KL``, or CE without a teacher."""
+        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        if self.ce_weight != 1:
+            losses = losses * self.ce_weight
+        if teacher_logits is not None and self.kd_weight != 0:
+            losses = losses + self.kd_weight * distillation_loss(logits, teacher_logits, self.temperature)
+        return losses
+
+    def reduce(self, losses: Tensor, batch: Batch) -> Tensor:
+        """One number to minimise, from the losses (B,); their mean by default."""
+        return losses.mean()
+
+    def end_epoch(self, group_losses: Tensor, overall: Tensor) -> None:
+        """Look at the losses over the whole training set after an epoch.
+
+        Only an objective that overrides this pays for the pass that computes them.
+
+        Args:
+            group_losses: Mean loss of each group, (A,), in evaluation mode without augmentation.
+            overall: Mean loss of all samples, scalar.
+        """
+
+    @property
+    def needs_group_losses(self) -> bool:
+        """Whether :meth:`end_epoch` is overridden."""
+        return type(self).end_epoch is not Objective.end_epoch
+
+    def metrics(self) -> dict[str, float]:
+        """What to log after each epoch."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes while training, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""

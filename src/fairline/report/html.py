@@ -1,0 +1,289 @@
+"""The fairness report: one HTML file that opens offline and says who paid."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fairline._io import atomic_path, read_json, write_text
+from fairline.data.grouped import OVERALL
+from fairline.errors import FairlineError
+from fairline.report import figures
+from fairline.runs import Run
+
+#: Below this many test images a group's accuracy is a rough guess: a 95 % interval spans about ±18 points.
+TOO_SMALL = 30
+#: Below this, about ±10 points.
+SMALL = 100
+
+
+def write_report(audit: str | Path, out: str | Path | None = None) -> Path:
+    """Write the report of an audit run.
+
+    Args:
+        audit: Folder of a finished audit run.
+        out: The HTML file; ``report.html`` in that folder by default.
+
+    Returns:
+        The file.
+
+    Raises:
+        FairlineError: The folder holds no finished audit.
+    """
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    run = Run.read(audit, "audit")
+    counts = read_table(run, "counts.parquet")
+    frame = figures.prepare(read_table(run, "audit.parquet"), counts)
+    charts = figures.figures(frame)
+    specs = {name: json.dumps(chart.to_dict(), default=str).replace("</", "<\\/") for name, chart in charts.items()}
+    environment = Environment(
+        loader=PackageLoader("fairline.report"),
+        autoescape=select_autoescape(),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        title=f"Who pays for linearization: {run.data.name}",
+        headline=headline(frame),
+        warnings=warnings(frame, run),
+        charts=charts.keys(),
+        specs=specs,
+        javascript=_javascript(),
+        tables=[(variant, _accuracy_table(frame, variant)) for variant in figures.main_variants(frame)],
+        gaps=_gap_table(frame),
+        counts=_counts_table(counts),
+        settings=_settings(run),
+        has_drop=bool((frame["measure"] == "relative_drop").any()),
+        has_linearized=bool((frame["stage"] != "base").any()),
+        resamples=run.config["resamples"],
+        split=run.config["split"],
+    )
+    target = Path(out) if out is not None else run.folder / "report.html"
+    try:
+        write_text(target, page)
+    except OSError as error:
+        raise FairlineError(f"{target} cannot be written ({error.strerror}).") from None
+    return target
+
+
+def read_table(run: Run, name: str) -> pd.DataFrame:
+    """A parquet table of a run.
+
+    Raises:
+        FairlineError: It is missing or broken.
+    """
+    path = run.folder / name
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise FairlineError(f"{path} is missing or broken ({error}).") from None
+
+
+def _javascript() -> str:
+    """Vega, Vega-Lite and vega-embed in one script, so that the page needs no network."""
+    import altair as alt
+    import vl_convert
+
+    # The stub claims a required first argument.
+    bundle: str = vl_convert.javascript_bundle(vl_version=alt.SCHEMA_VERSION.lstrip("v").rpartition(".")[0])  # type: ignore[call-arg]
+    return bundle.replace("</script", "<\\/script")
+
+
+def headline(frame: pd.DataFrame) -> list[str]:
+    """What happened, in a sentence or two for each variant."""
+    sentences = []
+    for variant in figures.main_variants(frame):
+        own = frame[frame["variant"] == variant]
+        smallest = own[own["percent"] == own["percent"].min()]
+        label = smallest["budget"].iloc[0]
+        accuracy = _values(smallest, "accuracy")
+        if (own["stage"] == "base").all():
+            worst = min((g for g in accuracy if g != OVERALL), key=lambda g: accuracy[g])
+            sentences.append(
+                f"The base network is right on {accuracy[OVERALL]:.1%} of all images and on {accuracy[worst]:.1%} "
+                f"of group “{worst}”, its worst."
+            )
+            continue
+        drops = {g: v for g, v in _values(smallest, "relative_drop").items() if not math.isnan(v)}
+        base = _values(frame[frame["stage"] == "base"], "accuracy")
+        groups = [group for group in drops if group != OVERALL]
+        if not groups:
+            continue
+        hardest, mildest = max(groups, key=lambda g: drops[g]), min(groups, key=lambda g: drops[g])
+        low, high = _limits(smallest, "relative_drop", hardest)
+        sure = "" if low > 0 else " (the interval includes no loss at all)"
+        sentences.append(
+            f"{variant}, {label} of the ReLUs: overall accuracy goes from {base[OVERALL]:.1%} to "
+            f"{accuracy[OVERALL]:.1%}. {_change(hardest, drops[hardest])}, 95 % interval "
+            f"{low:.1f} to {high:.1f} %{sure}; {_change(mildest, drops[mildest], first=False)}."
+        )
+    return sentences
+
+
+def _change(group: str, drop: float, *, first: bool = True) -> str:
+    word = "Group" if first else "group"
+    if drop >= 0:
+        return f"{word} “{group}” loses {drop:.1f} % of its accuracy"
+    return f"{word} “{group}” gains {-drop:.1f} %"
+
+
+def warnings(frame: pd.DataFrame, run: Run) -> list[str]:
+    """What a reader must know before trusting the numbers."""
+    found = []
+    sizes = (
+        frame[(frame["measure"] == "accuracy") & (frame["group"] != OVERALL)].groupby("group", sort=False)["n"].max()
+    )
+    tiny = [f"“{name}” ({n})" for name, n in sizes.items() if n < TOO_SMALL]
+    small = [f"“{name}” ({n})" for name, n in sizes.items() if TOO_SMALL <= n < SMALL]
+    if tiny:
+        found.append(
+            f"Too small to judge: {', '.join(tiny)} have fewer than {TOO_SMALL} images in the {run.config['split']} "
+            "part. Do not decide anything on their accuracy."
+        )
+    if small:
+        found.append(
+            f"Small: {', '.join(small)} have fewer than {SMALL} images; one accuracy can be off by ten points. "
+            "Read the intervals, not the bars."
+        )
+    if run.config["split"] != "test":
+        found.append(f"These numbers are from the {run.config['split']} part, which training or selection has seen.")
+    undefined = frame[(frame["measure"] == "relative_drop") & frame["value"].isna()]["group"].unique()
+    if len(undefined):
+        names = ", ".join(f"“{name}”" for name in undefined)
+        found.append(f"The relative drop of {names} is undefined: the base network is never right there.")
+    log = {str(entry.get("folder", "")): entry for entry in run.config.get("sources", [])}
+    for folder in log:
+        text = Path(folder, "log.txt")
+        if text.exists() and "keeps the largest masks as they are" in text.read_text(encoding="utf-8"):
+            found.append(
+                f"In {Path(folder).name}, SNL ended before it reached every budget; the smaller ones were cut by "
+                "mask size alone. Raise max_epochs or the learning rate."
+            )
+    return found
+
+
+def _values(rows: pd.DataFrame, measure: str) -> dict[str, float]:
+    part = rows[rows["measure"] == measure]
+    return {str(group): float(value) for group, value in zip(part["group"], part["value"], strict=True)}
+
+
+def _limits(rows: pd.DataFrame, measure: str, group: str) -> tuple[float, float]:
+    row = rows[(rows["measure"] == measure) & (rows["group"] == group)].iloc[0]
+    return float(row["low"]), float(row["high"])
+
+
+def _accuracy_table(frame: pd.DataFrame, variant: str) -> dict[str, Any]:
+    """Rows: groups; columns: budgets; cells: accuracy with interval, and drop with interval."""
+    rows = figures.with_base(frame, variant)
+    budgets = figures._budget_order(rows)
+    body = []
+    for group in [*figures.group_order(frame), OVERALL]:
+        cells = []
+        for budget in budgets:
+            here = rows[(rows["budget"] == budget) & (rows["group"] == group)].set_index("measure")
+            accuracy = here.loc["accuracy"]
+            cell = {
+                "accuracy": f"{accuracy['value']:.1%}",
+                "interval": f"{accuracy['low']:.1%} – {accuracy['high']:.1%}",
+            }
+            if "relative_drop" in here.index and not math.isnan(here.loc["relative_drop", "value"]):
+                drop = here.loc["relative_drop"]
+                cell["drop"] = f"drop {drop['value']:+.1f} % [{drop['low']:+.1f}, {drop['high']:+.1f}]"
+                if drop["low"] == drop["value"] == drop["high"] == 0:
+                    # Resampling equal outcomes shows no spread; zero is then no proof of safety.
+                    cell["drop"] = "every image as before"
+                cell["sure"] = "loss" if drop["low"] > 0 else ("gain" if drop["high"] < 0 else "")
+            cells.append(cell)
+        n = int(rows[(rows["group"] == group) & (rows["measure"] == "accuracy")]["n"].max())
+        body.append({"group": group, "n": f"{n:,}", "cells": cells, "small": n < TOO_SMALL})
+    return {"budgets": budgets, "rows": body}
+
+
+def _gap_table(frame: pd.DataFrame) -> list[dict[str, str]]:
+    rows = []
+    for (variant, budget), part in frame.groupby(["variant", "budget"], sort=False):
+        measures = part[part["group"] == OVERALL].set_index("measure")
+        row = {
+            "variant": str(variant),
+            "budget": str(budget),
+            "relus": f"{int(part['relus'].iloc[0]):,}",
+            "overall": f"{measures.loc['accuracy', 'value']:.1%}",
+        }
+        for key, measure, factor, unit in (
+            ("worst", "worst_group_accuracy", 100, " %"),
+            ("gap", "accuracy_gap", 100, ""),
+            ("drop_gap", "relative_drop_gap", 1, ""),
+        ):
+            if measure in measures.index:
+                value, low, high = (factor * float(measures.loc[measure, c]) for c in ("value", "low", "high"))
+                row[key] = f"{value:.1f}{unit} [{low:.1f}, {high:.1f}]"
+        rows.append(row)
+    return rows
+
+
+def _counts_table(counts: pd.DataFrame) -> dict[str, Any]:
+    parts = [part for part in ("train", "val", "test") if part in set(counts["part"])]
+    wide = counts.pivot_table(index="group", columns="part", values="n", sort=False)[parts]
+    share = 100 * wide["train"] / wide["train"].sum()
+    rows = [
+        {"group": group, "n": [f"{int(n):,}" for n in wide.loc[group]], "share": f"{share[group]:.2f} %"}
+        for group in wide["train"].sort_values(ascending=False).index
+    ]
+    return {"parts": parts, "rows": rows, "total": [f"{int(n):,}" for n in wide.sum()]}
+
+
+def _settings(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    sections = []
+    for command, config in run.config["chain"].items():
+        rows = [
+            (key, _plain(value))
+            for key, value in config.items()
+            if key not in ("command", "data", "parent") and value not in ({}, [], None)
+        ]
+        sections.append((command, rows))
+    data = run.config["data"]
+    rows = [
+        ("name", data["name"]),
+        ("split seed", str(data["split_seed"])),
+        ("fingerprint", data["fingerprint"]),
+    ]
+    rows += [(key, _plain(value)) for key, value in data["options"].items()]
+    sections.insert(0, ("data", rows))
+    machine = read_json(run.folder / "environment.json")
+    rows = [(key, _plain(value)) for key, value in machine.items() if value]
+    return [*sections, ("environment of the audit", rows)]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items() if item not in ({}, None))
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def write_figures(audit: str | Path, folder: str | Path) -> list[Path]:
+    """Write each figure of an audit run as SVG and PNG.
+
+    Returns:
+        The files.
+
+    Raises:
+        FairlineError: The folder holds no finished audit.
+    """
+    run = Run.read(audit, "audit")
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    written = []
+    frame = figures.prepare(read_table(run, "audit.parquet"), read_table(run, "counts.parquet"))
+    for name, chart in figures.figures(frame).items():
+        for suffix, options in (("svg", {}), ("png", {"scale_factor": 2})):
+            with atomic_path(target / f"{name}.{suffix}") as temporary:
+                chart.save(str(temporary), format=suffix, **options)
+            written.append(target / f"{name}.{suffix}")
+    return written

@@ -1,0 +1,402 @@
+"""Run folders: what a job leaves on disk, and how the next job reads it.
+
+RUN/
+  config.json         the job, its arguments, the data and what it was built on
+  environment.json    versions, device, commit, time
+  status.json         running or finished
+  log.txt
+  metrics.parquet     one row an epoch
+  networks/NAME/      network.json, model.safetensors, masks.safetensors
+  checkpoint/         what an interrupted job resumes from; removed at the end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from fairline import data as data_registry
+from fairline import models
+from fairline._io import atomic_path, load_tensors, read_json, save_tensors, write_json
+from fairline.data.grouped import GroupedData
+from fairline.errors import FairlineError
+from fairline.masking import load_masks, mask_relus, masked_relus, relu_count, save_masks
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = (
+    "fairline",
+    "torch",
+    "numpy",
+    "pandas",
+    "scikit-learn",
+    "fairlearn",
+    "datasets",
+    "safetensors",
+    "altair",
+)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which data a run uses, and how they are split. Later jobs of a chain use the first one's.
+
+    Attributes:
+        name: As for :func:`fairline.data.load`.
+        root: Folder of the files.
+        options: Of the data set.
+        split_seed: Of the split.
+        fingerprint: Digest of all images, labels, groups and their order; empty until the data are loaded.
+        mean: Normalisation, from the training part.
+        std: Likewise.
+    """
+
+    name: str
+    root: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    split_seed: int = 0
+    fingerprint: str = ""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def load(self) -> tuple[DataSpec, dict[str, GroupedData]]:
+        """Load and split the data.
+
+        Returns:
+            The completed spec, and the parts ``train``, ``val`` and ``test``.
+
+        Raises:
+            FairlineError: The data are not those of the earlier job.
+        """
+        whole = data_registry.load(self.name, self.root, **self.options)
+        if whole.skipped:
+            logger.warning(
+                "%s: %d files were skipped, first %s: %s",
+                whole.name,
+                len(whole.skipped),
+                whole.skipped[0].file,
+                whole.skipped[0].reason,
+            )
+        parts = dict(zip(("train", "val", "test"), whole.split(self.split_seed), strict=True))
+        digest = hashlib.blake2b(digest_size=16)
+        for part in parts.values():
+            for tensor in (part.images, part.labels, part.groups):
+                digest.update(tensor.numpy().tobytes())
+        mean, std = parts["train"].normalization()
+        complete = DataSpec(self.name, self.root, dict(self.options), self.split_seed, digest.hexdigest(), mean, std)
+        if self.fingerprint and self.fingerprint != complete.fingerprint:
+            raise FairlineError(
+                f"Data '{self.name}' at {self.root} are not those that the network was trained on; "
+                "their test part could hold training images."
+            )
+        return complete, parts
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> DataSpec:
+        """From a run's config."""
+        return cls(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How to build a network before its weights are loaded; see :func:`fairline.models.build`."""
+
+    name: str
+    num_classes: int
+    in_channels: int
+    image_size: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The untrained network."""
+        return models.build(self.name, self.num_classes, self.in_channels, self.image_size, **self.options)
+
+    def example(self) -> torch.Tensor:
+        """An input of the right shape."""
+        return torch.zeros(2, self.in_channels, self.image_size, self.image_size)
+
+
+@dataclass(frozen=True)
+class NetworkInfo:
+    """What stands beside a network's weights.
+
+    Attributes:
+        model: How to build it.
+        stage: ``"base"``, ``"linearized"`` or ``"finetuned"``.
+        relus: ReLUs kept for each sample.
+        total: ReLUs of the unmasked network.
+        budget: ReLU count asked for.
+        method: Linearizer, empty for a base network.
+        objective: Of the finetune, empty before it.
+        seed: Of the job that made it.
+    """
+
+    model: ModelSpec
+    stage: str
+    relus: int
+    total: int
+    budget: int
+    method: str = ""
+    objective: str = ""
+    seed: int = 0
+
+    @property
+    def percent(self) -> float:
+        """ReLUs kept, in percent."""
+        return 100 * self.relus / self.total
+
+
+def save_network(folder: Path, model: nn.Module, info: NetworkInfo) -> None:
+    """Write weights, masks and ``network.json`` (last, so that its presence means a whole network)."""
+    masks = {f"{name}.kept" for name in masked_relus(model)}
+    save_tensors(folder / "model.safetensors", {k: v for k, v in model.state_dict().items() if k not in masks})
+    if masks:
+        save_masks(folder / "masks.safetensors", model, method=info.method, budget=info.budget, seed=info.seed)
+    write_json(folder / "network.json", asdict(info))
+
+
+def load_network(folder: Path) -> tuple[nn.Module, NetworkInfo]:
+    """Read what :func:`save_network` wrote.
+
+    Raises:
+        FairlineError: A file is missing, broken, or does not belong to this architecture.
+    """
+    content = read_json(folder / "network.json")
+    try:
+        info = NetworkInfo(**{**content, "model": ModelSpec(**content["model"])})
+    except (KeyError, TypeError):
+        raise FairlineError(f"{folder / 'network.json'} does not describe a network.") from None
+    model = info.model.build()
+    has_masks = info.stage != "base" or (folder / "masks.safetensors").exists()
+    if has_masks:
+        model = mask_relus(model, info.model.example())
+    weights, _ = load_tensors(folder / "model.safetensors")
+    missing, unexpected = model.load_state_dict(weights, strict=False) if _fits(model, weights) else (["x"], [])
+    missing = [name for name in missing if not name.endswith(".kept")]
+    if missing or unexpected:
+        raise FairlineError(
+            f"{folder / 'model.safetensors'} holds weights of another architecture than {info.model.name} "
+            f"with {info.model.num_classes} classes and {dict(info.model.options)}."
+        )
+    if has_masks:
+        load_masks(folder / "masks.safetensors", model)
+    return model.eval(), info
+
+
+def _fits(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
+    own = model.state_dict()
+    return all(name not in weights or weights[name].shape == tensor.shape for name, tensor in own.items())
+
+
+class Run:
+    """A run folder that is being written, or that is read."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @classmethod
+    @contextlib.contextmanager
+    def write(cls, folder: str | Path, command: str, config: Mapping[str, Any], device: torch.device) -> Iterator[Run]:
+        """Start or resume the job in a folder; the status becomes ``finished`` when the block succeeds.
+
+        Args:
+            folder: Created if missing. If it holds the same job, that is resumed.
+            command: Name of the job.
+            config: What determines the result.
+            device: Where the job computes.
+
+        Yields:
+            The run; ``finished`` is true where nothing is left to do.
+
+        Raises:
+            FairlineError: The folder holds something else, or another process is at work in it.
+        """
+        run = cls(folder)
+        wanted = json.loads(json.dumps({"command": command, **config}))
+        config_file = run.folder / "config.json"
+        if run.folder.exists() and not run.folder.is_dir():
+            raise FairlineError(f"{folder} is a file, not a folder.")
+        if config_file.exists():
+            different = _difference(read_json(config_file), wanted)
+            if different:
+                raise FairlineError(
+                    f"{folder} holds another run ({different}); choose another --out or delete the folder."
+                )
+        elif run.folder.exists() and any(p.name != ".lock" for p in run.folder.iterdir()):
+            raise FairlineError(f"{folder} is not empty and is not a run folder; choose another --out.")
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            lock = (run.folder / ".lock").open("w")
+        except OSError as error:
+            raise FairlineError(f"{folder} cannot be written ({error.strerror}).") from None
+        with lock:
+            try:
+                # The kernel drops the lock with the process, however it dies.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise FairlineError(f"{folder} is in use by another process.") from None
+            if run.finished:
+                yield run
+                return
+            for leftover in run.folder.rglob(".*.tmp"):
+                leftover.unlink()
+            write_json(config_file, wanted)
+            write_json(run.folder / "environment.json", environment(device))
+            write_json(run.folder / "status.json", {"status": "running"})
+            handler = logging.FileHandler(run.folder / "log.txt", encoding="utf-8")
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            package = logging.getLogger("fairline")
+            package.addHandler(handler)
+            level = package.level
+            package.setLevel(logging.INFO)
+            logger.info("%s in %s on %s", command, run.folder, device)
+            try:
+                yield run
+                write_json(run.folder / "status.json", {"status": "finished"})
+                shutil.rmtree(run.checkpoint, ignore_errors=True)
+            except BaseException as error:
+                logger.error("%s stopped: %s", command, error or type(error).__name__)
+                raise
+            finally:
+                package.setLevel(level)
+                package.removeHandler(handler)
+                handler.close()
+
+    @classmethod
+    def read(cls, folder: str | Path, *commands: str) -> Run:
+        """Open a finished run.
+
+        Raises:
+            FairlineError: The folder is no run, not of one of these commands, or not finished.
+        """
+        run = cls(folder)
+        if not (run.folder / "config.json").exists():
+            raise FairlineError(f"{folder} is not a run folder (it holds no config.json).")
+        if commands and run.command not in commands:
+            raise FairlineError(f"{folder} holds a '{run.command}' run; one of '{' or '.join(commands)}' is needed.")
+        if not run.finished:
+            raise FairlineError(f"The {run.command} run in {folder} is not finished; repeat its command to resume it.")
+        return run
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the job keeps what it resumes from."""
+        return self.folder / "checkpoint"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job is done."""
+        status = self.folder / "status.json"
+        return status.exists() and read_json(status).get("status") == "finished"
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What determines the result."""
+        content = read_json(self.folder / "config.json")
+        if not isinstance(content, dict) or "command" not in content:
+            raise FairlineError(f"{self.folder / 'config.json'} is not a run's config.")
+        return content
+
+    @property
+    def command(self) -> str:
+        """The job."""
+        return str(self.config["command"])
+
+    @property
+    def data(self) -> DataSpec:
+        """The data that the run used."""
+        return DataSpec.from_json(self.config["data"])
+
+    def networks(self) -> dict[str, Path]:
+        """Folders of the networks, by name, most ReLUs first."""
+        folders = [file.parent for file in (self.folder / "networks").glob("*/network.json")]
+        order = {folder: -read_json(folder / "network.json").get("relus", 0) for folder in folders}
+        return {folder.name: folder for folder in sorted(folders, key=lambda folder: (order[folder], folder.name))}
+
+    def network_folder(self, name: str) -> Path:
+        """Where a network of this run goes."""
+        return self.folder / "networks" / name
+
+    def base(self) -> Run:
+        """The training run at the start of this chain of runs."""
+        run = self
+        while run.command != "train":
+            run = Run.read(run.config["parent"]["folder"])
+        return run
+
+    def parent_entry(self) -> dict[str, str]:
+        """How a following job names this one: its folder, and a digest of its networks."""
+        digest = hashlib.blake2b(digest_size=16)
+        for folder in self.networks().values():
+            for file in sorted(folder.iterdir()):
+                digest.update(file.read_bytes())
+        return {"folder": str(self.folder.resolve()), "digest": digest.hexdigest()}
+
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write one row an epoch."""
+        with atomic_path(self.folder / "metrics.parquet") as temporary:
+            pd.DataFrame(list(rows)).to_parquet(temporary, index=False)
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
+    """The first entry in which two configs differ, in words."""
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key), new.get(key)
+        if before == after:
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            return _difference(before, after, f"{prefix}{key}.")
+        return f"{prefix}{key} is {before!r} there and {after!r} here"
+    return ""
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device, commit and time, for a run's record."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    on_gpu = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "packages": versions,
+        "commit": _commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the source tree that this package runs from, if it is one."""
+    here = Path(__file__).resolve().parent
+    try:
+        answers = [
+            subprocess.run(["git", "-C", str(here), *query], capture_output=True, text=True, check=True).stdout.strip()
+            for query in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", str(here)])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answers[0] + ("-dirty" if answers[1] else "")
+
+
+def count_relus(model: nn.Module, spec: ModelSpec) -> int:
+    """ReLUs of a network that may have no masks."""
+    return relu_count(model, spec.example())

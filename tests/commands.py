@@ -1,0 +1,44 @@
+"""Running the command line in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TRAIN = [
+    "train",
+    "--data",
+    "digits",
+    "--model",
+    "cnn",
+    "--width",
+    "4",
+    "--epochs",
+    "3",
+    "--batch-size",
+    "64",
+    "--lr",
+    "0.05",
+]
+LINEARIZE = ["--budgets", "0.5,10%,20", "--lr", "0.03", "--lam", "1e-3", "--batch-size", "64", "--max-epochs", "12"]
+FINETUNE = ["--epochs", "2", "--batch-size", "64", "--lr", "0.01"]
+AUDIT = ["--resamples", "100"]
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "fairline.cli", "--threads", "1", *map(str, arguments)]
+
+
+def fairline(*arguments: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "160", **env}
+    environment.pop("FAIRLINE_DATA", None)
+    environment.update(env)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, cwd=cwd, env=environment)
+
+
+def ok(*arguments: str | Path, **more) -> str:
+    done = fairline(*arguments, **more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,0 +1,79 @@
+"""Shared data and networks, small enough to train in a second."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fairline.data import GroupedData
+from fairline.models import build
+from fairline.training import train
+from tests.commands import AUDIT, FINETUNE, LINEARIZE, TRAIN, ok
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of real images; tests that need it are skipped where it is missing."""
+    root = Path(os.environ.get("FAIRLINE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (root / "utkface.parquet").exists():
+        pytest.skip(f"no real images in {root} (set FAIRLINE_DATA)")
+    return root
+
+
+def make_data(
+    n: int = 240, *, classes: int = 3, groups: int | None = None, size: int = 8, seed: int = 0
+) -> GroupedData:
+    """Images of one channel whose brightness pattern tells the class; groups of unequal size."""
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.tensor([0.6, 0.3, 0.1, 0.05][: groups or classes])
+    group_index = torch.multinomial(shares, n, replacement=True, generator=generator)
+    labels = group_index.clone() if groups is None else torch.randint(0, classes, (n,), generator=generator)
+    patterns = torch.randint(40, 216, (classes, 1, size, size), generator=generator).float()
+    images = patterns[labels] + 30 * torch.randn(n, 1, size, size, generator=generator)
+    class_names = tuple(f"class {i}" for i in range(classes))
+    group_names = class_names if groups is None else tuple(f"group {i}" for i in range(groups))
+    return GroupedData(
+        images.clamp(0, 255).to(torch.uint8), labels, group_index, class_names, group_names, name="synthetic"
+    )
+
+
+@pytest.fixture(scope="session")
+def data() -> GroupedData:
+    return make_data()
+
+
+@pytest.fixture(scope="session")
+def parts(data: GroupedData) -> tuple[GroupedData, GroupedData, GroupedData]:
+    return data.split(0)
+
+
+@pytest.fixture(scope="session")
+def _trained(parts: tuple[GroupedData, GroupedData, GroupedData]) -> nn.Module:
+    torch.manual_seed(0)
+    model = build("cnn", 3, 1, 8, width=4)
+    train(model, parts[0], parts[1], epochs=4, batch_size=32, lr=0.05)
+    return model
+
+
+@pytest.fixture
+def trained(_trained: nn.Module) -> nn.Module:
+    """A small trained network; a copy, so that a test may change it."""
+    import copy
+
+    return copy.deepcopy(_trained)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """Folder of a finished train, linearize, finetune and audit run, with its report."""
+    folder = tmp_path_factory.mktemp("runs")
+    ok(*TRAIN, "--out", folder / "base")
+    ok("linearize", folder / "base", *LINEARIZE, "--out", folder / "snl")
+    ok("finetune", folder / "snl", *FINETUNE, "--out", folder / "students")
+    ok("audit", folder / "snl", folder / "students", *AUDIT, "--out", folder / "audit")
+    ok("report", folder / "audit", "--figures", folder / "figures")
+    return folder

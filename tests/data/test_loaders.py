@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from fairline.data import load
+from fairline.data.utkface import parse_name
+from fairline.errors import FairlineError
+
+
+def face(path: Path, colour: int, size: int = 40) -> None:
+    Image.fromarray(np.full((size, size, 3), colour, np.uint8)).save(path)
+
+
+def test_digits_are_unbalanced_in_training_only():
+    data = load("digits")
+    train, val, test = data.split(0)
+    learned = train.counts()["n"] + val.counts()["n"]
+    assert learned[:5].min() > 90
+    assert learned[5:].max() <= 12
+    assert test.counts()["n"].min() >= 69
+    assert data.images.shape[1:] == (1, 8, 8)
+    assert not data.flip
+    whole = load("digits", unbalanced=False)
+    assert len(whole) == 1797
+    # The test part does not depend on the seed of the thinning.
+    assert torch.equal(load("digits", seed=5).split(0)[2].images, test.images)
+
+
+def test_utkface_reads_a_folder_of_jpegs(tmp_path):
+    (tmp_path / "part1").mkdir()
+    names = [
+        f"{age}_{i % 2}_{i % 5}_2017010917{i:07d}.jpg" for i, age in enumerate([1, 2, 12, 13, 17, 18, 64, 65, 116] * 4)
+    ]
+    for i, name in enumerate(names):
+        face(tmp_path / "part1" / name, 40 + i)
+    face(tmp_path / "39_1_20170116174525125.jpg", 9)
+    face(tmp_path / "39_1_7_20170116174525125.jpg", 9)
+    (tmp_path / "20_0_0_20170116174525126.jpg").write_bytes(b"not a picture")
+    data = load("utkface:age", tmp_path, groups="race", image_size=16)
+    assert data.images.shape == (32, 3, 16, 16)
+    assert data.counts(by="class").sum().tolist() == [8, 8, 8, 8]
+    assert data.group_names == ("White", "Black", "Asian", "Indian", "Others")
+    assert {item.file for item in data.skipped} == {
+        "39_1_20170116174525125.jpg",
+        "39_1_7_20170116174525125.jpg",
+        "20_0_0_20170116174525126.jpg",
+    }
+    assert len(load("utkface:race", tmp_path)) == 36
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("26_1_2_20170104023102422.jpg.chip.jpg", {"gender": 1, "race": 2, "age": 2}),
+        ("1_0_4_2017.jpg", {"gender": 0, "race": 4}),
+        ("61_1_20170109142408075.jpg.chip.jpg", str),
+        ("26_3_2_2017.jpg", str),
+        ("26_1_9_2017.jpg", str),
+        ("portrait.jpg", str),
+    ],
+)
+def test_utkface_names(name, expected):
+    parsed = parse_name(name)
+    assert isinstance(parsed, str) if expected is str else parsed == expected
+
+
+@pytest.mark.data
+def test_utkface_has_the_papers_shares(data_root):
+    race = load("utkface:race", data_root)
+    assert race.counts()["share_percent"].tolist() == pytest.approx([42.51, 19.09, 14.49, 16.77, 7.14], abs=0.0101)
+    assert len(race.skipped) == 3
+    age = load("utkface:age", data_root, groups="race")
+    by_age = age.counts(by="class").sum()
+    assert (100 * by_age / by_age.sum()).round(2).tolist() == [10.14, 3.63, 77.56, 8.67]
+    # 375 sets of byte-identical files are known in the original.
+    content = race.content_ids()
+    copies = torch.bincount(content)
+    assert (copies > 1).sum() >= 370
+    train, val, test = race.split(0)
+    seen = [
+        set(part.images.numpy().reshape(len(part), -1).view("V3072").ravel().tolist()) for part in (train, val, test)
+    ]
+    assert not seen[0] & seen[1]
+    assert not seen[0] & seen[2]
+    assert not seen[1] & seen[2]
+    assert test.counts()["n"].tolist() == pytest.approx((race.counts()["n"] * 0.2).tolist(), abs=3)
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes byte strings with the opcode that Python 2 used, as the official files have them."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+
+    def save_string(self, value):
+        raw = value if isinstance(value, bytes) else value.encode("latin-1")
+        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
+        self.memoize(value)
+
+    dispatch[bytes] = dispatch[str] = save_string
+
+
+def dumps(value) -> bytes:
+    buffer = io.BytesIO()
+    Python2Pickler(buffer, protocol=2).dump(value)
+    return buffer.getvalue()
+
+
+def write_batches(folder: Path, rows: int = 20) -> np.ndarray:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (6, rows, 3072), dtype=np.uint8)
+    for i, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]):
+        content = {b"batch_label": b"x", b"labels": [j % 10 for j in range(rows)], b"data": pixels[i], b"filenames": []}
+        (folder / name).write_bytes(dumps(content))
+    return pixels
+
+
+def test_cifar10_reads_the_official_batches(tmp_path):
+    pixels = write_batches(tmp_path / "cifar-10-batches-py")
+    data = load("cifar10", tmp_path)
+    assert data.images.shape == (120, 3, 32, 32)
+    assert np.array_equal(data.images.numpy().reshape(120, -1), pixels.reshape(120, -1))
+    assert data.official_test.sum() == 20
+    assert data.class_names[3] == "cat"
+    # A batch folder itself is a root as well.
+    assert len(load("cifar10", tmp_path / "cifar-10-batches-py")) == 120
+    thin = load("cifar10", tmp_path, unbalanced=True)
+    assert thin.counts()["n"].tolist() == [9 + 2] * 5 + [1 + 0] * 5
+    assert load("cifar10", tmp_path, unbalanced="train").counts()["n"].tolist() == [9 + 2] * 5 + [1 + 2] * 5
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch hacked",))
+
+
+def test_cifar10_refuses_a_pickle_that_wants_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_batches(tmp_path / "c")
+    (tmp_path / "c" / "data_batch_3").write_bytes(dumps({b"data": Evil(), b"labels": []}))
+    with pytest.raises(FairlineError, match=r"data_batch_3 is not a CIFAR-10 batch \(it asks for posix.system\)"):
+        load("cifar10", tmp_path / "c")
+    assert not (tmp_path / "hacked").exists()
+    (tmp_path / "c" / "data_batch_3").unlink()
+    with pytest.raises(FairlineError, match="data_batch_3 does not exist"):
+        load("cifar10", tmp_path / "c")
+
+
+@pytest.mark.data
+def test_cifar10_reads_parquet_and_unbalances_as_the_paper(data_root):
+    data = load("cifar10", data_root, unbalanced=True)
+    assert data.counts()["n"].tolist() == [5400] * 5 + [600] * 5
+    _, _, test = data.split(0)
+    assert test.counts()["n"].tolist() == [900] * 5 + [100] * 5
+    assert not data.skipped
+
+
+def test_svhn_reads_the_official_layout(tmp_path):
+    from scipy.io import savemat
+
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 30), ("test", 10)):
+        pixels = rng.integers(0, 256, (32, 32, 3, n), dtype=np.uint8)
+        labels = (np.arange(n) % 10 + 1).astype(np.uint8)[:, None]
+        savemat(tmp_path / f"{part}_32x32.mat", {"X": pixels, "y": labels})
+        if part == "train":
+            first = pixels[..., 0].transpose(2, 0, 1)
+    data = load("svhn", tmp_path)
+    assert data.images.shape == (40, 3, 32, 32)
+    assert np.array_equal(data.images[0].numpy(), first)
+    assert data.labels[:10].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+    assert data.official_test.sum() == 10
+    savemat(tmp_path / "test_32x32.mat", {"X": pixels})
+    with pytest.raises(FairlineError, match="lacks the variable X or y"):
+        load("svhn", tmp_path)
+    (tmp_path / "test_32x32.mat").write_bytes(b"MATLAB")
+    with pytest.raises(FairlineError, match="not a readable"):
+        load("svhn", tmp_path)
+
+
+def test_folder_reads_label_and_group_columns(tmp_path):
+    rows = []
+    for i in range(12):
+        face(tmp_path / f"{i}.png", 10 * i)
+        rows.append(
+            {"file_name": f"{i}.png", "kind": i % 3, "site": "ab"[i % 2], "split": "test" if i > 8 else "train"}
+        )
+    rows.append({"file_name": "gone.png", "kind": 1, "site": "a", "split": "train"})
+    rows.append({"file_name": "0.png", "kind": 1, "site": None, "split": "train"})
+    pd.DataFrame(rows).to_csv(tmp_path / "metadata.csv", index=False)
+    data = load("folder", tmp_path, label="kind", groups="site", image_size=8)
+    assert data.images.shape == (12, 3, 8, 8)
+    assert data.class_names == ("0", "1", "2")
+    assert data.group_names == ("a", "b")
+    assert data.labels.tolist() == [i % 3 for i in range(12)]
+    assert data.official_test.sum() == 3
+    assert {item.file: item.reason for item in data.skipped}["gone.png"] == "file does not exist"
+    with pytest.raises(FairlineError, match="no column 'age'; its columns are file_name, kind, site, split"):
+        load("folder", tmp_path, label="kind", groups="age")
+
+
+def test_parquet_without_an_image_column(tmp_path):
+    pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "utkface.parquet")
+    with pytest.raises(FairlineError, match="no column 'image'"):
+        load("utkface:race", tmp_path)
+    (tmp_path / "utkface.parquet").write_bytes(b"PAR1")
+    with pytest.raises(FairlineError, match="not a readable parquet"):
+        load("utkface:race", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mnist", {}, "no data set 'mnist'; choose one of digits"),
+        ("utkface", {}, "needs a task"),
+        ("utkface:height", {}, "no task 'height'"),
+        ("utkface:age", {"groups": "hair"}, "no groups 'hair'"),
+        ("digits", {"colour": 1}, "no option 'colour'"),
+        ("cifar10", {"unbalanced": "test"}, "unbalanced must be"),
+        ("cifar10", {}, "holds neither"),
+        ("utkface:age", {}, "holds neither"),
+        ("svhn", {}, "does not exist"),
+        ("folder", {}, "holds no metadata.csv"),
+    ],
+)
+def test_bad_requests_are_one_sentence(tmp_path, name, options, message):
+    with pytest.raises(FairlineError, match=message) as caught:
+        load(name, tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_root(monkeypatch, tmp_path):
+    monkeypatch.delenv("FAIRLINE_DATA", raising=False)
+    with pytest.raises(FairlineError, match="needs a folder"):
+        load("cifar10")
+    with pytest.raises(FairlineError, match="does not exist"):
+        load("cifar10", tmp_path / "nowhere")

@@ -1,0 +1,302 @@
+"""The command line in processes of its own: the whole path, kills, and bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import typer
+
+from fairline._io import load_tensors, save_tensors
+from fairline.cli import app, main, parse_budgets, parse_options
+from fairline.errors import FairlineError
+from tests.commands import AUDIT, FINETUNE, LINEARIZE, TRAIN, command, fairline, ok
+
+
+def test_run_folders_hold_what_they_promise(runs):
+    for name in ("base", "snl", "students", "audit"):
+        for file in ("config.json", "environment.json", "status.json", "log.txt"):
+            assert (runs / name / file).stat().st_size > 0
+        assert json.loads((runs / name / "status.json").read_text()) == {"status": "finished"}
+        assert not (runs / name / "checkpoint").exists()
+        assert not list((runs / name).rglob("*.tmp"))
+    environment = json.loads((runs / "base" / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert "CPU" in environment["device"]
+    assert len(pd.read_parquet(runs / "base" / "metrics.parquet")) == 3
+    assert len(pd.read_parquet(runs / "students" / "metrics.parquet")) == 3 * 2
+    metrics = pd.read_parquet(runs / "snl" / "metrics.parquet")
+    assert {"relus", "lambda", "loss"} <= set(metrics.columns)
+    assert not list(runs.rglob("*.pt")) + list(runs.rglob("*.pth")) + list(runs.rglob("*.pkl"))
+    _, info = load_tensors(runs / "snl" / "networks" / "budget-20" / "masks.safetensors")
+    assert info["method"] == "snl"
+    assert info["budget"] == 20
+    assert len(info["layers"]) == 3
+
+
+def test_audit_table_has_every_network_and_group(runs):
+    table = pd.read_parquet(runs / "audit" / "audit.parquet")
+    assert set(table["relus"]) == {448, 224, 45, 20}
+    assert table.groupby("stage")["model"].nunique().to_dict() == {"base": 1, "finetuned": 3, "linearized": 3}
+    assert not table.duplicated(["model", "split", "group", "measure"]).any()
+    counts = table[(table["measure"] == "accuracy") & (table["group"] != "overall")].groupby("model")["n"].sum()
+    assert (counts == 719).all()
+    predictions = pd.read_parquet(runs / "audit" / "predictions.parquet")
+    accuracy = predictions.groupby("model")["correct"].mean()
+    reported = table[(table["group"] == "overall") & (table["measure"] == "accuracy")].set_index("model")["value"]
+    pd.testing.assert_series_equal(accuracy.sort_index(), reported.sort_index(), check_names=False)
+
+
+def test_a_finished_command_changes_nothing(runs):
+    before = {file: file.stat().st_mtime_ns for file in (runs / "base").rglob("*") if file.is_file()}
+    assert "Best epoch" in ok(*TRAIN, "--out", runs / "base")
+    after = {file: file.stat().st_mtime_ns for file in (runs / "base").rglob("*") if file.is_file()}
+    lock = runs / "base" / ".lock"
+    assert {f: t for f, t in before.items() if f != lock} == {f: t for f, t in after.items() if f != lock}
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Everything that must not depend on whether a run was interrupted."""
+    found: dict[str, object] = {}
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        if file.suffix == ".safetensors":
+            found[name] = {k: v.tolist() for k, v in load_tensors(file)[0].items()}
+        elif file.suffix == ".parquet":
+            found[name] = pd.read_parquet(file).drop(columns="seconds", errors="ignore").to_csv()
+        elif file.name in ("network.json", "status.json"):
+            found[name] = file.read_text()
+    return found
+
+
+def kill_when(arguments: list[str], moment, timeout: float = 120) -> bool:
+    """Start a command and kill -9 it as soon as ``moment()`` is true; False if it ended before."""
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + timeout
+    try:
+        while time.monotonic() < deadline:
+            if moment():
+                process.send_signal(signal.SIGKILL)
+                return process.wait() == -signal.SIGKILL
+            if process.poll() is not None:
+                return False
+            time.sleep(0.002)
+        raise AssertionError("the moment never came")
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+STAGES = {
+    "train": (lambda runs: TRAIN, "base", "checkpoint/train.safetensors"),
+    "linearize": (lambda runs: ["linearize", str(runs / "base"), *LINEARIZE], "snl", "checkpoint/snl.safetensors"),
+    "finetune": (
+        lambda runs: ["finetune", str(runs / "snl"), *FINETUNE],
+        "students",
+        "checkpoint/budget-224.safetensors",
+    ),
+    "audit": (
+        lambda runs: ["audit", str(runs / "snl"), str(runs / "students"), *AUDIT],
+        "audit",
+        "config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_kill_9_and_resume_gives_the_same_result(runs, tmp_path, stage):
+    arguments, finished, checkpoint = STAGES[stage]
+    out = tmp_path / finished
+    killed = kill_when([*arguments(runs), "--out", str(out)], (out / checkpoint).exists)
+    assert killed, "the command ended before it could be killed"
+    assert json.loads((out / "status.json").read_text()) == {"status": "running"} if stage != "audit" else True
+    ok(*arguments(runs), "--out", out)
+    assert contents(out) == contents(runs / finished)
+    if stage != "audit":
+        assert "resumed from" in (out / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.3 + 0.35 * i for i in range(12)])
+def test_kill_9_at_any_moment_of_mask_learning(runs, tmp_path, delay):
+    arguments, finished, _ = STAGES["linearize"]
+    out = tmp_path / finished
+    start = time.monotonic()
+    kill_when([*arguments(runs), "--out", str(out)], lambda: time.monotonic() - start > 2.5 + delay)
+    ok(*arguments(runs), "--out", out)
+    assert contents(out) == contents(runs / finished)
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    out = tmp_path / "base"
+    first = subprocess.Popen(
+        command(*TRAIN[:8], "400", *TRAIN[9:], "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        while not (out / "status.json").exists():
+            time.sleep(0.01)
+        done = fairline(*TRAIN[:8], "400", *TRAIN[9:], "--out", out)
+        assert_sentence(done, "in use by another process")
+    finally:
+        first.kill()
+        first.wait()
+
+
+def assert_sentence(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert re.search(message, done.stderr), done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, done.stderr
+
+
+BAD = {
+    "unknown data": (["train", "--data", "mnist", "--out", "x"], "no data set 'mnist'"),
+    "no folder": (["train", "--data", "cifar10", "--out", "x"], "needs a folder"),
+    "missing folder": (["train", "--data", "cifar10", "--root", "nowhere", "--out", "x"], "nowhere does not exist"),
+    "empty folder": (["train", "--data", "utkface:age", "--root", "empty", "--out", "x"], "neither utkface"),
+    "no task": (["data", "utkface", "--root", "empty"], "needs a task"),
+    "unknown groups": (["data", "utkface:age", "--groups", "hair", "--root", "empty"], "no groups 'hair'"),
+    "wrong column": (["data", "folder", "--root", "table", "--data-option", "label=age"], "no column 'age'"),
+    "unreadable images": (["data", "folder", "--root", "table"], "None of the 3 images can be read"),
+    "data option": (["data", "digits", "--data-option", "colour=red"], "no option 'colour'"),
+    "no key=value": (["data", "digits", "--data-option", "colour"], "'colour' is not KEY=VALUE"),
+    "unknown model": ([*TRAIN[:4], "lenet", "--out", "x"], "no model 'lenet'"),
+    "model option": ([*TRAIN, "--model-option", "depth=3", "--out", "x"], "no option 'depth'"),
+    "missing module": ([*TRAIN[:4], "nowhere:net", "--out", "x"], "cannot be imported"),
+    "no epochs": ([*TRAIN, "--epochs", "0", "--out", "x"], "epochs ≥ 1"),
+    "unknown device": ([*TRAIN, "--device", "abacus", "--out", "x"], "'abacus' cannot be used"),
+    "exploding": ([*TRAIN, "--lr", "1e30", "--out", "x"], "loss became"),
+    "foreign folder": ([*TRAIN, "--out", "table"], "is not empty and is not a run"),
+    "a file": ([*TRAIN, "--out", "table/metadata.csv"], "is a file"),
+    "other settings": ([*TRAIN, "--seed", "7", "--out", "RUNS/base"], "holds another run .*seed"),
+    "no run": (["linearize", "table", "--out", "x"], "is not a run folder"),
+    "wrong run": (["linearize", "RUNS/snl", "--out", "x"], "holds a 'linearize' run"),
+    "budget too large": (["linearize", "RUNS/base", "--budgets", "449", "--out", "x"], "the network has 448 ReLUs"),
+    "fraction too large": (["linearize", "RUNS/base", "--budgets", "1.5", "--out", "x"], "'1.5' is outside"),
+    "negative budget": (["linearize", "RUNS/base", "--budgets=-3", "--out", "x"], "'-3' is outside"),
+    "no number": (["linearize", "RUNS/base", "--budgets", "half", "--out", "x"], "Budget 'half'"),
+    "unknown method": (["linearize", "RUNS/base", "--method", "magic", "--out", "x"], "no linearizer 'magic'"),
+    "method option": (["linearize", "RUNS/base", "--option", "speed=3", "--out", "x"], "speed"),
+    "granularity": (["linearize", "RUNS/base", "--granularity", "row", "--out", "x"], "pixel, channel or layer"),
+    "unknown objective": (["finetune", "RUNS/snl", "--objective", "luck", "--out", "x"], "no objective 'luck'"),
+    "select": (["finetune", "RUNS/snl", "--select", "luck", "--out", "x"], "selected by"),
+    "finetune a base": (["finetune", "RUNS/base", "--out", "x"], "holds a 'train' run"),
+    "split": (["audit", "RUNS/base", "--split", "exam", "--out", "x"], "train, val or test"),
+    "report of no audit": (["report", "RUNS/base"], "holds a 'train' run"),
+    "unfinished": (["linearize", "unfinished", "--out", "x"], "is not finished"),
+    "broken config": (["linearize", "broken", "--out", "x"], "not valid JSON"),
+    "broken weights": (["audit", "cut", "--out", "x"], "not a whole safetensors file"),
+    "foreign weights": (["audit", "foreign", "--out", "x"], "weights of another architecture"),
+    "moved data": (["audit", "moved", "--out", "x"], "not those that the network was trained on"),
+    "broken audit": (["report", "halfaudit"], "audit.parquet is missing or broken"),
+}
+
+
+@pytest.fixture(scope="session")
+def wrecks(runs, tmp_path_factory) -> Path:
+    """A working folder with runs that are damaged, each in one way."""
+    folder = tmp_path_factory.mktemp("wrecks")
+    (folder / "empty").mkdir()
+    (folder / "table").mkdir()
+    (folder / "table" / "metadata.csv").write_text("file_name,label\na.png,1\nb.png,2\nc.png,1\n")
+    for name in ("unfinished", "broken", "cut", "foreign", "moved"):
+        shutil.copytree(runs / "base", folder / name)
+    (folder / "unfinished" / "status.json").write_text('{"status": "running"}')
+    (folder / "broken" / "config.json").write_text("{")
+    weights = folder / "cut" / "networks" / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    save_tensors(folder / "foreign" / "networks" / "base" / "model.safetensors", {"w": torch.ones(2)})
+    config = json.loads((folder / "moved" / "config.json").read_text())
+    config["data"]["options"]["seed"] = 5
+    (folder / "moved" / "config.json").write_text(json.dumps(config))
+    shutil.copytree(runs / "audit", folder / "halfaudit")
+    table = folder / "halfaudit" / "audit.parquet"
+    table.write_bytes(table.read_bytes()[:500])
+    return folder
+
+
+def in_process(monkeypatch, capfd, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line without the cost of a process."""
+    monkeypatch.setattr(sys, "argv", ["fairline", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    out, err = capfd.readouterr()
+    return subprocess.CompletedProcess(arguments, stopped.value.code or 0, out, err)
+
+
+def test_bad_input_in_a_process_of_its_own(wrecks):
+    arguments, message = BAD["missing folder"]
+    assert_sentence(fairline(*arguments, cwd=wrecks), message)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence(runs, wrecks, case, monkeypatch, capfd):
+    arguments, message = BAD[case]
+    arguments = [part.replace("RUNS", str(runs)) for part in arguments]
+    monkeypatch.chdir(wrecks)
+    monkeypatch.delenv("FAIRLINE_DATA", raising=False)
+    assert_sentence(in_process(monkeypatch, capfd, *arguments), message)
+    assert (runs / "base" / "networks" / "base" / "model.safetensors").exists()
+    shutil.rmtree(wrecks / "x", ignore_errors=True)
+
+
+def test_every_command_explains_itself():
+    text = ok("--help")
+    group = typer.main.get_command(app)
+    assert {"demo", "data", "train", "linearize", "finetune", "audit", "report"} <= set(group.commands)
+    for name, described in group.commands.items():
+        assert name in text
+        assert described.help
+        for parameter in described.params:
+            assert parameter.name == "help" or parameter.help, f"{name}: {parameter.name} has no help"
+    assert re.fullmatch(r"fairline \d+\.\d+\.\d+\n", ok("--version"))
+
+
+def test_data_shows_groups_and_what_was_skipped(tmp_path):
+    text = ok("data", "digits")
+    assert "10 groups" in text
+    assert "share_percent" in text
+
+
+def test_a_network_of_your_own(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes, in_channels, hidden=12):\n"
+        "    layers = nn.Linear(64 * in_channels, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)\n"
+        "    return nn.Sequential(nn.Flatten(), *layers)\n"
+    )
+    own = [*TRAIN[:4], f"{tmp_path}/mine.py:net", "--model-option", "hidden=20", "--epochs", "1"]
+    ok(*own, "--out", tmp_path / "base")
+    out = ok("linearize", tmp_path / "base", "--budgets", "5", "--max-epochs", "1", "--out", tmp_path / "cut")
+    assert "5 of 20 ReLUs" in out
+
+
+def test_options_and_budgets_are_parsed():
+    assert parse_options(["a=1", "b=true", "c=0.5", "d=x=y", "e=none"]) == {
+        "a": 1,
+        "b": True,
+        "c": 0.5,
+        "d": "x=y",
+        "e": None,
+    }
+    assert parse_budgets("0.5, 10%,12900,") == [0.5, 0.1, 12900]
+    for text in ("", "x", "1.5", "-1", "150%"):
+        with pytest.raises(FairlineError):
+            parse_budgets(text)
+
+
+def test_demo_from_images_to_report(tmp_path):
+    text = ok("demo", "--width", "4", "--epochs", "2", "--finetune-epochs", "1", "--max-epochs", "2", "--out", tmp_path)
+    assert "overall" in text
+    assert (tmp_path / "report.html").stat().st_size > 100_000

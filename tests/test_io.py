@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fairline._io import atomic_path, load_state, load_tensors, read_json, resolve_device, save_state, save_tensors
+from fairline.errors import FairlineError
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b and type(a) is type(b)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+states = st.recursive(
+    scalars | st.integers(0, 4).map(torch.arange),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.integers() | st.text(max_size=4), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(state=states)
+def test_any_nested_state_survives(tmp_path_factory, state):
+    path = tmp_path_factory.mktemp("state") / "s.safetensors"
+    save_state(path, state)
+    assert same(load_state(path), state)
+
+
+def test_shared_memory_is_saved(tmp_path):
+    x = torch.arange(6)
+    save_tensors(tmp_path / "x", {"whole": x, "view": x[2:].view(2, 2)}, {"a": 1})
+    tensors, metadata = load_tensors(tmp_path / "x")
+    assert torch.equal(tensors["view"], x[2:].view(2, 2))
+    assert metadata == {"a": 1}
+
+
+def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    target = tmp_path / "f"
+    target.write_text("old")
+
+    def write() -> None:
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_cut_short_file_is_one_sentence(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"x": torch.ones(1000)})
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(FairlineError, match="not a whole safetensors file"):
+        load_tensors(path)
+    with pytest.raises(FairlineError, match="does not exist"):
+        load_tensors(tmp_path / "missing")
+    (tmp_path / "j").write_text("{")
+    with pytest.raises(FairlineError, match="not valid JSON"):
+        read_json(tmp_path / "j")
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99"])
+def test_unusable_device(name):
+    with pytest.raises(FairlineError, match=name):
+        resolve_device(name)

@@ -1,0 +1,75 @@
+"""What importing costs, and what it needs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fairline as fl
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_does_not_wait_for_torch():
+    assert (
+        python("import fairline, sys; print('torch' in sys.modules, 'pandas' in sys.modules)").split() == ["False"] * 2
+    )
+
+
+def test_the_public_names_resolve_and_audit_stays_a_function():
+    code = (
+        "import fairline as fl, fairline.audit, fairline.audit.accuracy\n"
+        "from fairline.audit import AuditReport\n"
+        "for name in fl.__all__: getattr(fl, name)\n"
+        "assert callable(fl.audit) and fl.AuditReport is AuditReport and callable(fl.data.load)\n"
+    )
+    python(code)
+    with pytest.raises(AttributeError, match="no attribute 'magic'"):
+        _ = fl.magic
+
+
+def test_from_arrays_to_audit_numbers_on_a_bare_machine():
+    """Only torch, numpy, pandas and safetensors may be there."""
+    code = """
+import sys
+BARRED = {"fairlearn", "datasets", "altair", "vl_convert", "sklearn", "scipy",
+    "pyarrow", "typer", "rich", "PIL", "jinja2"}
+class Hide:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.partition(".")[0] in BARRED
+        return None if hidden else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Hide, sys.meta_path)
+import torch, fairline as fl
+g = torch.Generator().manual_seed(0)
+labels = torch.randint(0, 2, (200,), generator=g)
+images = (labels[:, None, None, None] * 100 + torch.randint(0, 100, (200, 1, 8, 8), generator=g)).to(torch.uint8)
+data = fl.GroupedData(images, labels, labels.clone(), ("a", "b"), ("a", "b"))
+train, val, test = data.split(0)
+model = fl.models.build("cnn", 2, 1, 8, width=2)
+fl.train(model, train, val, epochs=1)
+for cut in fl.SNL(lr=0.05, max_epochs=2).linearize(model, train, [0.5]):
+    fl.finetune(cut.model, model, train, val, epochs=1)
+    print(fl.audit(cut.model, test, model, resamples=10).by_group["accuracy"].sum())
+assert not BARRED & set(sys.modules), BARRED & set(sys.modules)
+"""
+    assert float(python(code)) > 0
+
+
+def test_library_code_never_prints():
+    source = Path(fl.__file__).parent
+    for file in source.rglob("*.py"):
+        if file.name != "cli.py":
+            calls = [
+                node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+            ]
+            assert not any(isinstance(node.func, ast.Name) and node.func.id == "print" for node in calls), file

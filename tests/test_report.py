@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fairline.data.grouped import OVERALL
+from fairline.report import figures
+from fairline.report.html import headline, warnings, write_report
+from fairline.runs import Run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def browser(*arguments: str | Path, profile: Path) -> str:
+    """Headless Chromium without a network."""
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--virtual-time-budget=10000",
+    ]
+    done = subprocess.run(
+        [str(CHROMIUM), *flags, f"--user-data-dir={profile}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def page(runs) -> Path:
+    return runs / "audit" / "report.html"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_every_figure_is_drawn_in_a_browser_without_a_network(runs, page, tmp_path):
+    document = browser("--dump-dom", page.as_uri(), profile=tmp_path / "profile")
+    # Two variants (finetuned and not), three figures each.
+    assert len(re.findall(r'<svg[^>]*class="marks"', document)) == 6
+    assert "could not be drawn" not in re.sub(r"<script.*?</script>", "", document, flags=re.S)
+    drawn = re.sub(r"<script.*?</script>", "", document, flags=re.S)
+    # Accuracy at three budgets and of the base network for each variant, and every drop that is defined.
+    table = pd.read_parquet(runs / "audit" / "audit.parquet")
+    drops = table[(table["measure"] == "relative_drop") & (table["group"] != OVERALL)]["value"]
+    assert drawn.count('aria-roledescription="bar"') == 2 * 10 * 4 + drops.notna().sum()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_a_screenshot_is_not_empty(page, tmp_path):
+    from PIL import Image
+
+    shot = tmp_path / "page.png"
+    browser("--window-size=1140,1600", f"--screenshot={shot}", page.as_uri(), profile=tmp_path / "profile")
+    with Image.open(shot) as picture:
+        colours = picture.convert("RGB").resize((114, 160)).getcolors(maxcolors=1 << 16)
+    assert len(colours) > 50
+
+
+def test_the_page_needs_no_other_file(page):
+    text = page.read_text(encoding="utf-8")
+    outside = re.sub(r"<script.*?</script>", "", text, flags=re.S)
+    assert not re.search(r'(src|href)\s*=\s*"', outside)
+    assert "vegaEmbed" in text
+
+
+def test_the_page_says_the_numbers_of_the_table(runs, page):
+    table = pd.read_parquet(runs / "audit" / "audit.parquet")
+    text = html.unescape(page.read_text(encoding="utf-8"))
+    accuracy = table[table["measure"] == "accuracy"]
+    for value, low, high in accuracy[["value", "low", "high"]].to_numpy():
+        assert f"{value:.1%}" in text
+        assert f"{low:.1%} – {high:.1%}" in text
+    for phrase in ("Who pays", "What the numbers mean", "Settings", "bootstrap", "split seed", "lam"):
+        assert phrase in text
+    assert "fewer than 100 images" in text
+    # SNL cannot reach 20 of 448 ReLUs in twelve epochs, and says so.
+    assert ("before it reached every budget" in text) == ("keeps the largest" in (runs / "snl/log.txt").read_text())
+
+
+def audit_rows(values: dict[tuple[str, float], tuple[float, int]]) -> pd.DataFrame:
+    """Accuracy rows of a base network (fraction 1) and of finetuned cuts."""
+    rows = []
+    for (group, fraction), (accuracy, n) in values.items():
+        base = fraction == 1
+        rows.append(
+            {
+                "model": f"r{fraction}",
+                "split": "test",
+                "group": group,
+                "measure": "accuracy",
+                "value": accuracy,
+                "low": accuracy - 0.05,
+                "high": accuracy + 0.05,
+                "n": n,
+                "stage": "base" if base else "finetuned",
+                "method": "" if base else "snl",
+                "objective": "" if base else "erm",
+                "relus": round(1000 * fraction),
+                "total_relus": 1000,
+                "seed": 0,
+            }
+        )
+        if not base:
+            before = values[group, 1.0][0]
+            drop = (before - accuracy) / before * 100
+            rows.append({**rows[-1], "measure": "relative_drop", "value": drop, "low": drop - 3, "high": drop + 3})
+    return pd.DataFrame(rows)
+
+
+VALUES = {
+    ("many", 1.0): (0.9, 900),
+    ("few", 1.0): (0.8, 20),
+    (OVERALL, 1.0): (0.89, 920),
+    ("many", 0.1): (0.89, 900),
+    ("few", 0.1): (0.4, 20),
+    (OVERALL, 0.1): (0.87, 920),
+}
+COUNTS = pd.DataFrame({"group": ["few", "many"], "n": [80, 3600], "part": "train"})
+
+
+def test_the_headline_names_who_pays():
+    (sentence,) = headline(figures.prepare(audit_rows(VALUES), COUNTS))
+    assert "10 % of the ReLUs" in sentence
+    assert "from 89.0% to 87.0%" in sentence
+    assert "Group “few” loses 50.0 % of its accuracy, 95 % interval 47.0 to 53.0 %" in sentence
+    assert "group “many” loses 1.1 %" in sentence
+    gain = {**VALUES, ("many", 0.1): (0.91, 900), ("few", 0.1): (0.79, 20)}
+    (sentence,) = headline(figures.prepare(audit_rows(gain), COUNTS))
+    assert "no loss at all" in sentence
+    assert "group “many” gains 1.1 %" in sentence
+
+
+def test_small_groups_are_warned_of(runs):
+    found = warnings(figures.prepare(audit_rows(VALUES), COUNTS), Run.read(runs / "audit"))
+    assert "Too small to judge: “few” (20)" in found[0]
+    assert not any("many" in warning for warning in found)
+
+
+def test_figures_hold_the_rows_they_were_given():
+    frame = figures.prepare(audit_rows(VALUES), COUNTS)
+    made = figures.figures(frame)
+    assert [name.partition("_snl")[0] for name in made] == ["accuracy_by_group", "drop_by_group", "accuracy_by_budget"]
+    spec = made["accuracy_by_group_snl___finetune__erm"].to_dict()
+    text = json.dumps(spec)
+    rows = [row for data in spec["datasets"].values() for row in data if row.get("measure") == "accuracy"]
+    assert {(row["group"], row["value"]) for row in rows} == {("many", 0.9), ("few", 0.8), ("many", 0.89), ("few", 0.4)}
+    # Majority first.
+    assert '"sort": ["many", "few"]' in text
+    assert figures.group_order(frame) == ["many", "few"]
+
+
+@pytest.mark.parametrize(
+    ("percents", "labels"),
+    [
+        ([100.0, 50.0, 9.988, 2.009], ["100 %", "50 %", "10 %", "2 %"]),
+        ([12.31, 12.44], ["12.3 %", "12.4 %"]),
+        ([0.0, 0.123], ["0 %", "0.12 %"]),
+    ],
+)
+def test_budget_labels_are_as_short_as_they_can_be(percents, labels):
+    assert list(figures.budget_labels(percents).values()) == labels
+
+
+def test_a_base_network_alone_has_a_report(runs, tmp_path):
+    from fairline.jobs import audit_job
+
+    run = audit_job([runs / "base"], tmp_path / "audit", resamples=50, device="cpu")
+    text = write_report(run.folder, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "The base network is right on" in text
+    assert "Relative accuracy drop" not in text
