@@ -108,7 +108,16 @@ def linearize_job(
                 save_network(
                     run.network_folder(f"budget-{cut.budget}"),
                     cut.model,
-                    NetworkInfo(info.model, "linearized", cut.relus, cut.total, cut.budget, method, seed=seed),
+                    NetworkInfo(
+                        info.model,
+                        "linearized",
+                        cut.relus,
+                        cut.total,
+                        cut.budget,
+                        method,
+                        seed=seed,
+                        reached=bool(cut.info.get("reached", True)),
+                    ),
                 )
                 logger.info("budget %d: kept %d of %d ReLUs; %s", cut.budget, cut.relus, cut.total, cut.info)
             run.write_metrics(rows)
@@ -235,6 +244,7 @@ def audit_job(
                     "relus": info.relus,
                     "total_relus": info.total,
                     "seed": info.seed,
+                    "reached": info.reached,
                 }
                 tables.append(report.to_frame().assign(**described))
                 predictions.append(report.predictions.assign(model=name))

@@ -65,7 +65,9 @@ class _LearnedMaskedReLU(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         negative, mask = ctx.saved_tensors
-        grad_x = torch.where(negative < 0, grad * (1 - mask.to(grad.dtype)), grad)
+        # The gradient where x ≥ 0, and a step of m from the identity's towards it: two vectorised passes.
+        kept = torch.ops.aten.threshold_backward(grad, negative, -torch.finfo(grad.dtype).tiny)
+        grad_x = torch.lerp(grad, kept, mask.to(grad.dtype))
         grad_mask = (grad * negative).sum(0, dtype=mask.dtype).neg_()
         return grad_x, grad_mask
 

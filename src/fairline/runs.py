@@ -146,6 +146,7 @@ class NetworkInfo:
         method: Linearizer, empty for a base network.
         objective: Of the finetune, empty before it.
         seed: Of the job that made it.
+        reached: Whether the method reached the budget by its own rule.
     """
 
     model: ModelSpec
@@ -156,6 +157,7 @@ class NetworkInfo:
     method: str = ""
     objective: str = ""
     seed: int = 0
+    reached: bool = True
 
     @property
     def percent(self) -> float:

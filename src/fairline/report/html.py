@@ -114,22 +114,23 @@ def headline(frame: pd.DataFrame) -> list[str]:
         groups = [group for group in drops if group != OVERALL]
         if not groups:
             continue
+        after = (
+            f"{variant}, {label} of the ReLUs: overall accuracy goes from {base[OVERALL]:.1%} "
+            f"to {accuracy[OVERALL]:.1%}."
+        )
         hardest, mildest = max(groups, key=lambda g: drops[g]), min(groups, key=lambda g: drops[g])
         low, high = _limits(smallest, "relative_drop", hardest)
-        sure = "" if low > 0 else " (the interval includes no loss at all)"
-        sentences.append(
-            f"{variant}, {label} of the ReLUs: overall accuracy goes from {base[OVERALL]:.1%} to "
-            f"{accuracy[OVERALL]:.1%}. {_change(hardest, drops[hardest])}, 95 % interval "
-            f"{low:.1f} to {high:.1f} %{sure}; {_change(mildest, drops[mildest], first=False)}."
+        change = (
+            f"({base[hardest]:.1%} to {accuracy[hardest]:.1%}; 95 % interval of the loss {low:.1f} to {high:.1f} %)"
         )
+        if drops[hardest] > 0:
+            unsure = ", which includes no loss" if low <= 0 else ""
+            told = f"Group “{hardest}” loses {drops[hardest]:.1f} % of its accuracy {change}{unsure}"
+        else:
+            told = f"No group loses: even “{hardest}” gains {-drops[hardest]:.1f} % {change}"
+        other = f"“{mildest}” {'loses' if drops[mildest] > 0 else 'gains'} {abs(drops[mildest]):.1f} %"
+        sentences.append(f"{after} {told}; {other} ({base[mildest]:.1%} to {accuracy[mildest]:.1%}).")
     return sentences
-
-
-def _change(group: str, drop: float, *, first: bool = True) -> str:
-    word = "Group" if first else "group"
-    if drop >= 0:
-        return f"{word} “{group}” loses {drop:.1f} % of its accuracy"
-    return f"{word} “{group}” gains {-drop:.1f} %"
 
 
 def warnings(frame: pd.DataFrame, run: Run) -> list[str]:
@@ -156,14 +157,22 @@ def warnings(frame: pd.DataFrame, run: Run) -> list[str]:
     if len(undefined):
         names = ", ".join(f"“{name}”" for name in undefined)
         found.append(f"The relative drop of {names} is undefined: the base network is never right there.")
-    log = {str(entry.get("folder", "")): entry for entry in run.config.get("sources", [])}
-    for folder in log:
-        text = Path(folder, "log.txt")
-        if text.exists() and "keeps the largest masks as they are" in text.read_text(encoding="utf-8"):
-            found.append(
-                f"In {Path(folder).name}, SNL ended before it reached every budget; the smaller ones were cut by "
-                "mask size alone. Raise max_epochs or the learning rate."
-            )
+    short = frame[~frame["reached"]]
+    if len(short):
+        labels = ", ".join(dict.fromkeys(short["budget"]))
+        found.append(
+            f"Mask learning ended before it reached {labels} of the ReLUs; there the largest masks were kept "
+            "as they were, which costs accuracy. Raise max_epochs, the learning rate or λ."
+        )
+    drops = frame[(frame["measure"] == "relative_drop") & (frame["group"] == OVERALL)]
+    better = drops[drops["high"] < 0]
+    if len(better):
+        found.append(
+            f"With {', '.join(dict.fromkeys(better['budget']))} of its ReLUs the network is more accurate than "
+            "the base network, so the base network was not trained to its best: drops here mix linearization with "
+            "further training. Train the base network longer, or add the budget 100 % as a control that is "
+            "finetuned alike."
+        )
     return found
 
 

@@ -1,0 +1,79 @@
+"""What the documents say is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fairline as fl
+from fairline.cli import app
+from tests.conftest import make_data
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_commands_and_options_in_the_documents_exist():
+    import typer
+
+    group = typer.main.get_command(app)
+    seen = 0
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            for line in block.splitlines():
+                match = re.match(r"\s*(?:\.venv/bin/)?fairline (\w+)(.*)", line.partition("#")[0])
+                if match:
+                    known = {option for parameter in group.commands[match[1]].params for option in parameter.opts}
+                    known |= {
+                        option for parameter in group.commands[match[1]].params for option in parameter.secondary_opts
+                    }
+                    assert set(re.findall(r"--[a-z-]+", match[2])) <= known, line
+                    seen += 1
+    assert seen >= 10
+
+
+def test_the_api_in_one_screen_runs(monkeypatch, tmp_path):
+    """README's code as it stands, on synthetic images and with shorter schedules."""
+    code = blocks(ROOT / "README.md", "python")[0]
+    monkeypatch.chdir(tmp_path)
+    data = make_data(150, classes=5, groups=4)
+    data = fl.GroupedData(
+        data.images.expand(-1, 3, -1, -1).contiguous(), data.labels, data.groups, data.class_names, data.group_names
+    )
+    monkeypatch.setattr("fairline.data.load", lambda name, root: data)
+    for old, new in (
+        ("epochs=160", "epochs=1"),
+        ("epochs=100", "epochs=1"),
+        ("width=64", "width=2, image_size=8"),
+        ("fl.SNL(seed=0)", "fl.SNL(seed=0, max_epochs=1)"),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    scope: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert len(list(tmp_path.glob("audit-*.parquet"))) == 3
+    assert scope["report"].by_group["accuracy"].between(0, 1).all()
+
+
+def test_the_objective_in_contributing_works(parts, trained):
+    scope: dict[str, object] = {}
+    exec(blocks(ROOT / "CONTRIBUTING.md", "python")[0], scope)
+    objective = scope["WorstSample"]()
+    model = fl.mask_relus(trained, parts[0].normalized(slice(2)))
+    fl.finetune(model, trained, parts[0], parts[1], epochs=1, objective=objective)
+    losses = torch.tensor([1.0, 3.0])
+    assert objective.reduce(losses, None) == 3
