@@ -19,6 +19,7 @@ import typer
 from fairline._io import load_tensors, save_tensors
 from fairline.cli import app, main, parse_budgets, parse_options
 from fairline.errors import FairlineError
+from fairline.runs import Run
 from tests.commands import AUDIT, FINETUNE, LINEARIZE, TRAIN, command, fairline, ok
 
 
@@ -62,6 +63,15 @@ def test_a_finished_command_changes_nothing(runs):
     after = {file: file.stat().st_mtime_ns for file in (runs / "base").rglob("*") if file.is_file()}
     lock = runs / "base" / ".lock"
     assert {f: t for f, t in before.items() if f != lock} == {f: t for f, t in after.items() if f != lock}
+
+
+def test_runs_may_be_moved_together(runs, tmp_path):
+    for name in ("base", "snl", "students"):
+        shutil.copytree(runs / name, tmp_path / "moved" / name)
+    config = tmp_path / "moved" / "students" / "config.json"
+    config.write_text(config.read_text().replace(str(runs), "/nowhere"))
+    lineage = Run(tmp_path / "moved" / "students").lineage()
+    assert [run.command for run in lineage] == ["train", "linearize", "finetune"]
 
 
 def contents(folder: Path) -> dict[str, object]:
@@ -150,6 +160,24 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
     finally:
         first.kill()
         first.wait()
+
+
+def test_control_c_says_how_to_go_on(tmp_path):
+    out = tmp_path / "base"
+    process = subprocess.Popen(
+        command(*TRAIN[:8], "400", *TRAIN[9:], "--out", out),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    while not (out / "checkpoint" / "train.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "repeat the command to resume" in err
+    assert "Traceback" not in err
 
 
 def assert_sentence(done: subprocess.CompletedProcess[str], message: str) -> None:

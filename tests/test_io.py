@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from fairline._io import atomic_path, load_state, load_tensors, read_json, resolve_device, save_state, save_tensors
 from fairline.errors import FairlineError
@@ -55,6 +56,20 @@ def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         write()
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"x": torch.ones(3)})
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("fairline._io.save_file", full)
+    with pytest.raises(FairlineError, match=r"x.safetensors cannot be written .*No space left"):
+        save_tensors(path, {"x": torch.zeros(3)})
+    assert torch.equal(load_tensors(path)[0]["x"], torch.ones(3))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_cut_short_file_is_one_sentence(tmp_path):

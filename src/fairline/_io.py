@@ -71,7 +71,11 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Any 
     # Clones: safetensors refuses tensors that share memory.
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(plain, temporary, metadata={"fairline": json.dumps(metadata)})
+        try:
+            save_file(plain, temporary, metadata={"fairline": json.dumps(metadata)})
+        except SafetensorError as error:
+            # A full disk, for one.
+            raise FairlineError(f"{path} cannot be written ({error}).") from None
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from fairline import __version__
 from fairline.errors import FairlineError
@@ -159,12 +159,13 @@ def progress_bars() -> Iterator[ProgressCallback]:
     """Draw progress reports, one bar a stage, with the time left."""
     from fairline.training import Progress as Report
 
+    # In a narrow terminal the message gives way, never the time left.
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[message]}"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=34)),
+        BarColumn(bar_width=12),
+        TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
+        TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True, min_width=8)),
+        TextColumn("{task.fields[message]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
     bars: dict[str, TaskID] = {}
     with Progress(*columns, console=err_console, refresh_per_second=4) as drawn:
@@ -174,7 +175,12 @@ def progress_bars() -> Iterator[ProgressCallback]:
                 bars[update.stage] = drawn.add_task(update.stage, total=update.total, message="")
             drawn.update(bars[update.stage], completed=update.done, total=update.total, message=update.message)
 
-        yield report
+        try:
+            yield report
+        except KeyboardInterrupt:
+            drawn.stop()
+            err_console.print("Interrupted; repeat the command to resume.")
+            sys.exit(130)
 
 
 def print_frame(frame: pd.DataFrame, title: str, formats: dict[str, str] | None = None) -> None:
@@ -515,9 +521,6 @@ def main() -> None:
             f"Error: {error.strerror or error}{where}.", style="red", markup=False, highlight=False, soft_wrap=True
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        err_console.print("Interrupted; repeat the command to resume.")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

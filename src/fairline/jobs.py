@@ -213,7 +213,7 @@ def audit_job(
         "split": split,
         "resamples": resamples,
         "seed": seed,
-        "chain": {run.command: run.config for run in [base, *runs]},
+        "lineage": {str(run.folder.resolve()): run.config for source in runs for run in source.lineage()},
     }
     with Run.write(out, "audit", config, where) as run:
         if not run.finished:

@@ -336,12 +336,19 @@ class Run:
         """Where a network of this run goes."""
         return self.folder / "networks" / name
 
+    def lineage(self) -> list[Run]:
+        """The runs that this one was built on, the training run first, and this one last."""
+        if self.command == "train":
+            return [self]
+        parent = Path(self.config["parent"]["folder"])
+        if not parent.exists():
+            # The runs may have been moved together.
+            parent = self.folder.resolve().parent / parent.name
+        return [*Run.read(parent).lineage(), self]
+
     def base(self) -> Run:
-        """The training run at the start of this chain of runs."""
-        run = self
-        while run.command != "train":
-            run = Run.read(run.config["parent"]["folder"])
-        return run
+        """The training run at the start of the lineage."""
+        return self.lineage()[0]
 
     def parent_entry(self) -> dict[str, str]:
         """How a following job names this one: its folder, and a digest of its networks."""

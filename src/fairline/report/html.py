@@ -248,13 +248,13 @@ def _counts_table(counts: pd.DataFrame) -> dict[str, Any]:
 
 def _settings(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     sections = []
-    for command, config in run.config["chain"].items():
+    for folder, config in run.config["lineage"].items():
         rows = [
             (key, _plain(value))
             for key, value in config.items()
             if key not in ("command", "data", "parent") and value not in ({}, [], None)
         ]
-        sections.append((command, rows))
+        sections.append((f"{config['command']}: {Path(folder).name}", rows))
     data = run.config["data"]
     rows = [
         ("name", data["name"]),
