@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fairline.errors import FairlineError
+from fairline._registry import build_named
 from fairline.linearize.base import Linearized, Linearizer, resolve_budgets
 from fairline.linearize.snl import SNL
 
@@ -18,12 +18,7 @@ def build(name: str, **options: Any) -> Linearizer:
     Raises:
         FairlineError: The name or an option is unknown.
     """
-    if name not in REGISTRY:
-        raise FairlineError(f"There is no linearizer '{name}'; choose one of {', '.join(REGISTRY)}.")
-    try:
-        return REGISTRY[name](**options)
-    except TypeError as error:
-        raise FairlineError(f"Linearizer '{name}': {error}.") from None
+    return build_named("linearizer", REGISTRY, name, options)
 
 
 __all__ = ["REGISTRY", "SNL", "Linearized", "Linearizer", "build", "resolve_budgets"]

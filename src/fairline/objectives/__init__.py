@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fairline.errors import FairlineError
+from fairline._registry import build_named
 from fairline.objectives.base import Batch, Objective, distillation_loss
 from fairline.objectives.erm import ERM
 
@@ -18,12 +18,7 @@ def build(name: str, **options: Any) -> Objective:
     Raises:
         FairlineError: The name or an option is unknown.
     """
-    if name not in REGISTRY:
-        raise FairlineError(f"There is no objective '{name}'; choose one of {', '.join(REGISTRY)}.")
-    try:
-        return REGISTRY[name](**options)
-    except TypeError as error:
-        raise FairlineError(f"Objective '{name}': {error}.") from None
+    return build_named("objective", REGISTRY, name, options)
 
 
 __all__ = ["ERM", "REGISTRY", "Batch", "Objective", "build", "distillation_loss"]

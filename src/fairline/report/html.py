@@ -39,6 +39,7 @@ def write_report(audit: str | Path, out: str | Path | None = None) -> Path:
     run = Run.read(audit, "audit")
     counts = read_table(run, "counts.parquet")
     frame = figures.prepare(read_table(run, "audit.parquet"), counts)
+    chance = 1 / run.lineage_model()["num_classes"]
     charts = figures.figures(frame)
     specs = {name: json.dumps(chart.to_dict(), default=str).replace("</", "<\\/") for name, chart in charts.items()}
     environment = Environment(
@@ -49,8 +50,8 @@ def write_report(audit: str | Path, out: str | Path | None = None) -> Path:
     )
     page = environment.get_template("report.html.j2").render(
         title=f"Who pays for linearization: {run.data.name}",
-        headline=headline(frame),
-        warnings=warnings(frame, run),
+        headline=headline(frame, chance),
+        warnings=warnings(frame, run, chance),
         charts=charts.keys(),
         specs=specs,
         javascript=_javascript(),
@@ -94,8 +95,13 @@ def _javascript() -> str:
     return bundle.replace("</script", "<\\/script")
 
 
-def headline(frame: pd.DataFrame) -> list[str]:
-    """What happened, in a sentence or two for each variant."""
+def headline(frame: pd.DataFrame, chance: float) -> list[str]:
+    """What happened, in a sentence or two for each variant.
+
+    Args:
+        frame: Prepared audit rows.
+        chance: Accuracy of guessing; a group that the base network serves no better has no drop worth telling.
+    """
     sentences = []
     for variant in figures.main_variants(frame):
         own = frame[frame["variant"] == variant]
@@ -111,13 +117,14 @@ def headline(frame: pd.DataFrame) -> list[str]:
             continue
         drops = {g: v for g, v in _values(smallest, "relative_drop").items() if not math.isnan(v)}
         base = _values(frame[frame["stage"] == "base"], "accuracy")
-        groups = [group for group in drops if group != OVERALL]
-        if not groups:
-            continue
+        groups = [group for group in drops if group != OVERALL and base[group] > chance]
         after = (
             f"{variant}, {label} of the ReLUs: overall accuracy goes from {base[OVERALL]:.1%} "
             f"to {accuracy[OVERALL]:.1%}."
         )
+        if not groups:
+            sentences.append(after)
+            continue
         hardest, mildest = max(groups, key=lambda g: drops[g]), min(groups, key=lambda g: drops[g])
         low, high = _limits(smallest, "relative_drop", hardest)
         change = (
@@ -128,12 +135,15 @@ def headline(frame: pd.DataFrame) -> list[str]:
             told = f"Group “{hardest}” loses {drops[hardest]:.1f} % of its accuracy {change}{unsure}"
         else:
             told = f"No group loses: even “{hardest}” gains {-drops[hardest]:.1f} % {change}"
-        other = f"“{mildest}” {'loses' if drops[mildest] > 0 else 'gains'} {abs(drops[mildest]):.1f} %"
-        sentences.append(f"{after} {told}; {other} ({base[mildest]:.1%} to {accuracy[mildest]:.1%}).")
+        other = ""
+        if mildest != hardest:
+            verb = "loses" if drops[mildest] > 0 else "gains"
+            other = f"; “{mildest}” {verb} {abs(drops[mildest]):.1f} % ({base[mildest]:.1%} to {accuracy[mildest]:.1%})"
+        sentences.append(f"{after} {told}{other}.")
     return sentences
 
 
-def warnings(frame: pd.DataFrame, run: Run) -> list[str]:
+def warnings(frame: pd.DataFrame, run: Run, chance: float) -> list[str]:
     """What a reader must know before trusting the numbers."""
     found = []
     sizes = (
@@ -153,10 +163,13 @@ def warnings(frame: pd.DataFrame, run: Run) -> list[str]:
         )
     if run.config["split"] != "test":
         found.append(f"These numbers are from the {run.config['split']} part, which training or selection has seen.")
-    undefined = frame[(frame["measure"] == "relative_drop") & frame["value"].isna()]["group"].unique()
-    if len(undefined):
-        names = ", ".join(f"“{name}”" for name in undefined)
-        found.append(f"The relative drop of {names} is undefined: the base network is never right there.")
+    base = _values(frame[(frame["stage"] == "base") & (frame["group"] != OVERALL)], "accuracy")
+    guessed = [f"“{group}” ({value:.1%})" for group, value in base.items() if value <= chance]
+    if guessed:
+        found.append(
+            f"The base network is no better than guessing ({chance:.1%}) on {', '.join(guessed)}. A relative drop says "
+            "nothing there, and is undefined where it is never right."
+        )
     short = frame[~frame["reached"]]
     if len(short):
         labels = ", ".join(dict.fromkeys(short["budget"]))

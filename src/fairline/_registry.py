@@ -1,0 +1,30 @@
+"""Building what a user names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from fairline.errors import FairlineError
+
+T = TypeVar("T")
+
+
+def build_named(kind: str, registry: Mapping[str, type[T]], name: str, options: Mapping[str, Any]) -> T:
+    """An instance of the class registered under ``name``.
+
+    Args:
+        kind: What the registry holds, for the error message.
+        registry: Classes by name.
+        name: Which one.
+        options: Arguments of its constructor.
+
+    Raises:
+        FairlineError: The name or an option is unknown.
+    """
+    if name not in registry:
+        raise FairlineError(f"There is no {kind} '{name}'; choose one of {', '.join(registry)}.")
+    try:
+        return registry[name](**options)
+    except TypeError as error:
+        raise FairlineError(f"{kind.capitalize()} '{name}': {error}.") from None

@@ -1,0 +1,26 @@
+"""The benchmarks run; what they measure is no test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments", "lines"),
+    [("masked_relu.py", ["--rounds", "1"], 5), ("snl_epoch.py", ["--images", "256", "--rounds", "1"], 3)],
+)
+def test_benchmark_prints_its_ratios(script, arguments, lines):
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / script), "--width", "4", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    ratios = [float(word) for line in done.stdout.splitlines()[1:] for word in line.split()[-2:] if word[0].isdigit()]
+    assert len(ratios) >= lines
+    assert all(ratio > 0 for ratio in ratios)
