@@ -31,11 +31,12 @@ def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "fairline.cli", "--threads", "1", *map(str, arguments)]
 
 
-def fairline(*arguments: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "160", **env}
-    environment.pop("FAIRLINE_DATA", None)
-    environment.update(env)
-    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, cwd=cwd, env=environment)
+#: Without a data folder of the developer's, and wide enough for one-line messages.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "FAIRLINE_DATA"} | {"COLUMNS": "160"}
+
+
+def fairline(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, cwd=cwd, env=ENVIRONMENT)
 
 
 def ok(*arguments: str | Path, **more) -> str:

@@ -20,7 +20,7 @@ from fairline._io import load_tensors, save_tensors
 from fairline.cli import app, main, parse_budgets, parse_options
 from fairline.errors import FairlineError
 from fairline.runs import Run
-from tests.commands import AUDIT, FINETUNE, LINEARIZE, TRAIN, command, fairline, ok
+from tests.commands import AUDIT, ENVIRONMENT, FINETUNE, LINEARIZE, TRAIN, command, fairline, ok
 
 
 def test_run_folders_hold_what_they_promise(runs):
@@ -90,7 +90,9 @@ def contents(folder: Path) -> dict[str, object]:
 
 def kill_when(arguments: list[str], moment, timeout: float = 120) -> bool:
     """Start a command and kill -9 it as soon as ``moment()`` is true; False if it ended before."""
-    process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
     deadline = time.monotonic() + timeout
     try:
         while time.monotonic() < deadline:
@@ -150,7 +152,10 @@ def test_kill_9_at_any_moment_of_mask_learning(runs, tmp_path, delay):
 def test_two_processes_do_not_share_a_folder(tmp_path):
     out = tmp_path / "base"
     first = subprocess.Popen(
-        command(*TRAIN[:8], "400", *TRAIN[9:], "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(*TRAIN[:8], "400", *TRAIN[9:], "--out", out),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
     )
     try:
         while not (out / "status.json").exists():
@@ -169,6 +174,7 @@ def test_control_c_says_how_to_go_on(tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        env=ENVIRONMENT,
     )
     while not (out / "checkpoint" / "train.safetensors").exists():
         assert process.poll() is None

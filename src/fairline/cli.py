@@ -138,6 +138,7 @@ def data_spec(
     seed: int,
 ) -> DataSpec:
     """The data that the options describe."""
+    from fairline.data import WITHOUT_ROOT
     from fairline.runs import DataSpec
 
     merged = parse_options(options)
@@ -145,7 +146,7 @@ def data_spec(
         merged["groups"] = groups
     if unbalanced is not None:
         merged["unbalanced"] = unbalanced
-    folder = root or os.environ.get("FAIRLINE_DATA")
+    folder = None if name in WITHOUT_ROOT else root or os.environ.get("FAIRLINE_DATA")
     # Absolute: a later command may run from elsewhere.
     return DataSpec(name, None if folder is None else str(Path(folder).expanduser().resolve()), merged, seed)
 

@@ -66,7 +66,7 @@ def run_demo(
         budgets or (0.5, 0.1, 0.02),
         "snl",
         lr=0.01 if small else 3e-3,
-        lam=3e-4 if small else 1e-4,
+        lam=3e-4 if small else 1e-3,
         max_epochs=max_epochs or (200 if small else 40),
         batch_size=batch_size,
         seed=seed,

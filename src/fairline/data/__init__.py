@@ -19,6 +19,9 @@ REGISTRY: dict[str, str] = {
     "folder": "fairline.data.folder",
 }
 
+#: Data sets that come with a library and need no folder.
+WITHOUT_ROOT = frozenset({"digits"})
+
 
 def load(name: str, root: str | Path | None = None, **options: Any) -> GroupedData:
     """Load a data set by name.
@@ -43,4 +46,4 @@ def load(name: str, root: str | Path | None = None, **options: Any) -> GroupedDa
     return data
 
 
-__all__ = ["OVERALL", "REGISTRY", "GroupedData", "Skipped", "load"]
+__all__ = ["OVERALL", "REGISTRY", "WITHOUT_ROOT", "GroupedData", "Skipped", "load"]
