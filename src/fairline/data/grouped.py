@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -173,6 +174,10 @@ class GroupedData:
         """Mean and standard deviation of each channel, of these images unless :meth:`split` has set them."""
         if self.mean is not None and self.std is not None:
             return self.mean, self.std
+        return self._own_normalization
+
+    @cached_property
+    def _own_normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         channels = self.images.shape[1]
         total = torch.zeros(channels, dtype=torch.float64, device=self.device)
         squares = torch.zeros_like(total)
