@@ -294,6 +294,8 @@ def test_every_command_explains_itself():
         assert described.help
         for parameter in described.params:
             assert parameter.name == "help" or parameter.help, f"{name}: {parameter.name} has no help"
+            # Square brackets are markup to the help's renderer, and vanish.
+            assert "[" not in (parameter.help or ""), f"{name}: {parameter.name}"
     assert re.fullmatch(r"fairline \d+\.\d+\.\d+\n", ok("--version"))
 
 
