@@ -208,7 +208,13 @@ BAD = {
     "unknown model": ([*TRAIN[:4], "lenet", "--out", "x"], "no model 'lenet'"),
     "model option": ([*TRAIN, "--model-option", "depth=3", "--out", "x"], "no option 'depth'"),
     "missing module": ([*TRAIN[:4], "nowhere:net", "--out", "x"], "cannot be imported"),
-    "no epochs": ([*TRAIN, "--epochs", "0", "--out", "x"], "epochs ≥ 1"),
+    "no weights": ([*TRAIN, "--epochs", "0", "--out", "x"], "needs weights"),
+    "missing weights": ([*TRAIN, "--weights", "gone.safetensors", "--out", "x"], "gone.safetensors does not exist"),
+    "weights of another width": (
+        [*TRAIN[:5], "--width", "8", "--weights", "RUNS/base/networks/base/model.safetensors", "--out", "x"],
+        r"another architecture: '0.weight' has shape \(4, 1, 3, 3\) there and \(8, 1, 3, 3\) in the model",
+    ),
+    "no epochs": ([*TRAIN, "--epochs", "-1", "--out", "x"], "epochs ≥ 1"),
     "unknown device": ([*TRAIN, "--device", "abacus", "--out", "x"], "'abacus' cannot be used"),
     "exploding": ([*TRAIN, "--lr", "1e30", "--out", "x"], "loss became"),
     "foreign folder": ([*TRAIN, "--out", "table"], "is not empty and is not a run"),
@@ -316,6 +322,15 @@ def test_a_network_of_your_own(tmp_path):
     ok(*own, "--out", tmp_path / "base")
     out = ok("linearize", tmp_path / "base", "--budgets", "5", "--max-epochs", "1", "--out", tmp_path / "cut")
     assert "5 of 20 ReLUs" in out
+
+
+def test_weights_of_your_own_are_taken_as_they_are(runs, tmp_path):
+    weights = runs / "base" / "networks" / "base" / "model.safetensors"
+    said = ok(*TRAIN[:7], "--epochs", "0", "--weights", weights, "--out", tmp_path / "base")
+    assert "taken as they are" in said
+    copied = load_tensors(tmp_path / "base" / "networks" / "base" / "model.safetensors")[0]
+    assert all(torch.equal(copied[name], tensor) for name, tensor in load_tensors(weights)[0].items())
+    ok("linearize", tmp_path / "base", "--budgets", "5", "--max-epochs", "1", "--out", tmp_path / "cut")
 
 
 def test_options_and_budgets_are_parsed():

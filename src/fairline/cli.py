@@ -243,6 +243,10 @@ def train(
     model: Model = "resnet18",
     width: Width = None,
     model_option: ModelOption = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", help="Safetensors file to start from; with --epochs 0 it is taken as it is."),
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 160,
     lr: Annotated[
         float, typer.Option(help="Learning rate at the start; a tenth at 50 % and 75 % of the epochs.")
@@ -263,6 +267,7 @@ def train(
             spec,
             model,
             options,
+            weights=weights,
             epochs=epochs,
             lr=lr,
             batch_size=batch_size,
@@ -456,6 +461,9 @@ def _say_best(run: Run) -> None:
     import pandas as pd
 
     rows = pd.read_parquet(run.folder / "metrics.parquet")
+    if rows.empty:
+        out_console.print(f"The weights are taken as they are. Written to {run.folder}", soft_wrap=True)
+        return
     best = rows.sort_values(["val_accuracy", "val_loss"], ascending=[False, True]).iloc[0]
     out_console.print(
         f"Best epoch {best['epoch']:.0f} of {len(rows)}: validation accuracy {best['val_accuracy']:.1%}, "

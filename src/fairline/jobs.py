@@ -16,7 +16,17 @@ from fairline import objectives
 from fairline._io import atomic_path, resolve_device
 from fairline.audit import audit as audit_model
 from fairline.errors import FairlineError
-from fairline.runs import DataSpec, ModelSpec, NetworkInfo, Run, count_relus, load_network, save_network
+from fairline.runs import (
+    DataSpec,
+    ModelSpec,
+    NetworkInfo,
+    Run,
+    count_relus,
+    digest,
+    load_network,
+    load_weights,
+    save_network,
+)
 from fairline.training import Progress, ProgressCallback, finetune, train
 
 logger = logging.getLogger(__name__)
@@ -28,12 +38,31 @@ def train_job(
     model: str,
     model_options: Mapping[str, Any] | None = None,
     *,
+    weights: str | Path | None = None,
     seed: int = 0,
     device: str | None = None,
     progress: ProgressCallback | None = None,
     **settings: Any,
 ) -> Run:
-    """Train a base network into ``out``; ``settings`` go to :func:`fairline.train`."""
+    """Train a base network into ``out``; ``settings`` go to :func:`fairline.train`.
+
+    Args:
+        out: Run folder.
+        data: What to train on.
+        model: Architecture; see :func:`fairline.models.build`.
+        model_options: Its options.
+        weights: A safetensors file to start from; with ``epochs=0`` they are taken as they are.
+        seed: Of initialisation and training.
+        device: The accelerator if there is one, by default.
+        progress: Called after every batch.
+        settings: Of the training.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        FairlineError: The input is wrong; the sentence says where.
+    """
     where = resolve_device(device)
     spec, parts = data.load()
     _, channels, height, width = parts["train"].images.shape
@@ -43,20 +72,28 @@ def train_job(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = model_spec.build()
+    if weights is not None:
+        load_weights(network, Path(weights))
+    elif settings.get("epochs") == 0:
+        raise FairlineError("A network that is not trained (epochs 0) needs weights.")
     total = count_relus(network, model_spec)
-    config = {"data": asdict(spec), "model": asdict(model_spec), "settings": settings, "seed": seed}
+    config: dict[str, Any] = {"data": asdict(spec), "model": asdict(model_spec), "settings": settings, "seed": seed}
+    if weights is not None:
+        config["weights"] = {"file": str(Path(weights).resolve()), "digest": digest([Path(weights)])}
     with Run.write(out, "train", config, where) as run:
         if not run.finished:
-            rows = train(
-                network,
-                parts["train"],
-                parts["val"],
-                seed=seed,
-                device=where,
-                progress=progress,
-                checkpoint=run.checkpoint / "train.safetensors",
-                **settings,
-            )
+            rows: list[dict[str, float]] = []
+            if settings.get("epochs") != 0:
+                rows = train(
+                    network,
+                    parts["train"],
+                    parts["val"],
+                    seed=seed,
+                    device=where,
+                    progress=progress,
+                    checkpoint=run.checkpoint / "train.safetensors",
+                    **settings,
+                )
             run.write_metrics(rows)
             save_network(
                 run.network_folder("base"),

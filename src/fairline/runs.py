@@ -95,12 +95,12 @@ class DataSpec:
                 whole.skipped[0].reason,
             )
         parts = dict(zip(("train", "val", "test"), whole.split(self.split_seed), strict=True))
-        digest = hashlib.blake2b(digest_size=16)
+        content = hashlib.blake2b(digest_size=16)
         for part in parts.values():
             for tensor in (part.images, part.labels, part.groups):
-                digest.update(tensor.numpy().tobytes())
+                content.update(tensor.numpy().tobytes())
         mean, std = parts["train"].normalization()
-        complete = DataSpec(self.name, self.root, dict(self.options), self.split_seed, digest.hexdigest(), mean, std)
+        complete = DataSpec(self.name, self.root, dict(self.options), self.split_seed, content.hexdigest(), mean, std)
         if self.fingerprint and self.fingerprint != complete.fingerprint:
             raise FairlineError(
                 f"Data '{self.name}' at {self.root} are not those that the network was trained on; "
@@ -189,22 +189,36 @@ def load_network(folder: Path) -> tuple[nn.Module, NetworkInfo]:
     has_masks = info.stage != "base" or (folder / "masks.safetensors").exists()
     if has_masks:
         model = mask_relus(model, info.model.example())
-    weights, _ = load_tensors(folder / "model.safetensors")
-    missing, unexpected = model.load_state_dict(weights, strict=False) if _fits(model, weights) else (["x"], [])
-    missing = [name for name in missing if not name.endswith(".kept")]
-    if missing or unexpected:
-        raise FairlineError(
-            f"{folder / 'model.safetensors'} holds weights of another architecture than {info.model.name} "
-            f"with {info.model.num_classes} classes and {dict(info.model.options)}."
-        )
+    load_weights(model, folder / "model.safetensors")
     if has_masks:
         load_masks(folder / "masks.safetensors", model)
     return model.eval(), info
 
 
-def _fits(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> bool:
-    own = model.state_dict()
-    return all(name not in weights or weights[name].shape == tensor.shape for name, tensor in own.items())
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load all weights of a model but its masks from a safetensors file.
+
+    Raises:
+        FairlineError: The file is missing, broken, or holds weights of another architecture.
+    """
+    weights, _ = load_tensors(path)
+    own = {name: value for name, value in model.state_dict().items() if not name.endswith(".kept")}
+    for name in [*own, *weights]:
+        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (own, weights)]
+        if shapes[0] != shapes[1]:
+            raise FairlineError(
+                f"{path} holds weights of another architecture: '{name}' has shape {shapes[1] or 'none'} there "
+                f"and {shapes[0] or 'none'} in the model."
+            )
+    model.load_state_dict(weights, strict=False)
+
+
+def digest(files: Sequence[Path]) -> str:
+    """Digest of the content of some files."""
+    total = hashlib.blake2b(digest_size=16)
+    for file in files:
+        total.update(file.read_bytes())
+    return total.hexdigest()
 
 
 class Run:
@@ -357,11 +371,8 @@ class Run:
 
     def parent_entry(self) -> dict[str, str]:
         """How a following job names this one: its folder, and a digest of its networks."""
-        digest = hashlib.blake2b(digest_size=16)
-        for folder in self.networks().values():
-            for file in sorted(folder.iterdir()):
-                digest.update(file.read_bytes())
-        return {"folder": str(self.folder.resolve()), "digest": digest.hexdigest()}
+        files = [file for folder in self.networks().values() for file in sorted(folder.iterdir())]
+        return {"folder": str(self.folder.resolve()), "digest": digest(files)}
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write one row an epoch."""
