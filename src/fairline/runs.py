@@ -360,11 +360,6 @@ class Run:
             parent = self.folder.resolve().parent / parent.name
         return [*Run.read(parent).lineage(), self]
 
-    def lineage_model(self) -> dict[str, Any]:
-        """The base network's spec, from an audit's own record of its lineage."""
-        model: dict[str, Any] = next(iter(self.config["lineage"].values()))["model"]
-        return model
-
     def base(self) -> Run:
         """The training run at the start of the lineage."""
         return self.lineage()[0]

@@ -19,6 +19,8 @@ from fairline.runs import Run
 TOO_SMALL = 30
 #: Below this, about ±10 points.
 SMALL = 100
+#: A relative drop divides by the images that the base network gets right; of fewer than these it is noise.
+RARELY = 10
 
 
 def write_report(audit: str | Path, out: str | Path | None = None) -> Path:
@@ -39,7 +41,6 @@ def write_report(audit: str | Path, out: str | Path | None = None) -> Path:
     run = Run.read(audit, "audit")
     counts = read_table(run, "counts.parquet")
     frame = figures.prepare(read_table(run, "audit.parquet"), counts)
-    chance = 1 / run.lineage_model()["num_classes"]
     charts = figures.figures(frame)
     specs = {name: json.dumps(chart.to_dict(), default=str).replace("</", "<\\/") for name, chart in charts.items()}
     environment = Environment(
@@ -50,8 +51,8 @@ def write_report(audit: str | Path, out: str | Path | None = None) -> Path:
     )
     page = environment.get_template("report.html.j2").render(
         title=f"Who pays for linearization: {run.data.name}",
-        headline=headline(frame, chance),
-        warnings=warnings(frame, run, chance),
+        headline=headline(frame),
+        warnings=warnings(frame, run),
         charts=charts.keys(),
         specs=specs,
         javascript=_javascript(),
@@ -95,14 +96,10 @@ def _javascript() -> str:
     return bundle.replace("</script", "<\\/script")
 
 
-def headline(frame: pd.DataFrame, chance: float) -> list[str]:
-    """What happened, in a sentence or two for each variant.
-
-    Args:
-        frame: Prepared audit rows.
-        chance: Accuracy of guessing; a group that the base network serves no better has no drop worth telling.
-    """
+def headline(frame: pd.DataFrame) -> list[str]:
+    """What happened, in a sentence or two for each variant."""
     sentences = []
+    rare = _rarely_right(frame)
     for variant in figures.main_variants(frame):
         own = frame[frame["variant"] == variant]
         smallest = own[own["percent"] == own["percent"].min()]
@@ -117,7 +114,7 @@ def headline(frame: pd.DataFrame, chance: float) -> list[str]:
             continue
         drops = {g: v for g, v in _values(smallest, "relative_drop").items() if not math.isnan(v)}
         base = _values(frame[frame["stage"] == "base"], "accuracy")
-        groups = [group for group in drops if group != OVERALL and base[group] > chance]
+        groups = [group for group in drops if group != OVERALL and group not in rare]
         after = (
             f"{variant}, {label} of the ReLUs: overall accuracy goes from {base[OVERALL]:.1%} "
             f"to {accuracy[OVERALL]:.1%}."
@@ -143,7 +140,14 @@ def headline(frame: pd.DataFrame, chance: float) -> list[str]:
     return sentences
 
 
-def warnings(frame: pd.DataFrame, run: Run, chance: float) -> list[str]:
+def _rarely_right(frame: pd.DataFrame) -> dict[str, int]:
+    """Groups in which the base network is right on too few images for a ratio of them, and how many those are."""
+    rows = frame[(frame["stage"] == "base") & (frame["measure"] == "accuracy") & (frame["group"] != OVERALL)]
+    right = {str(row.group): round(row.value * row.n) for row in rows.itertuples()}
+    return {group: count for group, count in right.items() if count < RARELY}
+
+
+def warnings(frame: pd.DataFrame, run: Run) -> list[str]:
     """What a reader must know before trusting the numbers."""
     found = []
     sizes = (
@@ -163,12 +167,11 @@ def warnings(frame: pd.DataFrame, run: Run, chance: float) -> list[str]:
         )
     if run.config["split"] != "test":
         found.append(f"These numbers are from the {run.config['split']} part, which training or selection has seen.")
-    base = _values(frame[(frame["stage"] == "base") & (frame["group"] != OVERALL)], "accuracy")
-    guessed = [f"“{group}” ({value:.1%})" for group, value in base.items() if value <= chance]
-    if guessed:
+    rare = [f"“{group}” ({count})" for group, count in _rarely_right(frame).items()]
+    if rare and (frame["measure"] == "relative_drop").any():
         found.append(
-            f"The base network is no better than guessing ({chance:.1%}) on {', '.join(guessed)}. A relative drop says "
-            "nothing there, and is undefined where it is never right."
+            f"The base network is right on fewer than {RARELY} images of {', '.join(rare)}: a relative drop says "
+            "little there, and is undefined where it is never right."
         )
     short = frame[~frame["reached"]]
     if len(short):
