@@ -9,18 +9,24 @@ from collections.abc import Callable
 import torch
 
 
-def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each step, the alternatives taking turns so that drift hits all of them."""
+def interleaved(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Median of the seconds that each step returns, the alternatives taking turns so that drift hits all of them."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(rounds + 1):
         for name, step in steps.items():
-            synchronize()
-            start = time.perf_counter()
-            step()
-            synchronize()
+            seconds = step()
             if round_ > 0:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def timed(step: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    synchronize()
+    start = time.perf_counter()
+    step()
+    synchronize()
+    return time.perf_counter() - start
 
 
 def synchronize() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from _ratio import device_name, interleaved, saved_bytes
+from _ratio import device_name, interleaved, saved_bytes, timed
 from torch import Tensor, nn
 
 from fairline.masking import MaskedReLU, mask_relus, masked_relus
@@ -55,7 +55,7 @@ def main() -> None:
             network.set_submodule(path, WrittenOut(source.get_submodule(path), is_learned))
         networks[f"{name} masks, written out"] = network.to(device)
 
-    def step(network: nn.Module) -> Callable[[], None]:
+    def step(network: nn.Module) -> Callable[[], float]:
         optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
 
         def run() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
             F.cross_entropy(network(x), y).backward()
             optimizer.step()
 
-        return run
+        return lambda: timed(run)
 
     seconds = interleaved({name: step(network) for name, network in networks.items()}, arguments.rounds)
     memory = {

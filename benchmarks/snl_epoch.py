@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import statistics
 import time
 
 import torch
-from _ratio import device_name, synchronize
+from _ratio import device_name, interleaved, synchronize, timed
 from masked_relu import WrittenOut
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -95,16 +94,8 @@ def main() -> None:
         "no_grad": lambda: straightforward(teacher, data, device, teacher_gradients=False),
         "published": lambda: straightforward(teacher, data, device, teacher_gradients=True),
     }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(arguments.rounds + 1):
-        for name, step in steps.items():
-            seconds = step()
-            if round_ > 0:  # the first round warms up
-                times[name].append(seconds)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    start = time.perf_counter()
-    predict(teacher, data, device=torch.device(device))
-    once = time.perf_counter() - start
+    median = interleaved(steps, arguments.rounds)
+    once = timed(lambda: predict(teacher, data, device=torch.device(device)))
     print(f"ResNet-18 width {arguments.width}, {arguments.images} images, {device_name()}, torch {torch.__version__}")
     print(f"straightforward epoch as published / fairline epoch:       {median['published'] / median['fairline']:.2f}")
     print(f"straightforward epoch, teacher no_grad / fairline epoch:   {median['no_grad'] / median['fairline']:.2f}")

@@ -149,14 +149,20 @@ def test_kill_9_at_any_moment_of_mask_learning(runs, tmp_path, delay):
     assert contents(out) == contents(runs / finished)
 
 
-def test_two_processes_do_not_share_a_folder(tmp_path):
-    out = tmp_path / "base"
-    first = subprocess.Popen(
+def start_long_run(out: Path) -> subprocess.Popen[str]:
+    """A training of many epochs, in the background."""
+    return subprocess.Popen(
         command(*TRAIN[:8], "400", *TRAIN[9:], "--out", out),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         env=ENVIRONMENT,
     )
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    out = tmp_path / "base"
+    first = start_long_run(out)
     try:
         while not (out / "status.json").exists():
             time.sleep(0.01)
@@ -164,18 +170,12 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
         assert_sentence(done, "in use by another process")
     finally:
         first.kill()
-        first.wait()
+        first.communicate()
 
 
 def test_control_c_says_how_to_go_on(tmp_path):
     out = tmp_path / "base"
-    process = subprocess.Popen(
-        command(*TRAIN[:8], "400", *TRAIN[9:], "--out", out),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    process = start_long_run(out)
     while not (out / "checkpoint" / "train.safetensors").exists():
         assert process.poll() is None
         time.sleep(0.01)

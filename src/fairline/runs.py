@@ -167,11 +167,16 @@ class NetworkInfo:
 
 def save_network(folder: Path, model: nn.Module, info: NetworkInfo) -> None:
     """Write weights, masks and ``network.json`` (last, so that its presence means a whole network)."""
-    masks = {f"{name}.kept" for name in masked_relus(model)}
+    masks = _mask_keys(model)
     save_tensors(folder / "model.safetensors", {k: v for k, v in model.state_dict().items() if k not in masks})
     if masks:
         save_masks(folder / "masks.safetensors", model, method=info.method, budget=info.budget, seed=info.seed)
     write_json(folder / "network.json", asdict(info))
+
+
+def _mask_keys(model: nn.Module) -> set[str]:
+    """What the state of a model holds that belongs to the mask file."""
+    return {f"{name}.kept" for name in masked_relus(model)}
 
 
 def load_network(folder: Path) -> tuple[nn.Module, NetworkInfo]:
@@ -202,7 +207,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
         FairlineError: The file is missing, broken, or holds weights of another architecture.
     """
     weights, _ = load_tensors(path)
-    own = {name: value for name, value in model.state_dict().items() if not name.endswith(".kept")}
+    masks = _mask_keys(model)
+    own = {name: value for name, value in model.state_dict().items() if name not in masks}
     for name in [*own, *weights]:
         shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (own, weights)]
         if shapes[0] != shapes[1]:
