@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,50 @@ from fairline._io import atomic_path, resolve_device
 from fairline.audit.base import Row, Subject
 from fairline.data.grouped import OVERALL, GroupedData
 from fairline.errors import FairlineError
+from fairline.training import ProgressCallback
 
-#: Measure → module with ``measure(subject) -> list[Row]``.
-REGISTRY: dict[str, str] = {"accuracy": "fairline.audit.accuracy"}
+
+@dataclass(frozen=True)
+class Measure:
+    """A measurement that an audit can take.
+
+    Attributes:
+        source: ``module:function``; the function takes the subject and its own options and returns rows.
+        needs_reference: Whether it compares with a reference.
+        binary: Whether it is about binary classifiers alone.
+    """
+
+    source: str
+    needs_reference: bool = False
+    binary: bool = False
+
+
+REGISTRY: dict[str, Measure] = {
+    "accuracy": Measure("fairline.audit.accuracy:measure"),
+    "gradient_norm": Measure("fairline.audit.gradients:measure"),
+    "curvature": Measure("fairline.audit.curvature:measure"),
+    "margin": Measure("fairline.audit.boundary:margin"),
+    "boundary_distance": Measure("fairline.audit.boundary:minimal"),
+    "first_order_distance": Measure("fairline.audit.boundary:first_order"),
+    "parameter_distance": Measure("fairline.audit.distance:measure", needs_reference=True),
+    "excess_loss_bound": Measure("fairline.audit.bounds:excess_loss_bound", needs_reference=True),
+    "binary_curvature_bound": Measure("fairline.audit.bounds:binary_curvature_bound", binary=True),
+    "correlation": Measure("fairline.audit.correlation:measure"),
+}
+
+#: All with which the paper explains the disparity, with the options that ``fairline audit --explain`` gives them.
+EXPLAIN: dict[str, dict[str, Any]] = {
+    "accuracy": {},
+    "gradient_norm": {"per_sample": True},
+    "curvature": {"matrices": ["hessian", "ggn"]},
+    "margin": {},
+    "boundary_distance": {},
+    "first_order_distance": {},
+    "parameter_distance": {},
+    "excess_loss_bound": {},
+    "binary_curvature_bound": {},
+    "correlation": {},
+}
 
 COLUMNS = ["model", "split", "group", "measure", "value", "low", "high", "n"]
 
@@ -29,9 +71,10 @@ class AuditReport:
 
     Attributes:
         frame: Tidy: one row a (model, split, group, measure), columns ``value``, ``low``, ``high`` (95 % limits,
-            NaN where a measure has none) and ``n``.
-        predictions: One row a sample: ``index``, ``label``, ``group``, ``prediction``, ``correct``, ``loss``, and
-            ``reference_correct`` where there is a reference.
+            NaN where a measure has none) and ``n``. What compares groups, and what a network has one of, is in rows
+            of the group ``overall``; a layer's own number in rows of the measure ``name/layer``.
+        predictions: One row a sample: ``index``, ``label``, ``group``, ``prediction``, ``correct``, ``loss``,
+            ``reference_correct`` where there is a reference, and the columns that measures add, such as ``margin``.
     """
 
     frame: pd.DataFrame
@@ -44,10 +87,18 @@ class AuditReport:
 
     @property
     def overall(self) -> pd.Series[Any]:
-        """The same columns for all samples together."""
-        per_group = set(self.frame.loc[self.frame["group"] != OVERALL, "measure"])
-        rows = self.frame[(self.frame["group"] == OVERALL) & self.frame["measure"].isin(per_group)]
+        """The same for all samples together, and what a network has one of, such as ``parameter_distance``."""
+        names = self.frame["measure"]
+        rows = self.frame[(self.frame["group"] == OVERALL) & ~names.map(compares_groups) & ~names.str.contains("/")]
         return _wide(rows).loc[OVERALL]
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """One row a layer, one column a measure that has a number for each layer."""
+        rows = self.frame[self.frame["measure"].str.contains("/")]
+        names = rows["measure"].str.split("/", n=1, expand=True).reindex(columns=[0, 1])
+        table = pd.DataFrame({"layer": names[1], "measure": names[0], "value": rows["value"]})
+        return table.pivot_table(index="layer", columns="measure", values="value", sort=False).rename_axis(columns=None)
 
     @property
     def gaps(self) -> pd.DataFrame:
@@ -55,17 +106,17 @@ class AuditReport:
 
         ``accuracy_gap`` names the worst and best group; ``worst_group_accuracy`` the worst.
         """
-        per_group = set(self.frame.loc[self.frame["group"] != OVERALL, "measure"])
-        rows = self.frame[(self.frame["group"] == OVERALL) & ~self.frame["measure"].isin(per_group)]
+        rows = self.frame[(self.frame["group"] == OVERALL) & self.frame["measure"].map(compares_groups)]
+        measured = set(self.frame["measure"])
         table = rows.set_index("measure")[["value", "low", "high"]]
         named = {}
-        if "accuracy" in per_group:
+        if "accuracy" in measured:
             accuracy = self.by_group["accuracy"]
             named = {
                 "accuracy_gap": f"{accuracy.idxmin()} to {accuracy.idxmax()}",
                 "worst_group_accuracy": str(accuracy.idxmin()),
             }
-        if "relative_drop" in per_group:
+        if "relative_drop" in measured:
             drop = self.by_group["relative_drop"]
             if drop.notna().any():
                 named["relative_drop_gap"] = f"{drop.idxmin()} to {drop.idxmax()}"
@@ -79,6 +130,11 @@ class AuditReport:
         """Write the tidy table atomically."""
         with atomic_path(path) as temporary:
             self.frame.to_parquet(temporary, index=False)
+
+
+def compares_groups(measure: str) -> bool:
+    """Whether a measure under ``overall`` compares groups, rather than speaking of all samples."""
+    return measure.endswith("_gap") or measure.startswith("worst_group_")
 
 
 def _wide(rows: pd.DataFrame) -> pd.DataFrame:
@@ -104,41 +160,90 @@ def audit(
     seed: int = 0,
     resamples: int = 2000,
     device: str | torch.device | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> AuditReport:
-    """Measure a model group by group, in evaluation mode.
+    """Measure a model group by group, in evaluation mode and over the whole of each group.
 
     Args:
         model: The model.
         data: What to measure it on, usually the test part.
-        reference: What drops are relative to, usually the network before linearization.
+        reference: What drops, distances and bounds are relative to, usually the network before linearization.
         measures: Which; see :data:`REGISTRY`.
         name: What to call the model in the table.
         split: What to call the data in the table.
         seed: Of the bootstrap and of every other random choice.
         resamples: Bootstrap resamples.
         device: The accelerator if there is one, by default.
-        options: Settings of measures, by name.
+        options: Settings of measures: ``{"curvature": {"tolerance": 1e-3}}``.
+        progress: Told how far long measures are.
 
     Returns:
         The report.
 
     Raises:
-        FairlineError: A measure is unknown, or a group has no sample.
+        FairlineError: A measure or option is unknown or does not suit the model, a group has no sample, or the loss is
+            not finite.
     """
-    for measure in measures:
+    where = resolve_device(device)
+    before = (
+        None if reference is None else Subject(reference, data, None, where, seed, resamples, "reference", progress)
+    )
+    subject = Subject(model, data, before, where, seed, resamples, name, progress)
+    return audit_subject(subject, measures, split=split, options=options)
+
+
+def audit_subject(
+    subject: Subject,
+    measures: Sequence[str] = ("accuracy",),
+    *,
+    split: str = "test",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> AuditReport:
+    """:func:`audit` of a subject, which keeps what measures share: several audits may have one reference in common."""
+    if not measures:
+        raise FairlineError(f"An audit needs at least one measure; choose among {', '.join(REGISTRY)}.")
+    for measure in [*measures, *(options or {})]:
         if measure not in REGISTRY:
             raise FairlineError(f"There is no measure '{measure}'; choose among {', '.join(REGISTRY)}.")
-    if resamples < 1:
-        raise FairlineError(f"The bootstrap needs at least one resample, not {resamples}.")
-    data.require_groups("an audit")
-    subject = Subject(model, data, reference, resolve_device(device), seed, resamples, options or {})
-    rows: list[Row] = []
-    for measure in measures:
-        function: Callable[[Subject], list[Row]] = importlib.import_module(REGISTRY[measure]).measure
-        rows += function(subject)
-    frame = pd.DataFrame([vars(row) for row in rows]).assign(model=name, split=split)[COLUMNS]
+    if subject.resamples < 1:
+        raise FairlineError(f"The bootstrap needs at least one resample, not {subject.resamples}.")
+    subject.data.require_groups("an audit")
+    subject.rows.clear()
+    subject.samples.clear()
+    for measure in dict.fromkeys(measures):
+        entry = REGISTRY[measure]
+        if entry.needs_reference and subject.reference is None:
+            raise FairlineError(f"The measure '{measure}' compares with a reference network, and there is none.")
+        module, _, function = entry.source.partition(":")
+        own = dict((options or {}).get(measure, {}))
+        call: Callable[..., list[Row]] = getattr(importlib.import_module(module), function)
+        _check_options(measure, call, own)
+        subject.rows += call(subject, **own)
+    frame = pd.DataFrame([vars(row) for row in subject.rows]).assign(model=subject.name, split=split)[COLUMNS]
     return AuditReport(frame, _per_sample(subject))
+
+
+def _check_options(measure: str, call: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    known = list(inspect.signature(call).parameters.values())[1:]
+    names = [parameter.name for parameter in known]
+    for option, value in options.items():
+        if option not in names:
+            takes = f"it takes {', '.join(names)}" if names else "it takes none"
+            raise FairlineError(f"The measure '{measure}' knows no option '{option}'; {takes}.")
+        default = known[names.index(option)].default
+        if isinstance(default, int | float | None) and not isinstance(value, int | float | None):
+            raise FairlineError(f"Option '{option}' of the measure '{measure}' is a number, not {value!r}.")
+
+
+def explaining(data: GroupedData, has_reference: bool) -> dict[str, dict[str, Any]]:
+    """The measures of :data:`EXPLAIN` that suit the data, with their options."""
+    return {
+        name: dict(options)
+        for name, options in EXPLAIN.items()
+        if (has_reference or not REGISTRY[name].needs_reference)
+        and (data.num_classes == 2 or not REGISTRY[name].binary)
+    }
 
 
 def _per_sample(subject: Subject) -> pd.DataFrame:
@@ -154,9 +259,9 @@ def _per_sample(subject: Subject) -> pd.DataFrame:
             "loss": own.loss,
         }
     )
-    if subject.reference_predictions is not None:
-        table["reference_correct"] = subject.reference_predictions.correct
-    return table
+    if subject.reference is not None:
+        table["reference_correct"] = subject.reference.predictions.correct
+    return table.assign(**subject.samples)
 
 
 def _class_name(data: GroupedData, index: int) -> str:
@@ -164,4 +269,16 @@ def _class_name(data: GroupedData, index: int) -> str:
     return data.class_names[index] if index < data.num_classes else f"output {index}"
 
 
-__all__ = ["COLUMNS", "REGISTRY", "AuditReport", "Row", "Subject", "audit"]
+__all__ = [
+    "COLUMNS",
+    "EXPLAIN",
+    "REGISTRY",
+    "AuditReport",
+    "Measure",
+    "Row",
+    "Subject",
+    "audit",
+    "audit_subject",
+    "compares_groups",
+    "explaining",
+]

@@ -31,7 +31,7 @@ def measure(subject: Subject) -> list[Row]:
     """
     rng = np.random.default_rng(subject.seed)
     own = subject.predictions
-    reference = subject.reference_predictions
+    reference = None if subject.reference is None else subject.reference.predictions
     frame = pd.DataFrame(
         {
             "group": np.asarray(subject.data.group_names)[subject.data.groups.cpu().numpy()],
@@ -50,9 +50,9 @@ def measure(subject: Subject) -> list[Row]:
     reference_draws: dict[str, Floats] = {}
     loss_draws: dict[str, Floats] = {}
     for name, index in subject.group_index():
-        before = own.correct[index] if reference is None else reference.correct[index]
+        compared = own if reference is None else reference
         accuracy_draws[name], reference_draws[name] = paired_accuracy_bootstrap(
-            own.correct[index], before, subject.resamples, rng
+            own.correct[index], compared.correct[index], subject.resamples, rng
         )
         loss_draws[name] = mean_bootstrap(own.loss[index], subject.resamples, rng)
 

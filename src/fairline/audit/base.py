@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fairline.audit.functional import Functional
 from fairline.data.grouped import GroupedData
+from fairline.errors import FairlineError
 from fairline.inference import predict
+from fairline.training import Progress, ProgressCallback
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,39 +54,57 @@ class Predictions:
     """
 
     logits: Tensor
-    loss: np.ndarray[Any, np.dtype[np.float64]]
-    correct: np.ndarray[Any, np.dtype[np.bool_]]
+    loss: NDArray[np.float64]
+    correct: NDArray[np.bool_]
 
 
 def predictions(model: nn.Module, data: GroupedData, device: torch.device) -> Predictions:
-    """Predictions of a model, in evaluation mode."""
+    """Predictions of a model, in evaluation mode.
+
+    Raises:
+        FairlineError: A logit is not finite.
+    """
     logits = predict(model, data, device=device).cpu()
+    broken = ~logits.isfinite().all(1)
+    if broken.any():
+        first = int(broken.nonzero()[0])
+        raise FairlineError(
+            f"The loss of {type(model).__name__} is not finite on {int(broken.sum())} of {len(data)} images "
+            f"of {data.name} (the first is number {first}, group '{data.group_names[int(data.groups[first])]}')."
+        )
     labels = data.labels.cpu()
     loss = F.cross_entropy(logits.double(), labels, reduction="none").numpy()
     return Predictions(logits, loss, (logits.argmax(1) == labels).numpy())
 
 
-@dataclass
+@dataclass(eq=False)
 class Subject:
     """A model under audit.
 
     Attributes:
         model: The model.
         data: What it is measured on.
-        reference: The model that it is compared with, or None.
+        reference: The model that it is compared with, on the same data, or None.
         device: Where to compute.
         seed: Of the bootstrap and of every other random choice.
         resamples: Bootstrap resamples.
-        options: Settings of measures, by name.
+        name: What to call the model.
+        progress: Told how far long measures are, or None.
+        samples: Columns of the per-sample table, (N,) each; a measure may add its own.
+        rows: Those of the measures taken so far.
     """
 
     model: nn.Module
     data: GroupedData
-    reference: nn.Module | None
+    reference: Subject | None
     device: torch.device
-    seed: int
-    resamples: int
-    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    resamples: int = 2000
+    name: str = "model"
+    progress: ProgressCallback | None = None
+    samples: dict[str, NDArray[Any]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def predictions(self) -> Predictions:
@@ -88,12 +112,24 @@ class Subject:
         return predictions(self.model, self.data, self.device)
 
     @cached_property
-    def reference_predictions(self) -> Predictions | None:
-        """Of the reference."""
-        return None if self.reference is None else predictions(self.reference, self.data, self.device)
+    def functional(self) -> Functional:
+        """The model's loss as a function of its parameters."""
+        return Functional(self.model, self.data, self.device)
 
-    def group_index(self) -> Iterable[tuple[str, np.ndarray[Any, np.dtype[np.int64]]]]:
+    def once(self, key: Any, compute: Callable[[], T]) -> T:
+        """The result of ``compute``, which runs once for each key: measures share what is dear."""
+        if key not in self._kept:
+            self._kept[key] = compute()
+        value: T = self._kept[key]
+        return value
+
+    def group_index(self) -> Iterator[tuple[str, NDArray[np.int64]]]:
         """Name and sample positions of each group."""
         groups = self.data.groups.cpu().numpy()
         for position, name in enumerate(self.data.group_names):
             yield name, np.flatnonzero(groups == position)
+
+    def report(self, stage: str, done: int, total: int, message: str = "") -> None:
+        """Tell whoever watches."""
+        if self.progress is not None:
+            self.progress(Progress(f"{self.name}: {stage}", done, total, message))

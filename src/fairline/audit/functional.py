@@ -1,0 +1,150 @@
+"""A network's loss as a function of its parameters, with the products that gradients and curvature need."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fairline.data.grouped import GroupedData
+from fairline.errors import FairlineError
+from fairline.masking import masked_relus
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Functional:
+    """J(θ; S) = mean cross-entropy of a network over samples S, as a function of its P parameters θ.
+
+    Works on a copy in evaluation mode, so BatchNorm uses its running statistics and samples do not touch each
+    other: every quantity over S is then a plain sum over batches, and memory depends on the batch alone.
+    Parameter vectors are flat, (P,), in the order of ``named_parameters()``.
+
+    Args:
+        model: The network; left as it is. Every parameter counts, also those that are frozen in training.
+        data: What it is measured on.
+        device: Where to compute; where the model is by default.
+        batch_size: Samples at a time.
+
+    Raises:
+        FairlineError: The network has no parameter, or masks that are still being learned.
+    """
+
+    def __init__(
+        self, model: nn.Module, data: GroupedData, device: torch.device | None = None, batch_size: int = 250
+    ) -> None:
+        if any(layer.weight is not None for layer in masked_relus(model).values()):
+            raise FairlineError("The masks are still being learned; fix them (keep_largest) before an audit.")
+        self.model = copy.deepcopy(model).eval()
+        if device is not None:
+            self.model.to(device)
+        self.model.requires_grad_(False)
+        self.data = data
+        self.batch_size = batch_size
+        self.parameters = {
+            name: parameter.detach().clone().requires_grad_() for name, parameter in self.model.named_parameters()
+        }
+        if not self.parameters:
+            raise FairlineError(f"{type(model).__name__} has no parameters, so its loss has no gradient.")
+        first = next(iter(self.parameters.values()))
+        self.device, self.dtype = first.device, first.dtype
+        self.size = sum(parameter.numel() for parameter in self.parameters.values())
+
+    def logits(self, parameters: dict[str, Tensor], images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W) under other parameters."""
+        result: Tensor = functional_call(self.model, parameters, (images,))
+        return result
+
+    def batches(self, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images (B, C, H, W) and labels (B,) of the samples in ``index``."""
+        for chunk in index.to(self.data.device).split(self.batch_size):
+            yield (
+                self.data.normalized(chunk).to(self.device, self.dtype),
+                self.data.labels[chunk].to(self.device),
+            )
+
+    def flat(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """One vector (P,) of tensors shaped like the parameters."""
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+    def unflat(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Tensors shaped like the parameters of one vector (P,)."""
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        pieces = vector.to(self.dtype).split(sizes)
+        return tuple(piece.view_as(p) for piece, p in zip(pieces, self.parameters.values(), strict=True))
+
+    def loss(self, index: Tensor) -> float:
+        """J(θ; S), in nats."""
+        with torch.no_grad():
+            losses = [
+                F.cross_entropy(self.logits(self.parameters, images).double(), labels, reduction="sum")
+                for images, labels in self.batches(index)
+            ]
+        return float(torch.stack(losses).sum()) / len(index)
+
+    def gradient(self, index: Tensor) -> Tensor:
+        """∇J(θ; S), (P,), float64."""
+        leaves = tuple(self.parameters.values())
+        total = torch.zeros(self.size, dtype=torch.float64, device=self.device)
+        for images, labels in self.batches(index):
+            loss = F.cross_entropy(self.logits(self.parameters, images), labels, reduction="sum")
+            total += self.flat(torch.autograd.grad(loss, leaves, materialize_grads=True, allow_unused=True))
+        return total / len(index)
+
+    def hessian_product(self, index: Tensor) -> Product:
+        """Products v ↦ ∇²J(θ; S)·v, both (P,): the gradient of ⟨∇J, v⟩ (Pearlmutter 1994)."""
+        leaves = tuple(self.parameters.values())
+
+        def product(vector: Tensor) -> Tensor:
+            direction = self.unflat(vector)
+            total = torch.zeros(self.size, dtype=torch.float64, device=self.device)
+            for images, labels in self.batches(index):
+                loss = F.cross_entropy(self.logits(self.parameters, images), labels, reduction="sum")
+                gradient = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+                # Where the loss is flat or linear in a parameter its gradient has no graph, and adds nothing.
+                pairs = [(g, v) for g, v in zip(gradient, direction, strict=True) if g is not None and g.requires_grad]
+                if pairs:
+                    total += self.flat(
+                        torch.autograd.grad(
+                            [g for g, _ in pairs],
+                            leaves,
+                            grad_outputs=[v for _, v in pairs],
+                            materialize_grads=True,
+                            allow_unused=True,
+                        )
+                    )
+            return total / len(index)
+
+        return product
+
+    def ggn_product(self, index: Tensor) -> Product:
+        """Products v ↦ G·v, G = mean of Jᵀ(diag(p) − p·pᵀ)J: generalized Gauss–Newton (Schraudolph 2002).
+
+        J (K, P) is the Jacobian of the logits and p (K,) the softmax of a sample.
+        """
+        names = list(self.parameters)
+        leaves = tuple(self.parameters.values())
+
+        def product(vector: Tensor) -> Tensor:
+            direction = dict(zip(names, self.unflat(vector), strict=True))
+            total = torch.zeros(self.size, dtype=torch.float64, device=self.device)
+            for images, _ in self.batches(index):
+                inner = self._logit_curvature_product(images, direction)
+                logits = self.logits(self.parameters, images)
+                total += self.flat(
+                    torch.autograd.grad(logits, leaves, grad_outputs=inner, materialize_grads=True, allow_unused=True)
+                )
+            return total / len(index)
+
+        return product
+
+    def _logit_curvature_product(self, images: Tensor, direction: dict[str, Tensor]) -> Tensor:
+        """(diag(p) − p·pᵀ)·J·v for each image, (B, K)."""
+        frozen = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        logits, tangent = torch.func.jvp(lambda theta: self.logits(theta, images), (frozen,), (direction,))[:2]
+        p = logits.softmax(1)
+        return p * tangent - p * (p * tangent).sum(1, keepdim=True)
