@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import altair as alt
 import pandas as pd
 
+from fairline._io import atomic_path
 from fairline.data.grouped import OVERALL
 
 #: Okabe and Ito's colours, told apart by all common kinds of colour vision.
@@ -82,7 +84,7 @@ def group_order(frame: pd.DataFrame) -> list[str]:
 
 def _shades(frame: pd.DataFrame) -> alt.Scale:
     """One shade a budget, the darkest for the most ReLUs."""
-    labels = _budget_order(frame)
+    labels = budget_order(frame)
     # Light enough to see error bars on.
     ramp = ["#2f6ea8", "#5b94c5", "#8bb8da", "#b5d3e9", "#d8e8f4", "#eef5fa"]
     if len(labels) > len(ramp):
@@ -91,14 +93,16 @@ def _shades(frame: pd.DataFrame) -> alt.Scale:
     return alt.Scale(domain=labels, range=[ramp[round(i * step)] for i in range(len(labels))])
 
 
-def _budget_order(frame: pd.DataFrame) -> list[str]:
+def budget_order(frame: pd.DataFrame) -> list[str]:
+    """Budget labels, most ReLUs first."""
     table = frame[["percent", "budget"]].drop_duplicates().sort_values("percent", ascending=False)
     return list(dict.fromkeys(table["budget"]))
 
 
-def _bars(frame: pd.DataFrame, measure: str, title: str, axis: alt.Axis, reference: str, size: int) -> Any:
+def bars(frame: pd.DataFrame, measure: str, title: str, axis: alt.Axis, reference: str, size: int) -> Any:
+    """Bars of a measure, a group and budget, with limits where it has them and group sizes above."""
     rows = frame[(frame["measure"] == measure) & (frame["group"] != OVERALL)]
-    groups, budgets = group_order(frame), _budget_order(rows)
+    groups, budgets = group_order(frame), budget_order(rows)
     # Every value in one column, so that tooltips read the same in all figures.
     base = alt.Chart(rows)
     width = max(46, min(120, 18 * len(budgets)))
@@ -113,7 +117,7 @@ def _bars(frame: pd.DataFrame, measure: str, title: str, axis: alt.Axis, referen
         alt.Tooltip("n:Q", title="images measured"),
         alt.Tooltip("train_n:Q", title="training images"),
     ]
-    bars = base.mark_bar(stroke="#1f4e79", strokeWidth=0.5).encode(
+    boxes = base.mark_bar(stroke="#1f4e79", strokeWidth=0.5).encode(
         x=x,
         xOffset=offset,
         y=alt.Y("value:Q", title=title, axis=axis),
@@ -130,13 +134,13 @@ def _bars(frame: pd.DataFrame, measure: str, title: str, axis: alt.Axis, referen
         .mark_text(dy=-8, fontSize=11, color="#444")
         .encode(x=x, y=alt.Y("y:Q"), text=alt.Text("n:Q", format=","))
     )
-    return alt.layer(bars, whiskers, sizes).properties(width=max(320, min(size, width * len(groups))), height=260)
+    return alt.layer(boxes, whiskers, sizes).properties(width=max(320, min(size, width * len(groups))), height=260)
 
 
 def accuracy_by_group(frame: pd.DataFrame, variant: str, size: int = 860) -> Any:
     """Accuracy of each group at each budget, 95 % intervals, group sizes above (paper, Figure 1)."""
     axis = alt.Axis(format="%")
-    chart = _bars(
+    chart = bars(
         with_base(frame, variant),
         "accuracy",
         "accuracy",
@@ -150,7 +154,7 @@ def accuracy_by_group(frame: pd.DataFrame, variant: str, size: int = 860) -> Any
 def drop_by_group(frame: pd.DataFrame, variant: str, size: int = 860) -> Any:
     """Relative accuracy drop of each group at each budget, 95 % paired intervals (paper, Figure 6)."""
     own = frame[frame["variant"] == variant]
-    chart = _bars(
+    chart = bars(
         own,
         "relative_drop",
         "relative accuracy drop, %",
@@ -216,6 +220,16 @@ def themed(chart: Any) -> Any:
         .configure_legend(labelFontSize=12, titleFontSize=12, titleFontWeight="normal")
         .configure_title(fontSize=14, anchor="start", offset=12)
     )
+
+
+def save_chart(chart: Any, folder: Path, name: str) -> list[Path]:
+    """Write a chart as SVG and PNG; returns the files."""
+    files = []
+    for suffix, options in (("svg", {}), ("png", {"scale_factor": 2})):
+        files.append(folder / f"{name}.{suffix}")
+        with atomic_path(files[-1]) as temporary:
+            chart.save(str(temporary), format=suffix, **options)
+    return files
 
 
 def figures(frame: pd.DataFrame) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from fairline._io import atomic_path, read_json, write_text
+from fairline._io import read_json, write_text
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
-from fairline.report import figures
+from fairline.report import explanations, figures
 from fairline.runs import Run
 
 #: Below this many test images a group's accuracy is a rough guess: a 95 % interval spans about ±18 points.
@@ -42,7 +42,10 @@ def write_report(audit: str | Path, out: str | Path | None = None) -> Path:
     counts = read_table(run, "counts.parquet")
     frame = figures.prepare(read_table(run, "audit.parquet"), counts)
     charts = figures.figures(frame)
-    specs = {name: json.dumps(chart.to_dict(), default=str).replace("</", "<\\/") for name, chart in charts.items()}
+    why = explanations.figures(frame, read_table(run, "predictions.parquet")) if explanations.explains(frame) else {}
+    specs = {
+        name: json.dumps(chart.to_dict(), default=str).replace("</", "<\\/") for name, chart in (charts | why).items()
+    }
     environment = Environment(
         loader=PackageLoader("fairline.report"),
         autoescape=select_autoescape(),
@@ -52,8 +55,17 @@ def write_report(audit: str | Path, out: str | Path | None = None) -> Path:
     page = environment.get_template("report.html.j2").render(
         title=f"Who pays for linearization: {run.data.name}",
         headline=headline(frame),
-        warnings=warnings(frame, run),
+        warnings=warnings(frame, run) + explanations.warnings(frame),
         charts=charts.keys(),
+        why=why.keys(),
+        bounds=[
+            (variant, table)
+            for variant in figures.main_variants(frame)
+            if (table := explanations.bound_table(frame, variant))
+        ],
+        binary=explanations.binary_table(frame),
+        balance=explanations.balance_table(frame),
+        measured=set(frame["measure"]),
         specs=specs,
         javascript=_javascript(),
         tables=[(variant, _accuracy_table(frame, variant)) for variant in figures.main_variants(frame)],
@@ -205,7 +217,7 @@ def _limits(rows: pd.DataFrame, measure: str, group: str) -> tuple[float, float]
 def _accuracy_table(frame: pd.DataFrame, variant: str) -> dict[str, Any]:
     """Rows: groups; columns: budgets; cells: accuracy with interval, and drop with interval."""
     rows = figures.with_base(frame, variant)
-    budgets = figures._budget_order(rows)
+    budgets = figures.budget_order(rows)
     body = []
     for group in [*figures.group_order(frame), OVERALL]:
         cells = []
@@ -304,11 +316,11 @@ def write_figures(audit: str | Path, folder: str | Path) -> list[Path]:
     run = Run.read(audit, "audit")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
     frame = figures.prepare(read_table(run, "audit.parquet"), read_table(run, "counts.parquet"))
-    for name, chart in figures.figures(frame).items():
-        for suffix, options in (("svg", {}), ("png", {"scale_factor": 2})):
-            with atomic_path(target / f"{name}.{suffix}") as temporary:
-                chart.save(str(temporary), format=suffix, **options)
-            written.append(target / f"{name}.{suffix}")
+    charts = figures.figures(frame)
+    if explanations.explains(frame):
+        charts |= explanations.figures(frame, read_table(run, "predictions.parquet"))
+    for name, chart in charts.items():
+        written += figures.save_chart(chart, target, name)
     return written
