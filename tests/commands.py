@@ -25,6 +25,7 @@ TRAIN = [
 LINEARIZE = ["--budgets", "0.5,10%,20", "--lr", "0.03", "--lam", "1e-3", "--batch-size", "64", "--max-epochs", "12"]
 FINETUNE = ["--epochs", "2", "--batch-size", "64", "--lr", "0.01"]
 AUDIT = ["--resamples", "100"]
+EXPLAIN = [*AUDIT, "--explain", "--option", "correlation.resamples=50"]
 
 
 def command(*arguments: str | Path) -> list[str]:

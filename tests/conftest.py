@@ -12,7 +12,7 @@ from torch import nn
 from fairline.data import GroupedData
 from fairline.models import build
 from fairline.training import train
-from tests.commands import AUDIT, FINETUNE, LINEARIZE, TRAIN, ok
+from tests.commands import AUDIT, EXPLAIN, FINETUNE, LINEARIZE, TRAIN, ok
 
 
 @pytest.fixture(scope="session")
@@ -77,3 +77,11 @@ def runs(tmp_path_factory) -> Path:
     ok("audit", folder / "snl", folder / "students", *AUDIT, "--out", folder / "audit")
     ok("report", folder / "audit", "--figures", folder / "figures")
     return folder
+
+
+@pytest.fixture(scope="session")
+def explained(runs) -> Path:
+    """Folder of an audit of the finetuned networks that explains, with its report."""
+    ok("audit", runs / "students", *EXPLAIN, "--out", runs / "explained")
+    ok("report", runs / "explained", "--figures", runs / "explained_figures")
+    return runs / "explained"

@@ -12,6 +12,17 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_explaining_prints_its_ratios():
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "explain.py"), "--rounds", "1"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("20 groups / one pass", "power iteration / fairline", "9 passes", "4000 images / 500"):
+        (line,) = (line for line in done.stdout.splitlines() if name in line)
+        assert float(line.partition(": ")[2].split()[0]) > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments", "lines"),
     [("masked_relu.py", ["--rounds", "1"], 5), ("snl_epoch.py", ["--images", "256", "--rounds", "1"], 3)],

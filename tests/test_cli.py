@@ -17,10 +17,12 @@ import torch
 import typer
 
 from fairline._io import load_tensors, save_tensors
-from fairline.cli import app, main, parse_budgets, parse_options
+from fairline.audit import EXPLAIN as EXPLAINING_MEASURES
+from fairline.audit import REGISTRY
+from fairline.cli import AUDIT_MEASURES, app, main, parse_budgets, parse_options
 from fairline.errors import FairlineError
 from fairline.runs import Run
-from tests.commands import AUDIT, ENVIRONMENT, FINETUNE, LINEARIZE, TRAIN, command, fairline, ok
+from tests.commands import AUDIT, ENVIRONMENT, EXPLAIN, FINETUNE, LINEARIZE, TRAIN, command, fairline, ok
 
 
 def test_run_folders_hold_what_they_promise(runs):
@@ -138,6 +140,19 @@ def test_kill_9_and_resume_gives_the_same_result(runs, tmp_path, stage):
         assert "resumed from" in (out / "log.txt").read_text()
 
 
+def test_an_explaining_audit_resumes_at_the_next_network(runs, explained, tmp_path):
+    out = tmp_path / "explained"
+    arguments = ["audit", str(runs / "students"), *EXPLAIN, "--out", str(out)]
+    first = out / "checkpoint" / "0.predictions.parquet"
+    assert kill_when(arguments, first.exists), "the command ended before it could be killed"
+    written = first.stat().st_mtime_ns
+    assert kill_when(arguments, (out / "checkpoint" / "1.predictions.parquet").exists)
+    assert first.stat().st_mtime_ns == written
+    ok(*arguments)
+    assert contents(out) == contents(explained)
+    assert not (out / "checkpoint").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.3 + 0.35 * i for i in range(12)])
 def test_kill_9_at_any_moment_of_mask_learning(runs, tmp_path, delay):
@@ -233,6 +248,25 @@ BAD = {
     "select": (["finetune", "RUNS/snl", "--select", "luck", "--out", "x"], "selected by"),
     "finetune a base": (["finetune", "RUNS/base", "--out", "x"], "holds a 'train' run"),
     "split": (["audit", "RUNS/base", "--split", "exam", "--out", "x"], "train, val or test"),
+    "unknown measure": (["audit", "RUNS/base", "--measures", "luck", "--out", "x"], "no measure 'luck'"),
+    "no such option": (
+        ["audit", "RUNS/base", "--measures", "curvature", "--option", "curvature.speed=3", "--out", "x"],
+        "'curvature' knows no option 'speed'",
+    ),
+    "option of nothing": (["audit", "RUNS/base", "--option", "samples=3", "--out", "x"], "'samples' does not name a"),
+    "option of a measure not taken": (
+        ["audit", "RUNS/snl", "--option", "curvature.samples=3", "--out", "x"],
+        "for the measure 'curvature', which is not taken",
+    ),
+    "option that is no number": (
+        ["audit", "RUNS/base", "--measures", "curvature", "--option", "curvature.tolerance=low", "--out", "x"],
+        "'tolerance' of the measure 'curvature' is a number, not 'low'",
+    ),
+    "ten classes": (
+        ["audit", "RUNS/base", "--measures", "binary_curvature_bound", "--out", "x"],
+        "about binary classifiers, but base has 10 outputs",
+    ),
+    "one seed": (["theory", "--seeds", "1", "--out", "x"], "needs two of them at least, not 1"),
     "report of no audit": (["report", "RUNS/base"], "holds a 'train' run"),
     "unfinished": (["linearize", "unfinished", "--out", "x"], "is not finished"),
     "broken config": (["linearize", "broken", "--out", "x"], "not valid JSON"),
@@ -345,6 +379,43 @@ def test_options_and_budgets_are_parsed():
     for text in ("", "x", "1.5", "-1", "150%"):
         with pytest.raises(FairlineError):
             parse_budgets(text)
+
+
+def test_measures_named_in_the_help_are_those_that_exist():
+    assert tuple(REGISTRY) == AUDIT_MEASURES
+    assert set(EXPLAINING_MEASURES) <= set(REGISTRY)
+
+
+def test_explain_takes_every_measure_that_suits(explained):
+    table = pd.read_parquet(explained / "audit.parquet")
+    students = set(table[table["model"] != "base"]["measure"])
+    base = set(table[table["model"] == "base"]["measure"])
+    assert {"gradient_norm", "hessian_max", "ggn_max", "margin", "boundary_distance", "first_order_distance"} <= base
+    assert {"parameter_distance", "excess_loss", "bound"} <= students - base
+    assert "margin_correlation_samples" in students
+    assert not {"z1", "proximity"} & students  # ten classes
+    samples = pd.read_parquet(explained / "predictions.parquet")
+    assert {"gradient_norm", "margin", "boundary_distance", "first_order_distance"} <= set(samples.columns)
+
+
+def test_measures_by_name_and_their_options(runs, tmp_path):
+    options = ["--measures", "curvature,parameter_distance", "--option", "curvature.samples=30", "--split", "train"]
+    ok("audit", runs / "students", *AUDIT, *options, "--out", tmp_path / "some")
+    table = pd.read_parquet(tmp_path / "some" / "audit.parquet")
+    assert "hessian_se" in set(table["measure"])
+    assert set(table[table["measure"] == "parameter_distance"]["model"].str.partition("/")[0]) == {"students"}
+    # The report stands on accuracy, asked for or not.
+    ok("report", tmp_path / "some")
+
+
+def test_theory_draws_the_figures(tmp_path):
+    text = ok("theory", "--seeds", "2", "--out", tmp_path / "theory")
+    assert "minority" in text
+    assert "inverse_size" in text
+    for name in ("figure_2", "figure_10", "proposition_4_1"):
+        assert (tmp_path / "theory" / f"{name}.png").stat().st_size > 10_000
+        assert (tmp_path / "theory" / f"{name}.svg").exists()
+    assert len(pd.read_parquet(tmp_path / "theory" / "figure_2.parquet")) == 4
 
 
 def test_demo_from_images_to_report(tmp_path):

@@ -69,6 +69,11 @@ def test_the_api_in_one_screen_runs(monkeypatch, tmp_path):
     assert scope["report"].by_group["accuracy"].between(0, 1).all()
 
 
+def test_the_code_about_explaining_runs(capsys):
+    exec(compile(blocks(ROOT / "docs" / "explain.md", "python")[0], "explain.md", "exec"), {})
+    assert "hessian_max" in capsys.readouterr().out
+
+
 def test_the_objective_in_contributing_works(parts, trained):
     scope: dict[str, object] = {}
     exec(blocks(ROOT / "CONTRIBUTING.md", "python")[0], scope)

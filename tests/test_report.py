@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from fairline.data.grouped import OVERALL
-from fairline.report import figures
+from fairline.report import explanations, figures
 from fairline.report.html import headline, warnings, write_report
 from fairline.runs import Run
 
@@ -214,3 +214,92 @@ def test_a_base_network_alone_has_a_report(runs, tmp_path):
     text = write_report(run.folder, tmp_path / "r.html").read_text(encoding="utf-8")
     assert "The base network is right on" in text
     assert "Relative accuracy drop" not in text
+
+
+def test_the_explaining_panels_are_drawn(explained, tmp_path):
+    text = (explained / "report.html").read_text(encoding="utf-8")
+    body = re.sub(r"<script.*?</script>", "", text, flags=re.S)
+    for words in ("Why they pay", "Do the groups’ gradients balance?", "Theorem 4.4 beside what it bounds"):
+        assert words in body
+    assert "Proposition 4.5 beside" not in body  # ten classes
+    assert "Why a group pays (audit with --explain)" not in body
+    names = re.findall(r'<div class="chart" id="([^"]+)"', body)
+    for start in (
+        "gradient_norm_by_group",
+        "hessian_max_by_group",
+        "margin_by_group",
+        "boundary_distance_by_group",
+        "parameter_distance",
+        "accuracy_against_groups",
+        "accuracy_against_samples",
+    ):
+        assert any(name.startswith(start) for name in names), start
+    written = {file.stem for file in (explained.parent / "explained_figures").glob("*.png")}
+    assert written == set(names)
+    if CHROMIUM is not None:
+        document = browser("--dump-dom", (explained / "report.html").as_uri(), profile=tmp_path / "profile")
+        drawn = re.sub(r"<script.*?</script>", "", document, flags=re.S)
+        assert "could not be drawn" not in drawn
+        assert len(re.findall(r'<svg[^>]*class="marks"', drawn)) == len(names)
+        assert "rank correlation" in drawn
+
+
+def test_tables_of_the_explaining_panels_hold_the_numbers(explained):
+    frame = figures.prepare(pd.read_parquet(explained / "audit.parquet"), pd.read_parquet(explained / "counts.parquet"))
+    (variant,) = figures.main_variants(frame)
+    table = pd.DataFrame(explanations.bound_table(frame, variant))
+    assert len(table) == 3 * 10
+    row = table.iloc[-1]
+    own = frame[(frame["budget"] == row["budget"]) & (frame["group"] == row["group"])].set_index("measure")["value"]
+    assert float(row["excess"]) == pytest.approx(own["excess_loss"], abs=5e-4)
+    assert float(row["bound"].replace(",", "")) == pytest.approx(own["bound"], rel=5e-3)
+    assert row["holds"] == ("yes" if own["bound_holds"] else "no")
+    balance = explanations.balance_table(frame)
+    assert len(balance["rows"]) == 10
+    assert len(balance["columns"]) == len(balance["residuals"]) == 4
+    shares = [int(re.search(r"\((\d+)%\)", row["cells"][0])[1]) for row in balance["rows"]]
+    assert abs(sum(shares) - 100) <= 5
+    assert explanations.binary_table(frame) == []
+
+
+def test_an_audit_of_accuracy_alone_has_no_explaining_panels(runs, page):
+    assert "Why they pay" not in page.read_text(encoding="utf-8")
+
+
+def test_explaining_warnings():
+    rows = [
+        ("a", "hessian_converged", 0.0, 5),
+        ("b", "hessian_converged", 1.0, 5),
+        (OVERALL, "boundary_distance_missed", 3.0, 9),
+    ]
+    frame = pd.DataFrame(rows, columns=["group", "measure", "value", "n"]).assign(budget="2 %")
+    curvature, boundary = explanations.warnings(frame)
+    assert "“a” at 2 %" in curvature
+    assert "“b”" not in curvature
+    assert "3 of 9 images" in boundary
+    assert explanations.warnings(frame[frame["group"] == "b"]) == []
+
+
+def test_a_binary_network_has_the_table_of_proposition_4_5():
+    rows = [
+        ("a", "z1", 2.0),
+        ("a", "z2", 1.0),
+        ("a", "z_bound", 3.0),
+        ("a", "z_bound_holds", 1.0),
+        ("a", "z_bound_looseness", 1.5),
+        ("a", "z2_printed", 0.5),
+    ]
+    frame = pd.DataFrame(rows, columns=["group", "measure", "value"]).assign(
+        variant="base network", budget="100 %", train_n=4
+    )
+    (row,) = explanations.binary_table(frame)
+    assert row == {
+        "network": "base network, 100 %",
+        "group": "a",
+        "z1": "2",
+        "z2": "1",
+        "bound": "3",
+        "largest": "2",
+        "holds": "yes",
+        "printed": "0.5",
+    }

@@ -34,6 +34,23 @@ app = typer.Typer(
     "[bold]audit[/] → [bold]report[/]. Repeating an interrupted command resumes it.\n\n"
     "[bold]demo[/] does all five.",
 )
+#: Kept here so that help need not load torch; a test compares it with the registry.
+AUDIT_MEASURES = (
+    "accuracy",
+    "gradient_norm",
+    "curvature",
+    "margin",
+    "boundary_distance",
+    "first_order_distance",
+    "parameter_distance",
+    "excess_loss_bound",
+    "binary_curvature_bound",
+    "correlation",
+)
+
+#: What the terminal shows beside accuracy; the report shows all.
+EXPLAINED_BY = ("gradient_norm", "hessian_max", "margin", "boundary_distance", "excess_loss", "bound")
+
 out_console = Console()
 err_console = Console(stderr=True)
 
@@ -93,6 +110,21 @@ def parse_options(pairs: list[str] | None) -> dict[str, Any]:
         if not equals or not key.strip():
             raise FairlineError(f"'{pair}' is not KEY=VALUE.")
         options[key.strip()] = _value(text.strip())
+    return options
+
+
+def parse_measure_options(pairs: list[str] | None) -> dict[str, dict[str, Any]]:
+    """``["curvature.samples=500"]`` to ``{"curvature": {"samples": 500}}``.
+
+    Raises:
+        FairlineError: A pair does not name a measure and an option.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for key, value in parse_options(pairs).items():
+        measure, dot, name = key.partition(".")
+        if not dot or not measure or not name:
+            raise FairlineError(f"'{key}' does not name a measure and its option, such as curvature.samples.")
+        options.setdefault(measure, {})[name] = value
     return options
 
 
@@ -370,6 +402,14 @@ def audit(
         list[Path], typer.Argument(metavar="RUN...", help="Folders of train, linearize or finetune runs.")
     ],
     out: Out,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also take every measure that explains who pays; takes minutes a network.")
+    ] = False,
+    measures: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(AUDIT_MEASURES)}.")] = "accuracy",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="MEASURE.KEY=VALUE", help="Option of a measure: curvature.samples=500."),
+    ] = None,
     split: Annotated[str, typer.Option(help="Part to measure on: train, val or test.")] = "test",
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
     root: Root = None,
@@ -383,6 +423,9 @@ def audit(
         run = audit_job(
             sources,
             out,
+            measures=[name.strip() for name in measures.split(",") if name.strip()],
+            options=parse_measure_options(option),
+            explain=explain,
             split=split,
             resamples=resamples,
             root=None if root is None else str(root),
@@ -411,6 +454,34 @@ def report(
     if figures is not None:
         for file in write_figures(source, figures):
             out_console.print(f"Figure: {file}", soft_wrap=True)
+
+
+@app.command()
+def theory(
+    out: Out = Path("theory"),
+    seeds: Annotated[int, typer.Option(help="Networks of each kind in Figure 2; from 2 on.")] = 100,
+) -> None:
+    """Run the paper's theory: Figures 2 and 10, Proposition 4.1's rate, Appendix A.1, as pictures and tables."""
+    from fairline.jobs import theory_job
+
+    with progress_bars() as progress:
+        run = theory_job(out, seeds=seeds, progress=progress)
+    import pandas as pd
+
+    table = pd.read_parquet(run.folder / "figure_2_summary.parquet")
+    table["cell"] = [
+        f"{100 * m:.1f} [{100 * a:.1f}, {100 * b:.1f}]" for m, a, b in table[["mean", "low", "high"]].to_numpy()
+    ]
+    wide = table.pivot_table(index="variant", columns="measure", values="cell", aggfunc="first", sort=False)
+    print_frame(wide, f"accuracy in percent [95 % interval over {seeds} seeds]")
+    balance = pd.read_parquet(run.folder / "appendix_a1.parquet")
+    for count, part in balance.groupby("groups"):
+        print_frame(
+            part.set_index("group")[["n", "gradient_norm", "ratio", "inverse_size"]],
+            f"Appendix A.1, {count} groups of digits at a minimum of the loss",
+            {"n": ".0f", "gradient_norm": ".4g", "ratio": ".4g", "inverse_size": ".4g"},
+        )
+    out_console.print(f"Figures and tables: {run.folder.resolve()}", soft_wrap=True)
 
 
 @app.command()
@@ -488,12 +559,19 @@ def _print_audit(run: Run) -> None:
     from fairline.report.figures import prepare
     from fairline.report.html import read_table
 
-    frame = prepare(read_table(run, "audit.parquet"), read_table(run, "counts.parquet"))
-    frame = frame[frame["measure"] == "accuracy"]
+    everything = prepare(read_table(run, "audit.parquet"), read_table(run, "counts.parquet"))
+    frame = everything[everything["measure"] == "accuracy"].copy()
     frame["cell"] = [f"{v:.1%} [{low:.0%}, {high:.0%}]" for v, low, high in frame[["value", "low", "high"]].to_numpy()]
     for variant, part in frame.groupby("variant", sort=False):
         table = part.pivot_table(index="group", columns="budget", values="cell", aggfunc="first", sort=False)
         print_frame(table, f"accuracy [95 % interval] by ReLUs kept: {variant}")
+        own = everything[everything["variant"] == variant]
+        smallest = own[own["percent"] == own["percent"].min()]
+        table = smallest.pivot_table(index="group", columns="measure", values="value", aggfunc="first", sort=False)
+        shown = [name for name in EXPLAINED_BY if name in table]
+        if shown:
+            title = f"{smallest['budget'].iloc[0]} of ReLUs: {variant}"
+            print_frame(table[shown], title, dict.fromkeys(shown, ".4g"))
 
 
 def version(value: bool) -> None:

@@ -14,7 +14,8 @@ import torch
 from fairline import linearize as linearizers
 from fairline import objectives
 from fairline._io import atomic_path, resolve_device
-from fairline.audit import audit as audit_model
+from fairline.audit import REGISTRY, Subject, audit_subject, explaining
+from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.runs import (
     DataSpec,
@@ -23,6 +24,7 @@ from fairline.runs import (
     Run,
     count_relus,
     digest,
+    load_info,
     load_network,
     load_weights,
     save_network,
@@ -224,6 +226,8 @@ def audit_job(
     out: str | Path,
     *,
     measures: Sequence[str] = ("accuracy",),
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    explain: bool = False,
     split: str = "test",
     resamples: int = 2000,
     root: str | None = None,
@@ -231,7 +235,29 @@ def audit_job(
     device: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> Run:
-    """Audit every network of some runs, and the base network that they come from, into ``out``."""
+    """Audit every network of some runs, and the base network that they come from, into ``out``.
+
+    Each network's numbers are kept as soon as they are known, so an interrupted audit resumes at the next network.
+
+    Args:
+        sources: Folders of train, linearize or finetune runs with one base network.
+        out: The run folder.
+        measures: Which; see ``fairline.audit.REGISTRY``. The base network is left out where a reference is needed.
+        options: Settings of measures, by name.
+        explain: Also take every measure with which the paper explains the disparity.
+        split: Part to measure on.
+        resamples: Bootstrap resamples.
+        root: Where the data are now, if they have moved.
+        seed: Of the bootstrap and of every other random choice.
+        device: The accelerator if there is one, by default.
+        progress: Told how far it is.
+
+    Returns:
+        The run.
+
+    Raises:
+        FairlineError: The runs do not belong together, or a measure does not suit them.
+    """
     where = resolve_device(device)
     if not sources:
         raise FairlineError("An audit needs at least one run.")
@@ -247,6 +273,8 @@ def audit_job(
         "sources": [run.parent_entry() for run in runs],
         "data": base.config["data"],
         "measures": list(measures),
+        **({"options": {name: dict(own) for name, own in options.items()}} if options else {}),
+        **({"explain": True} if explain else {}),
         "split": split,
         "resamples": resamples,
         "seed": seed,
@@ -255,25 +283,35 @@ def audit_job(
     with Run.write(out, "audit", config, where) as run:
         if not run.finished:
             _, parts = _data(base, root).load()
-            reference, _ = load_network(base.networks()["base"])
+            network, _ = load_network(base.networks()["base"])
+            reference = Subject(network, parts[split], None, where, seed, resamples, "base", progress)
             folders = {"base": base.networks()["base"]}
             for source in runs:
                 if source.command != "train":
                     folders |= {f"{source.folder.name}/{name}": path for name, path in source.networks().items()}
             tables, predictions = [], []
             for position, (name, folder) in enumerate(folders.items()):
-                model, info = load_network(folder)
-                report = audit_model(
-                    model,
-                    parts[split],
-                    None if name == "base" else reference,
-                    measures=measures,
-                    name=name,
-                    split=split,
-                    seed=seed,
-                    resamples=resamples,
-                    device=where,
-                )
+                kept = [run.checkpoint / f"{position}.{part}.parquet" for part in ("audit", "predictions")]
+                if not all(path.exists() for path in kept):
+                    subject = reference
+                    if name != "base":
+                        subject = replace(
+                            reference,
+                            model=load_network(folder)[0],
+                            reference=reference,
+                            name=name,
+                            samples={},
+                            rows=[],
+                            _kept={},
+                        )
+                    chosen = _measures(parts[split], measures, options, explain, name != "base")
+                    report = audit_subject(subject, list(chosen), split=split, options=chosen)
+                    for path, table in zip(
+                        kept, (report.to_frame(), report.predictions.assign(model=name)), strict=True
+                    ):
+                        with atomic_path(path) as temporary:
+                            table.to_parquet(temporary, index=False)
+                info = load_info(folder)
                 described = {
                     "stage": info.stage,
                     "method": info.method,
@@ -283,8 +321,8 @@ def audit_job(
                     "seed": info.seed,
                     "reached": info.reached,
                 }
-                tables.append(report.to_frame().assign(**described))
-                predictions.append(report.predictions.assign(model=name))
+                tables.append(pd.read_parquet(kept[0]).assign(**described))
+                predictions.append(pd.read_parquet(kept[1]))
                 if progress is not None:
                     progress(Progress("auditing", position + 1, len(folders), name))
             counts = pd.concat([part.counts().assign(part=name) for name, part in parts.items()]).reset_index()
@@ -296,6 +334,77 @@ def audit_job(
                 with atomic_path(run.folder / file) as temporary:
                     table.to_parquet(temporary, index=False)
     return run
+
+
+def theory_job(out: str | Path, *, seeds: int = 100, progress: ProgressCallback | None = None) -> Run:
+    """Run Figures 2 and 10, Proposition 4.1's rate and Appendix A.1 into ``out``: parquet tables, SVG and PNG figures.
+
+    Args:
+        out: The run folder.
+        seeds: Networks of each kind in Figure 2.
+        progress: Told how far it is.
+
+    Returns:
+        The run.
+
+    Raises:
+        FairlineError: Fewer than two seeds.
+    """
+    from fairline.data import load
+    from fairline.report.figures import save_chart
+    from fairline.theory import balance, figures, toy
+
+    if seeds < 2:
+        raise FairlineError(f"An interval over seeds needs two of them at least, not {seeds}.")
+    with Run.write(out, "theory", {"seeds": seeds}, torch.device("cpu")) as run:
+        if not run.finished:
+
+            def seen(done: int, total: int) -> None:
+                if progress is not None:
+                    progress(Progress("Figure 2", done, total))
+
+            result = toy.run(seeds, seen=seen)
+            tables = {
+                "figure_2": result.accuracy,
+                "figure_2_summary": result.summary(),
+                "proposition_4_1": figures.rates()[0],
+                "appendix_a1": balance.check(load("digits").split(seed=0)[0]),
+            }
+            for name, table in tables.items():
+                with atomic_path(run.folder / f"{name}.parquet") as temporary:
+                    table.to_parquet(temporary, index=False)
+            charts = {
+                "figure_2": figures.figure_2(result),
+                "figure_10": figures.figure_10(),
+                "proposition_4_1": figures.rate(),
+            }
+            for name, chart in charts.items():
+                save_chart(chart, run.folder, name)
+    return run
+
+
+def _measures(
+    data: GroupedData,
+    measures: Sequence[str],
+    options: Mapping[str, Mapping[str, Any]] | None,
+    explain: bool,
+    has_reference: bool,
+) -> dict[str, dict[str, Any]]:
+    """Measures to take of one network, with their options."""
+    chosen: dict[str, dict[str, Any]] = {
+        name: {}
+        for name in ("accuracy", *measures)  # the report stands on accuracy
+        # An unknown name is refused by the audit.
+        if has_reference or name not in REGISTRY or not REGISTRY[name].needs_reference
+    }
+    if explain:
+        chosen |= explaining(data, has_reference)
+    for name, own in (options or {}).items():
+        if name in chosen or name not in REGISTRY:
+            chosen[name] = {**chosen.get(name, {}), **own}
+        elif not REGISTRY[name].needs_reference or has_reference:
+            raise FairlineError(f"Options are given for the measure '{name}', which is not taken.")
+    return chosen
 
 
 def _data(run: Run, root: str | None) -> DataSpec:

@@ -45,6 +45,7 @@ _PACKAGES = (
     "fairline",
     "torch",
     "numpy",
+    "scipy",
     "pandas",
     "scikit-learn",
     "fairlearn",
@@ -179,17 +180,26 @@ def _mask_keys(model: nn.Module) -> set[str]:
     return {f"{name}.kept" for name in masked_relus(model)}
 
 
+def load_info(folder: Path) -> NetworkInfo:
+    """What a folder says of its network.
+
+    Raises:
+        FairlineError: The file is missing or broken.
+    """
+    content = read_json(folder / "network.json")
+    try:
+        return NetworkInfo(**{**content, "model": ModelSpec(**content["model"])})
+    except (KeyError, TypeError):
+        raise FairlineError(f"{folder / 'network.json'} does not describe a network.") from None
+
+
 def load_network(folder: Path) -> tuple[nn.Module, NetworkInfo]:
     """Read what :func:`save_network` wrote.
 
     Raises:
         FairlineError: A file is missing, broken, or does not belong to this architecture.
     """
-    content = read_json(folder / "network.json")
-    try:
-        info = NetworkInfo(**{**content, "model": ModelSpec(**content["model"])})
-    except (KeyError, TypeError):
-        raise FairlineError(f"{folder / 'network.json'} does not describe a network.") from None
+    info = load_info(folder)
     model = info.model.build()
     has_masks = info.stage != "base" or (folder / "masks.safetensors").exists()
     if has_masks:
