@@ -223,7 +223,10 @@ def print_frame(frame: pd.DataFrame, title: str, formats: dict[str, str] | None 
     for column in frame.columns:
         table.add_column(str(column), justify="right")
     for index, row in frame.iterrows():
-        cells = [format(value, (formats or {}).get(str(column), "")) for column, value in row.items()]
+        cells = [
+            "" if value != value else format(value, (formats or {}).get(str(column), ""))
+            for column, value in row.items()
+        ]
         table.add_row(str(index), *cells)
     out_console.print(table)
 
@@ -571,7 +574,9 @@ def _print_audit(run: Run) -> None:
         shown = [name for name in EXPLAINED_BY if name in table]
         if shown:
             title = f"{smallest['budget'].iloc[0]} of ReLUs: {variant}"
-            print_frame(table[shown], title, dict.fromkeys(shown, ".4g"))
+            # Words wrap in a narrow terminal; names with underscores would be cut.
+            words = table[shown].rename(columns=lambda name: name.replace("_", " "))
+            print_frame(words, title, dict.fromkeys(words, ".4g"))
 
 
 def version(value: bool) -> None:

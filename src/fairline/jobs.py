@@ -15,7 +15,6 @@ from fairline import linearize as linearizers
 from fairline import objectives
 from fairline._io import atomic_path, resolve_device
 from fairline.audit import REGISTRY, Subject, audit_subject, explaining
-from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.runs import (
     DataSpec,
@@ -304,7 +303,7 @@ def audit_job(
                             rows=[],
                             _kept={},
                         )
-                    chosen = _measures(parts[split], measures, options, explain, name != "base")
+                    chosen = _measures(subject, measures, options, explain)
                     report = audit_subject(subject, list(chosen), split=split, options=chosen)
                     for path, table in zip(
                         kept, (report.to_frame(), report.predictions.assign(model=name)), strict=True
@@ -384,13 +383,13 @@ def theory_job(out: str | Path, *, seeds: int = 100, progress: ProgressCallback 
 
 
 def _measures(
-    data: GroupedData,
+    subject: Subject,
     measures: Sequence[str],
     options: Mapping[str, Mapping[str, Any]] | None,
     explain: bool,
-    has_reference: bool,
 ) -> dict[str, dict[str, Any]]:
     """Measures to take of one network, with their options."""
+    has_reference = subject.reference is not None
     chosen: dict[str, dict[str, Any]] = {
         name: {}
         for name in ("accuracy", *measures)  # the report stands on accuracy
@@ -398,7 +397,7 @@ def _measures(
         if has_reference or name not in REGISTRY or not REGISTRY[name].needs_reference
     }
     if explain:
-        chosen |= explaining(data, has_reference)
+        chosen |= explaining(subject)
     for name, own in (options or {}).items():
         if name in chosen or name not in REGISTRY:
             chosen[name] = {**chosen.get(name, {}), **own}

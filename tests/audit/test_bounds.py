@@ -136,6 +136,8 @@ def test_a_sample_of_each_group():
         network("perceptron", 2, dtype=torch.float32), data, measures=["binary_curvature_bound"], options=options
     ).by_group
     assert (table["n"] == 5).all()
+    assert (table["z1_low"] <= table["z1"]).all()
+    assert (table["z1"] <= table["z1_high"]).all()
     assert (table["z_bound_holds"] == 1).all()
 
 

@@ -174,7 +174,9 @@ def test_rows_of_an_audit():
     assert (table["hessian_converged"] == 1).all()
     assert (table["ggn_max"] > 0).all()
     assert table[["hessian_trace", "ggn_trace"]].notna().all(axis=None)
-    assert any("curvature of class 0" in update.stage for update in updates)
+    assert {update.stage for update in updates} == {"model: hessian eigenvalues", "model: ggn eigenvalues"}
+    assert any("class 1, product 2" in update.message for update in updates)
+    assert updates[-1].done == updates[-1].total == data.num_groups
 
 
 def test_the_cap_is_kept_and_said():

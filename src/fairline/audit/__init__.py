@@ -58,7 +58,7 @@ EXPLAIN: dict[str, dict[str, Any]] = {
     "first_order_distance": {},
     "parameter_distance": {},
     "excess_loss_bound": {},
-    "binary_curvature_bound": {},
+    "binary_curvature_bound": {"samples": 200},
     "correlation": {},
 }
 
@@ -236,13 +236,14 @@ def _check_options(measure: str, call: Callable[..., Any], options: Mapping[str,
             raise FairlineError(f"Option '{option}' of the measure '{measure}' is a number, not {value!r}.")
 
 
-def explaining(data: GroupedData, has_reference: bool) -> dict[str, dict[str, Any]]:
-    """The measures of :data:`EXPLAIN` that suit the data, with their options."""
+def explaining(subject: Subject) -> dict[str, dict[str, Any]]:
+    """The measures of :data:`EXPLAIN` that suit the subject, with their options."""
+    binary = subject.data.num_classes == subject.predictions.logits.shape[1] == 2
     return {
         name: dict(options)
         for name, options in EXPLAIN.items()
-        if (has_reference or not REGISTRY[name].needs_reference)
-        and (data.num_classes == 2 or not REGISTRY[name].binary)
+        if (subject.reference is not None or not REGISTRY[name].needs_reference)
+        and (binary or not REGISTRY[name].binary)
     }
 
 

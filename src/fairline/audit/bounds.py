@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fairline.audit import curvature, gradients
+from fairline.audit.accuracy import mean_bootstrap, percentile_interval
 from fairline.audit.base import Row, Subject, predictions
 from fairline.audit.distance import shared_parameters, total_distance
 from fairline.audit.functional import Functional
@@ -202,11 +203,12 @@ def binary_curvature_bound(
 
     Measures: ``z1`` and ``z2``, means over the group; ``z_bound``, their sum; ``z_bound_holds``, whether λ_max(Hₐ),
     computed over the same samples, is below it; ``z_bound_looseness``, z_bound / λ_max(Hₐ); ``z2_printed``, the second
-    term as the paper prints it. All but the last two of the unit of a Hessian eigenvalue.
+    term as the paper prints it. Terms have the unit of a Hessian eigenvalue.
 
     Args:
         subject: The model.
-        samples: Take so many random samples of each group; all by default. Every sample needs its own eigenvalue.
+        samples: Take so many random samples of each group, with 95 % bootstrap limits; all by default. Every sample
+            needs its own eigenvalue. λ_max is then that of the same samples.
         tolerance: Relative error of the eigenvalues.
         max_products: Products for each eigenvalue at most.
 
@@ -227,7 +229,7 @@ def binary_curvature_bound(
         whole = samples is None or samples >= len(positions)
         chosen = positions if whole else np.sort(rng.choice(positions, samples, replace=False))
         index = torch.from_numpy(chosen)
-        parts = []
+        parts: list[Terms] = []
         chunks = index.split(200)
         for done, chunk in enumerate(chunks, start=1):
             parts.append(
@@ -236,20 +238,19 @@ def binary_curvature_bound(
                 )
             )
             subject.report(f"Proposition 4.5, {name}", done, len(chunks))
-        z1, z2, printed = (
-            float(np.concatenate([getattr(part, key) for part in parts]).mean()) for key in ("z1", "z2", "z2_printed")
-        )
+        terms = {key: np.concatenate([getattr(part, key) for part in parts]) for key in ("z1", "z2", "z2_printed")}
+        terms["z_bound"] = terms["z1"] + terms["z2"]
+        limits = {
+            key: (math.nan, math.nan) if whole else percentile_interval(mean_bootstrap(own, subject.resamples, rng))
+            for key, own in terms.items()
+        }
+        bound = float(terms["z_bound"].mean())
         if whole:
             largest = curvature.once(subject, name, "hessian", tolerance).value
         else:
             largest = curvature.group_curvature(subject.functional, index, tolerance=tolerance, seed=subject.seed).value
-        values = {
-            "z1": z1,
-            "z2": z2,
-            "z_bound": z1 + z2,
-            "z_bound_holds": float(largest <= z1 + z2),
-            "z_bound_looseness": (z1 + z2) / largest if largest > 0 else math.nan,
-            "z2_printed": printed,
-        }
-        rows += [Row(name, measure, value, n=len(chosen)) for measure, value in values.items()]
+        n = len(chosen)
+        rows += [Row(name, key, float(own.mean()), *limits[key], n=n) for key, own in terms.items()]
+        rows.append(Row(name, "z_bound_holds", float(largest <= bound), n=n))
+        rows.append(Row(name, "z_bound_looseness", bound / largest if largest > 0 else math.nan, n=n))
     return rows

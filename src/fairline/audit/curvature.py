@@ -197,9 +197,10 @@ def once(
     def compute() -> Extreme:
         _ = subject.predictions
         index = torch.from_numpy(dict(subject.group_index())[name])
+        position, groups = subject.data.group_names.index(name), subject.data.num_groups
 
         def seen(products: int) -> None:
-            subject.report(f"curvature of {name}", products, max_products)
+            subject.report(f"{matrix} eigenvalues", position, groups, f"{name}, product {products}")
 
         result = group_curvature(
             subject.functional,
@@ -210,7 +211,7 @@ def once(
             seed=subject.seed,
             seen=seen,
         )
-        subject.report(f"curvature of {name}", max_products, max_products, f"λ_max {result.value:.4g}")
+        subject.report(f"{matrix} eigenvalues", position + 1, groups, f"{name}: {result.value:.4g}")
         return result
 
     return subject.once(("curvature", name, matrix, tolerance, max_products), compute)
@@ -258,7 +259,7 @@ def _subsampled(
                 seed=subject.seed + repeat,
             )
         )
-        subject.report(f"curvature of {name}", repeat + 1, repeats)
+        subject.report(f"{matrix} eigenvalues of {name}", repeat + 1, repeats)
     values = np.array([result.value for result in results])
     error = float(values.std(ddof=1) / math.sqrt(repeats))
     half = float(t.ppf(0.975, repeats - 1)) * error
