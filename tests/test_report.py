@@ -303,3 +303,15 @@ def test_a_binary_network_has_the_table_of_proposition_4_5():
         "holds": "yes",
         "printed": "0.5",
     }
+
+
+def test_bins_of_equal_size_by_hand():
+    values = pd.DataFrame(
+        {"margin": [0.5, 0.1, 0.4, 0.2, 0.3, 0.6], "correct": [True, False, True, False, True, False]}
+    )
+    bins = explanations.equal_bins(values, "margin", 3)
+    assert bins["x"].tolist() == pytest.approx([0.15, 0.35, 0.55])
+    assert bins["accuracy"].tolist() == [0, 1, 0.5]
+    assert bins["n"].tolist() == [2, 2, 2]
+    assert (bins["low"] <= bins["accuracy"]).all()
+    assert (bins["accuracy"] <= bins["high"]).all()

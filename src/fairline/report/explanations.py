@@ -172,41 +172,62 @@ def accuracy_against(frame: pd.DataFrame, variant: str, measures: list[str]) -> 
 
 
 def samples_against(frame: pd.DataFrame, predictions: pd.DataFrame, variant: str, measures: list[str]) -> Any:
-    """Share of right samples against what explains it, in ten bins of equally many samples, and by group.
+    """Share of right samples against what explains it: ten bins of equal size of all, five of each group.
 
     A sample is right or wrong, so points of single samples would lie on two lines; a bin's share is what
     Figure 8 (right) is after.
     """
     rows, label = _smallest(frame, variant)
     own = predictions[predictions["model"] == rows["model"].iloc[0]]
+    groups = group_order(frame)
     panels = []
     for measure in measures:
-        values = own[[measure, "correct", "group"]].copy()
-        values = values[np.isfinite(values[measure])]
-        ranks = values[measure].rank(method="first")
-        values["bin"] = np.minimum((10 * (ranks - 1) / max(len(ranks), 1)).astype(int), 9)
-        bins = values.groupby("bin").agg(x=(measure, "median"), accuracy=("correct", "mean"), n=("correct", "size"))
-        limits = [wilson_interval(float(a), int(n)) for a, n in zip(bins["accuracy"], bins["n"], strict=True)]
-        bins["low"], bins["high"] = [low for low, _ in limits], [high for _, high in limits]
-        base = alt.Chart(bins.reset_index())
-        x = alt.X("x:Q", title=_unit(measure), scale=_positive(bins["x"]), axis=_sparse(bins["x"]))
+        values = own[np.isfinite(own[measure])]
+        together = equal_bins(values, measure, 10)
+        apart = pd.concat(
+            equal_bins(part, measure, min(5, len(part))).assign(group=group)
+            for group, part in values.groupby("group", sort=False)
+        )
+        x = alt.X("x:Q", title=_unit(measure), scale=_positive(together["x"]), axis=_sparse(together["x"]))
         y = alt.Y("accuracy:Q", axis=alt.Axis(format="%"), title="share right", scale=alt.Scale(domain=[0, 1]))
         tooltip = [
             alt.Tooltip("x:Q", format=".4~g", title=SCATTER[measure]),
             alt.Tooltip("accuracy:Q", format=".1%", title="share right"),
             alt.Tooltip("n:Q", title="samples"),
         ]
-        line = base.mark_line(color="#666").encode(x=x, y=y)
-        whisker = base.mark_rule(color="#666").encode(x=x, y=alt.Y("low:Q", title="share right"), y2="high:Q")
+        colour = alt.Color(
+            "group:N", sort=groups, scale=_group_scale(groups), legend=alt.Legend(title=None, orient="bottom")
+        )
+        base = alt.Chart(together)
+        cloud = (
+            alt.Chart(apart)
+            .mark_point(filled=True, size=34, opacity=0.75, clip=True)
+            .encode(x=x, y=y, color=colour, tooltip=["group:N", *tooltip])
+        )
+        line = base.mark_line(color="#444").encode(x=x, y=y)
+        whisker = base.mark_rule(color="#444").encode(x=x, y=alt.Y("low:Q", title="share right"), y2="high:Q")
         point = base.mark_point(filled=True, size=50, opacity=1, color="#000").encode(x=x, y=y, tooltip=tooltip)
         panels.append(
-            alt.layer(line, whisker, point).properties(
+            alt.layer(line, whisker, point, cloud).properties(
                 width=222, height=220, title=correlation_text(rows, measure, "samples") or SCATTER[measure]
             )
         )
     return alt.hconcat(*panels, spacing=28).properties(
-        title=f"Samples at {label} of the ReLUs, in ten bins of equal size, each at its median: {variant}"
+        title=f"Samples at {label} of the ReLUs, in bins of equal size (black: all; coloured: a group): {variant}"
     )
+
+
+def equal_bins(values: pd.DataFrame, measure: str, count: int) -> pd.DataFrame:
+    """Samples in bins of as equal size as can be, by rising ``measure``.
+
+    Returns:
+        One row a bin: ``x``, the median; ``accuracy`` with Wilson's limits ``low`` and ``high``; ``n``.
+    """
+    rank = values[measure].rank(method="first").to_numpy() - 1
+    numbered = values.assign(bin=(count * rank / max(len(values), 1)).astype(int))
+    bins = numbered.groupby("bin").agg(x=(measure, "median"), accuracy=("correct", "mean"), n=("correct", "size"))
+    limits = [wilson_interval(float(a), int(n)) for a, n in zip(bins["accuracy"], bins["n"], strict=True)]
+    return bins.assign(low=[low for low, _ in limits], high=[high for _, high in limits]).reset_index()
 
 
 def correlation_text(rows: pd.DataFrame, measure: str, over: str) -> str:
