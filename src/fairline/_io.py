@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fairline.errors import FairlineError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _TENSOR = "__tensor__"
 
@@ -64,6 +67,12 @@ def read_json(path: str | Path) -> Any:
         raise FairlineError(f"{path} does not exist.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FairlineError(f"{path} is not valid JSON ({error}).") from None
+
+
+def write_table(path: str | Path, table: pd.DataFrame) -> None:
+    """Write a table to a parquet file atomically, without its index."""
+    with atomic_path(path) as temporary:
+        table.to_parquet(temporary, index=False)
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from fairline import linearize as linearizers
 from fairline import objectives
-from fairline._io import atomic_path, resolve_device
+from fairline._io import resolve_device, write_table
 from fairline.audit import REGISTRY, Subject, audit_subject, explaining
 from fairline.audit.comparison import BASE, Scored, compare
 from fairline.errors import FairlineError
@@ -377,11 +377,8 @@ def audit_job(
                         )
                     chosen = _measures(subject, measures, options, explain)
                     report = audit_subject(subject, list(chosen), split=split, options=chosen)
-                    for path, table in zip(
-                        kept, (report.to_frame(), report.predictions.assign(model=name)), strict=True
-                    ):
-                        with atomic_path(path) as temporary:
-                            table.to_parquet(temporary, index=False)
+                    write_table(kept[0], report.to_frame())
+                    write_table(kept[1], report.predictions.assign(model=name))
                 info = load_info(folder)
                 described = {
                     "stage": info.stage,
@@ -398,13 +395,9 @@ def audit_job(
                 if progress is not None:
                     progress(Progress("auditing", position + 1, len(folders), name))
             counts = pd.concat([part.counts().assign(part=name) for name, part in parts.items()]).reset_index()
-            for file, table in (
-                ("counts.parquet", counts),
-                ("predictions.parquet", pd.concat(predictions)),
-                ("audit.parquet", pd.concat(tables)),
-            ):
-                with atomic_path(run.folder / file) as temporary:
-                    table.to_parquet(temporary, index=False)
+            write_table(run.folder / "counts.parquet", counts)
+            write_table(run.folder / "predictions.parquet", pd.concat(predictions))
+            write_table(run.folder / "audit.parquet", pd.concat(tables))
     return run
 
 
@@ -529,13 +522,9 @@ def compare_job(
                         done += 1
                         if progress is not None:
                             progress(Progress("comparing", done, count, label))
-                    for path, table in zip(
-                        kept,
-                        (pd.concat(found), pd.DataFrame(masks), parts["train"].counts().reset_index()),
-                        strict=True,
-                    ):
-                        with atomic_path(path) as temporary:
-                            table.to_parquet(temporary, index=False)
+                    write_table(kept[0], pd.concat(found))
+                    write_table(kept[1], pd.DataFrame(masks))
+                    write_table(kept[2], parts["train"].counts().reset_index())
                 tables.append(pd.read_parquet(kept[0]))
                 layers.append(pd.read_parquet(kept[1]))
                 counts.append(pd.read_parquet(kept[2]))
@@ -548,13 +537,9 @@ def compare_job(
             chosen = baseline or ("erm" if "erm" in methods else methods[0])
             table = compare(replicates, groups, chosen, resamples=resamples, seed=seed).assign(baseline=chosen)
             table["train_n"] = table["group"].map(pd.concat(counts).groupby("group")["n"].mean())
-            for file, content in (
-                ("predictions.parquet", predictions),
-                ("layers.parquet", pd.concat(layers)),
-                ("comparison.parquet", table),
-            ):
-                with atomic_path(run.folder / file) as temporary:
-                    content.to_parquet(temporary, index=False)
+            write_table(run.folder / "predictions.parquet", predictions)
+            write_table(run.folder / "layers.parquet", pd.concat(layers))
+            write_table(run.folder / "comparison.parquet", table)
     return run
 
 
@@ -684,8 +669,7 @@ def theory_job(out: str | Path, *, seeds: int = 100, progress: ProgressCallback 
                 "appendix_a1": balance.check(load("digits").split(seed=0)[0]),
             }
             for name, table in tables.items():
-                with atomic_path(run.folder / f"{name}.parquet") as temporary:
-                    table.to_parquet(temporary, index=False)
+                write_table(run.folder / f"{name}.parquet", table)
             charts = {
                 "figure_2": figures.figure_2(result),
                 "figure_10": figures.figure_10(),

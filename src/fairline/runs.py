@@ -34,7 +34,7 @@ from torch import nn
 
 from fairline import data as data_registry
 from fairline import models
-from fairline._io import atomic_path, load_tensors, read_json, save_tensors, write_json
+from fairline._io import load_tensors, read_json, save_tensors, write_json, write_table
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.masking import load_masks, mask_relus, masked_relus, relu_count, save_masks
@@ -389,8 +389,7 @@ class Run:
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write one row an epoch."""
-        with atomic_path(self.folder / "metrics.parquet") as temporary:
-            pd.DataFrame(list(rows)).to_parquet(temporary, index=False)
+        write_table(self.folder / "metrics.parquet", pd.DataFrame(list(rows)))
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fairline._io import atomic_path, resolve_device
+from fairline._io import resolve_device, write_table
 from fairline.audit.base import Row, Subject
 from fairline.data.grouped import OVERALL, GroupedData
 from fairline.errors import FairlineError
@@ -128,8 +128,7 @@ class AuditReport:
 
     def to_parquet(self, path: str | Path) -> None:
         """Write the tidy table atomically."""
-        with atomic_path(path) as temporary:
-            self.frame.to_parquet(temporary, index=False)
+        write_table(path, self.frame)
 
 
 def compares_groups(measure: str) -> bool:
