@@ -10,7 +10,6 @@ from torch import nn
 from fairline.errors import FairlineError
 from fairline.masking import (
     MaskedReLU,
-    keep_above,
     keep_largest,
     layer_table,
     load_masks,
@@ -334,11 +333,6 @@ def test_channels_are_kept_whole_and_fit_the_budget():
     assert masked_relus(model)["1"].kept.tolist() == [[[False] * 3], [[True] * 3]]
     assert keep_largest(soft([0.7], "layer"), 5) == 0
     assert keep_largest(soft([0.7], "layer"), 6) == 6
-
-
-def test_keep_above_is_the_published_rule():
-    model = soft([0.5, 0.01, 0.011, 0.0, -0.5, 1.0])
-    assert keep_above(model, 1e-2) == 3
 
 
 def test_masks_survive_a_file_and_refuse_another_model(tmp_path):

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from fairline.errors import FairlineError as FairlineError
     from fairline.inference import predict as predict
     from fairline.linearize import SNL as SNL
+    from fairline.linearize import AutoReP as AutoReP
     from fairline.linearize import CoordinateDescent as CoordinateDescent
+    from fairline.linearize import DeepReDuce as DeepReDuce
     from fairline.linearize import Layerwise as Layerwise
     from fairline.linearize import Linearized as Linearized
     from fairline.linearize import Magnitude as Magnitude
     from fairline.linearize import Random as Random
+    from fairline.linearize import SENet as SENet
     from fairline.masking import MaskedReLU as MaskedReLU
     from fairline.masking import load_masks as load_masks
     from fairline.masking import mask_relus as mask_relus
@@ -44,9 +47,11 @@ if TYPE_CHECKING:
 # Resolved on first use, so that ``import fairline`` does not wait for torch.
 _LAZY = {
     "ARL": "fairline.objectives",
+    "AutoReP": "fairline.linearize",
     "AuditReport": "fairline.audit",
     "Chi2DRO": "fairline.objectives",
     "CoordinateDescent": "fairline.linearize",
+    "DeepReDuce": "fairline.linearize",
     "ERM": "fairline.objectives",
     "FairlineError": "fairline.errors",
     "GroupDRO": "fairline.objectives",
@@ -60,6 +65,7 @@ _LAZY = {
     "Objective": "fairline.objectives",
     "Random": "fairline.linearize",
     "Reweighting": "fairline.objectives",
+    "SENet": "fairline.linearize",
     "SNL": "fairline.linearize",
     "audit": "fairline.audit",
     "data": "",

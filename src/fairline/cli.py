@@ -100,7 +100,7 @@ ModelOption = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Of every random choice; for train, also of the split.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; the accelerator by default.")]
 #: Kept here so that help need not load torch; a test compares it with the registry.
-LINEARIZERS = ("snl", "coordinate_descent", "layerwise", "magnitude", "random")
+LINEARIZERS = ("snl", "deepreduce", "senet", "autorep", "coordinate_descent", "layerwise", "magnitude", "random")
 OBJECTIVES = ("erm", "lagrangian", "group_dro", "chi2_dro", "arl", "reweighting", "logit_adjust")
 ObjectiveName = Annotated[str, typer.Option("--objective", help=f"What to minimise: {', '.join(OBJECTIVES)}.")]
 ObjectiveOption = Annotated[
@@ -109,6 +109,14 @@ ObjectiveOption = Annotated[
 ]
 Mu = Annotated[
     float | None, typer.Option("--mu", help="Step of Algorithm 1's multipliers (lagrangian: 0.005, over 100 epochs).")
+]
+#: None leaves the choice to the method, or to a preset.
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training part (100).")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="At the start, then a cosine to zero (0.001).")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images in a step (256).")]
+Select = Annotated[
+    str,
+    typer.Option("--select", help="Best validation epoch by accuracy, loss or worst_group_accuracy; or the last one."),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Run folder to write, or to resume.")]
 Budgets = Annotated[
@@ -353,6 +361,14 @@ def linearize(
         float | None,
         typer.Option(help="Keep ReLUs of use to the group that suffers most: exponent of their price (snl: 0)."),
     ] = None,
+    empty_layers: Annotated[
+        float | None,
+        typer.Option(help="Prefer emptying whole layers, which saves protocol rounds: how much (0)."),
+    ] = None,
+    surrogate: Annotated[
+        str | None,
+        typer.Option(help="What stands in a ReLU's place: identity or quadratic (identity; autorep: quadratic)."),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", metavar="KEY=VALUE", help="Further option of the method, e.g. growth=1.2."),
@@ -365,7 +381,14 @@ def linearize(
     from fairline.jobs import linearize_job
 
     named = _drop_none(
-        lr=lr, lam=lam, max_epochs=max_epochs, batch_size=batch_size, granularity=granularity, protect=protect
+        lr=lr,
+        lam=lam,
+        max_epochs=max_epochs,
+        batch_size=batch_size,
+        granularity=granularity,
+        protect=protect,
+        empty_layers=empty_layers,
+        surrogate=surrogate,
     )
     settings = {**parse_options(option), **named}
     with progress_bars() as progress:
@@ -395,13 +418,15 @@ def finetune(
     distill: Annotated[
         bool, typer.Option("--distill/--no-distill", help="Learn from the base network's logits.")
     ] = True,
-    epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 100,
-    lr: Annotated[float, typer.Option(help="Learning rate at the start, then a cosine to zero.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 256,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Published settings: snl, deepreduce or deepreduce_fairness; options win over it."),
+    ] = None,
+    epochs: Epochs = None,
+    lr: LearningRate = None,
+    batch_size: BatchSize = None,
     augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Random crops and flips.")] = False,
-    select: Annotated[
-        str, typer.Option(help="Best validation epoch by accuracy, loss or worst_group_accuracy; or the last one.")
-    ] = "accuracy",
+    select: Select = "accuracy",
     root: Root = None,
     seed: Seed = 0,
     device: Device = None,
@@ -416,10 +441,9 @@ def finetune(
             objective,
             {**parse_options(objective_option), **_drop_none(mu=mu)},
             distill=distill,
+            preset=preset,
             root=None if root is None else str(root),
-            epochs=epochs,
-            lr=lr,
-            batch_size=batch_size,
+            **_drop_none(epochs=epochs, lr=lr, batch_size=batch_size),
             augment=augment,
             select=select,
             seed=seed,
@@ -542,12 +566,10 @@ def ablate(
     ),
     objective: ObjectiveName = "lagrangian",
     objective_option: ObjectiveOption = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 100,
-    lr: Annotated[float, typer.Option(help="Learning rate at the start, then a cosine to zero.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 256,
-    select: Annotated[
-        str, typer.Option(help="Best validation epoch by accuracy, loss or worst_group_accuracy; or the last one.")
-    ] = "last",
+    epochs: Epochs = None,
+    lr: LearningRate = None,
+    batch_size: BatchSize = None,
+    select: Select = "last",
     root: Root = None,
     seed: Seed = 0,
     device: Device = None,
@@ -566,9 +588,7 @@ def ablate(
             [_value(value.strip()) for value in values.split(",") if value.strip()],
             objective,
             parse_options(objective_option),
-            epochs=epochs,
-            lr=lr,
-            batch_size=batch_size,
+            **_drop_none(epochs=epochs, lr=lr, batch_size=batch_size),
             select=select,
             root=None if root is None else str(root),
             seed=seed,

@@ -19,7 +19,7 @@ from fairline.audit import REGISTRY, Subject, audit_subject, explaining
 from fairline.audit.comparison import BASE, Scored, compare
 from fairline.errors import FairlineError
 from fairline.inference import predict
-from fairline.masking import masked_relus
+from fairline.masking import masked_relus, surrogate_of
 from fairline.runs import (
     DataSpec,
     ModelSpec,
@@ -32,7 +32,7 @@ from fairline.runs import (
     load_weights,
     save_network,
 )
-from fairline.training import Progress, ProgressCallback, finetune, train
+from fairline.training import Progress, ProgressCallback, finetune, named_stage, train
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def linearize_job(
                     run.network_folder(f"budget-{cut.budget}"),
                     cut.model,
                     NetworkInfo(
-                        info.model,
+                        replace(info.model, options={**info.model.options, **cut.info.get("model_options", {})}),
                         "linearized",
                         cut.relus,
                         cut.total,
@@ -177,6 +177,7 @@ def linearize_job(
                         seed=seed,
                         reached=bool(cut.info.get("reached", True)),
                         placement=placement,
+                        surrogate=surrogate_of(cut.model),
                     ),
                 )
                 logger.info("budget %d: kept %d of %d ReLUs; %s", cut.budget, cut.relus, cut.total, cut.info)
@@ -191,15 +192,27 @@ def finetune_job(
     objective_options: Mapping[str, Any] | None = None,
     *,
     distill: bool = True,
+    preset: str | None = None,
     root: str | None = None,
     seed: int = 0,
     device: str | None = None,
     progress: ProgressCallback | None = None,
     **settings: Any,
 ) -> Run:
-    """Finetune every network of a linearize run into ``out``; ``settings`` go to :func:`fairline.finetune`."""
+    """Finetune every network of a linearize run into ``out``; ``settings`` go to :func:`fairline.finetune`.
+
+    ``preset`` names one of ``fairline.linearize.FINETUNE_PRESETS``; settings and options that are given win over it.
+    """
     where = resolve_device(device)
     parent = Run.read(source, "linearize")
+    if preset is not None:
+        if preset not in linearizers.FINETUNE_PRESETS:
+            raise FairlineError(
+                f"There is no preset '{preset}'; choose one of {', '.join(linearizers.FINETUNE_PRESETS)}."
+            )
+        chosen = linearizers.FINETUNE_PRESETS[preset]
+        settings = {**chosen["settings"], **settings}
+        objective_options = {**chosen["objective"], **(objective_options or {})}
     objectives.build(objective, **(objective_options or {}))
     config = {
         "parent": parent.parent_entry(),
@@ -227,7 +240,7 @@ def finetune_job(
                     objective=objectives.build(objective, **(objective_options or {})),
                     seed=seed,
                     device=where,
-                    progress=_named(progress, stage),
+                    progress=named_stage(progress, stage),
                     checkpoint=run.checkpoint / f"{name}.safetensors",
                     history=history,
                     **settings,
@@ -385,6 +398,7 @@ def audit_job(
                     "method": info.method,
                     "objective": info.objective,
                     "placement": info.placement,
+                    "surrogate": info.surrogate,
                     "relus": info.relus,
                     "total_relus": info.total,
                     "seed": info.seed,
@@ -406,6 +420,8 @@ def method_label(run: Run, info: NetworkInfo) -> str:
     if info.stage == "base":
         return BASE
     parts = [] if not info.placement else [f"masks {info.placement}"]
+    if info.surrogate != "identity":
+        parts.append(info.surrogate)
     if run.command == "linearize":
         parts.append("not finetuned")
     own = run
@@ -707,13 +723,6 @@ def _measures(
 def _data(run: Run, root: str | None) -> DataSpec:
     """The run's data, from another folder if they have moved."""
     return run.data if root is None else replace(run.data, root=root)
-
-
-def _named(progress: ProgressCallback | None, stage: str) -> ProgressCallback | None:
-    if progress is None:
-        return None
-    callback = progress
-    return lambda update: callback(replace(update, stage=stage))
 
 
 def _prefixed(progress: ProgressCallback, name: str) -> ProgressCallback:

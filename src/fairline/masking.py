@@ -1,14 +1,15 @@
 """The one place that knows how a ReLU is switched off.
 
-A masked ReLU is ``f(x) = m·relu(x) + (1 − m)·x = x − m·min(x, 0)`` with one mask entry a unit: m = 1 keeps the
-ReLU, m = 0 makes it the identity, and m between the two (Cho et al. 2022) is what mask learning moves through.
+A masked ReLU is ``f(x) = m·relu(x) + (1 − m)·g(x)`` with one mask entry a unit: m = 1 keeps the ReLU, m = 0 puts its
+surrogate g in its place, and m between the two (Cho et al. 2022) is what mask learning moves through. The surrogate is
+the identity, with which ``f(x) = x − m·min(x, 0)``, or a quadratic polynomial for each channel.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,6 +25,12 @@ from fairline.errors import FairlineError
 
 Granularity = Literal["pixel", "channel", "layer"]
 GRANULARITIES: tuple[Granularity, ...] = ("pixel", "channel", "layer")
+Surrogate = Literal["identity", "quadratic"]
+SURROGATES: tuple[Surrogate, ...] = ("identity", "quadratic")
+
+#: Factor of x² in a quadratic surrogate, as AutoReP's published code has it. Without it a deep network of fitted
+#: polynomials overflows: each layer squares what the last one let through.
+SQUARE_SCALE = 0.2
 
 
 class _FixedMaskedReLU(Function):
@@ -82,11 +89,16 @@ class MaskedReLU(nn.Module):
         shape: Shape of the activation without the batch axis.
         kept: bool, ``shape``: which ReLUs a fixed mask keeps.
         weight: The learned mask, compact (``shape``, (C, 1, …) or (1, …)); None while the mask is fixed.
+        gate: Turns ``weight`` into the mask, where the two are not the same; of the weight's shape.
+        coefficients: Of the quadratic surrogate ``c₀ + c₁x + 0.2·c₂x²``, (3, C, 1, …), trained with the other weights;
+            None where the surrogate is the identity.
     """
 
     kept: Tensor
     _floor: Tensor
     weight: nn.Parameter | None
+    gate: nn.Module | None
+    coefficients: nn.Parameter | None
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -94,6 +106,8 @@ class MaskedReLU(nn.Module):
         self.register_buffer("kept", torch.ones(self.shape, dtype=torch.bool))
         self.register_buffer("_floor", torch.zeros(self.shape), persistent=False)
         self.register_parameter("weight", None)
+        self.register_module("gate", None)
+        self.register_parameter("coefficients", None)
         self._num_kept = math.prod(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,17 +118,57 @@ class MaskedReLU(nn.Module):
                 "mask the model again with an example of the new input size."
             )
         if self.weight is not None:
-            return cast(Tensor, _LearnedMaskedReLU.apply(x, self.mask))
+            if self.coefficients is None:
+                return cast(Tensor, _LearnedMaskedReLU.apply(x, self.mask))
+            return torch.lerp(self.substitute(x), F.relu(x), self.mask.to(x.dtype))
         if self._num_kept == 0:
-            return x
+            return self.substitute(x)
         if self._num_kept == self.kept.numel():
             return F.relu(x)
-        return cast(Tensor, _FixedMaskedReLU.apply(x, self._floor.to(x.dtype)))
+        if self.coefficients is None:
+            return cast(Tensor, _FixedMaskedReLU.apply(x, self._floor.to(x.dtype)))
+        return torch.where(self.kept, F.relu(x), self.substitute(x))
+
+    def substitute(self, x: Tensor) -> Tensor:
+        """The surrogate g(x) of every unit, kept or not; x is (B, *shape)."""
+        if self.coefficients is None:
+            return x
+        constant, linear, square = self.coefficients.to(x.dtype)
+        return (SQUARE_SCALE * square * x + linear) * x + constant
+
+    @property
+    def surrogate(self) -> Surrogate:
+        """What stands in a ReLU's place: ``"identity"`` or ``"quadratic"``."""
+        return "identity" if self.coefficients is None else "quadratic"
+
+    def use_surrogate(self, surrogate: Surrogate) -> None:
+        """Choose what stands in a ReLU's place; a new quadratic starts as the identity.
+
+        Args:
+            surrogate: ``"identity"`` or ``"quadratic"``.
+
+        Raises:
+            FairlineError: There is no such surrogate.
+        """
+        if surrogate not in SURROGATES:
+            raise FairlineError(f"A surrogate is {' or '.join(SURROGATES)}, not '{surrogate}'.")
+        if surrogate == "identity":
+            self.coefficients = None
+        elif self.coefficients is None:
+            start = torch.zeros(3, self.shape[0], *[1] * (len(self.shape) - 1), device=self.kept.device)
+            start[1] = 1
+            self.coefficients = nn.Parameter(start)
 
     @property
     def mask(self) -> Tensor:
-        """The mask, float, with the shape of the activation; a view of ``weight`` while it is learned."""
-        return self.kept.float() if self.weight is None else self.weight.expand(self.shape)
+        """The mask, float, with the shape of the activation; a view of ``compact_mask`` while it is learned."""
+        return self.kept.float() if self.weight is None else self.compact_mask.expand(self.shape)
+
+    @property
+    def compact_mask(self) -> Tensor:
+        """The learned mask, of the shape of ``weight``: the weight itself, or what the gate makes of it."""
+        weight = cast(Tensor, self.weight)
+        return weight if self.gate is None else cast(Tensor, self.gate(weight))
 
     @property
     def num_kept(self) -> int:
@@ -127,7 +181,7 @@ class MaskedReLU(nn.Module):
         Args:
             kept: bool, broadcastable to ``shape``.
         """
-        self.weight = None
+        self.weight = self.gate = None
         self.kept = kept.to(device=self.kept.device, dtype=torch.bool).expand(self.shape).contiguous()
         self._refresh()
 
@@ -158,7 +212,8 @@ class MaskedReLU(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
-        return f"shape={self.shape}, " + ("learned" if self.weight is not None else f"kept={self._num_kept}")
+        text = f"shape={self.shape}, " + ("learned" if self.weight is not None else f"kept={self._num_kept}")
+        return text if self.coefficients is None else f"{text}, surrogate={self.surrogate}"
 
 
 class _Tracer(fx.Tracer):
@@ -170,7 +225,7 @@ _RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
 _RELU_METHODS = {"relu", "relu_"}
 
 
-def mask_relus(model: nn.Module, example: Tensor) -> nn.Module:
+def mask_relus(model: nn.Module, example: Tensor, surrogate: Surrogate | None = None) -> nn.Module:
     """Replace every ReLU of a model by a :class:`MaskedReLU` that keeps all of its units.
 
     Finds ``nn.ReLU`` modules and calls of ``F.relu``, ``torch.relu`` and ``.relu()`` through ``torch.fx``; a
@@ -180,15 +235,24 @@ def mask_relus(model: nn.Module, example: Tensor) -> nn.Module:
     Args:
         model: Any module that maps a batch to a batch. It is not changed.
         example: Input, (B, …), B ≥ 1, of the shape that the model will see; its values do not matter.
+        surrogate: What will stand in a ReLU's place; the identity by default, and what a masked model has already. See
+            :meth:`MaskedReLU.use_surrogate`.
 
     Returns:
-        A copy with masks. Its outputs equal the model's exactly, and the names of its weights are the same.
+        A copy with masks. Its outputs equal the model's exactly, and the names of its weights are the same; a
+        quadratic surrogate adds its coefficients.
 
     Raises:
         FairlineError: The model has no ReLU, or cannot be traced.
     """
-    if any(isinstance(module, MaskedReLU) for module in model.modules()):
-        return copy.deepcopy(model)
+    masked = copy.deepcopy(model) if masked_relus(model) else _mask_relus(model, example)
+    if surrogate is not None:
+        for layer in masked_relus(masked).values():
+            layer.use_surrogate(surrogate)
+    return masked
+
+
+def _mask_relus(model: nn.Module, example: Tensor) -> nn.Module:
     device = next((p.device for p in model.parameters()), example.device)
     example = example[:2].to(device)
     copied = copy.deepcopy(model)
@@ -380,6 +444,12 @@ def masked_relus(model: nn.Module) -> dict[str, MaskedReLU]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedReLU)}
 
 
+def surrogate_of(model: nn.Module) -> Surrogate:
+    """What stands in the place of a model's ReLUs: quadratic where any layer has coefficients."""
+    kinds = {layer.surrogate for layer in masked_relus(model).values()}
+    return "quadratic" if "quadratic" in kinds else "identity"
+
+
 def relu_count(model: nn.Module, example: Tensor | None = None) -> int:
     """How many ReLUs are evaluated for each sample.
 
@@ -407,7 +477,7 @@ def layer_table(model: nn.Module) -> Iterator[tuple[str, int, int]]:
         yield name, layer.num_kept, layer.kept.numel()
 
 
-def keep_largest(model: nn.Module, budget: int) -> int:
+def keep_largest(model: nn.Module, budget: int, ranks: Mapping[str, Tensor] | None = None) -> int:
     """Fix learned masks so that the ``budget`` largest entries are 1 and all others 0.
 
     Entries that cover several units (channel- and layer-wise masks) are taken from the largest on, as long as
@@ -416,12 +486,15 @@ def keep_largest(model: nn.Module, budget: int) -> int:
     Args:
         model: With learned masks.
         budget: ReLUs to keep for each sample.
+        ranks: What to compare in place of the masks, for each layer a tensor of its learned mask's shape.
 
     Returns:
         ReLUs kept: exactly ``budget`` for pixel-wise masks, else the most that fits.
     """
-    layers = [layer for layer in masked_relus(model).values() if layer.weight is not None]
-    values = torch.cat([cast(Tensor, layer.weight).detach().flatten() for layer in layers])
+    named = {name: layer for name, layer in masked_relus(model).items() if layer.weight is not None}
+    layers = list(named.values())
+    compared = {name: cast(Tensor, layer.weight).detach() for name, layer in named.items()} if ranks is None else ranks
+    values = torch.cat([compared[name].flatten() for name in named])
     sizes = [layer.kept.numel() // cast(Tensor, layer.weight).numel() for layer in layers]
     units = torch.cat([torch.full((cast(Tensor, w.weight).numel(),), s) for w, s in zip(layers, sizes, strict=True)])
     # Stable, so that ties fall the same way on every device.
@@ -436,13 +509,6 @@ def keep_largest(model: nn.Module, budget: int) -> int:
                 chosen[entry] = True
                 left -= size
     _fix(layers, chosen)
-    return relu_count(model)
-
-
-def keep_above(model: nn.Module, threshold: float) -> int:
-    """Fix learned masks so that entries above ``threshold`` are 1 and all others 0; returns ReLUs kept."""
-    layers = [layer for layer in masked_relus(model).values() if layer.weight is not None]
-    _fix(layers, torch.cat([(cast(Tensor, layer.weight).detach() > threshold).flatten() for layer in layers]))
     return relu_count(model)
 
 
@@ -462,10 +528,11 @@ class MaskInfo:
     budget: int
     seed: int | None
     layers: dict[str, list[int]]
+    surrogate: str = "identity"
 
 
 def save_masks(path: str | Path, model: nn.Module, *, method: str, budget: int, seed: int | None) -> None:
-    """Write fixed masks to a safetensors file.
+    """Write fixed masks to a safetensors file; the coefficients of a quadratic surrogate are weights, and not in it.
 
     Args:
         path: The file.
@@ -480,7 +547,8 @@ def save_masks(path: str | Path, model: nn.Module, *, method: str, budget: int, 
     layers = masked_relus(model)
     if not layers or any(layer.weight is not None for layer in layers.values()):
         raise FairlineError(f"{type(model).__name__} has no fixed masks to save.")
-    info = MaskInfo(method, budget, seed, {name: list(layer.shape) for name, layer in layers.items()})
+    shapes = {name: list(layer.shape) for name, layer in layers.items()}
+    info = MaskInfo(method, budget, seed, shapes, surrogate_of(model))
     save_tensors(path, {name: layer.kept for name, layer in layers.items()}, asdict(info))
 
 
@@ -514,6 +582,12 @@ def load_masks(path: str | Path, model: nn.Module) -> MaskInfo:
                 f"{path} belongs to another model: mask '{name}' has shape {tuple(tensors[name].shape)}, "
                 f"the model's activation {layer.shape}."
             )
+    surrogate = metadata.get("surrogate", "identity")
+    if surrogate != surrogate_of(model):
+        raise FairlineError(
+            f"{path} was made for {surrogate} surrogates, but the model's are {surrogate_of(model)}; "
+            f"mask it with surrogate='{surrogate}'."
+        )
     for name, layer in layers.items():
         layer.set_mask(tensors[name])
-    return MaskInfo(metadata["method"], metadata["budget"], metadata["seed"], metadata["layers"])
+    return MaskInfo(metadata["method"], metadata["budget"], metadata["seed"], metadata["layers"], surrogate)

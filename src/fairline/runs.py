@@ -37,7 +37,7 @@ from fairline import models
 from fairline._io import load_tensors, read_json, save_tensors, write_json, write_table
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.masking import load_masks, mask_relus, masked_relus, relu_count, save_masks
+from fairline.masking import Surrogate, load_masks, mask_relus, masked_relus, relu_count, save_masks
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +149,7 @@ class NetworkInfo:
         seed: Of the job that made it.
         reached: Whether the method reached the budget by its own rule.
         placement: Under what the masks were learned, where that is not plain distillation: ``"lagrangian"``.
+        surrogate: What stands in the place of the other ReLUs: ``"identity"`` or ``"quadratic"``.
     """
 
     model: ModelSpec
@@ -161,6 +162,7 @@ class NetworkInfo:
     seed: int = 0
     reached: bool = True
     placement: str = ""
+    surrogate: Surrogate = "identity"
 
     @property
     def percent(self) -> float:
@@ -205,7 +207,7 @@ def load_network(folder: Path) -> tuple[nn.Module, NetworkInfo]:
     model = info.model.build()
     has_masks = info.stage != "base" or (folder / "masks.safetensors").exists()
     if has_masks:
-        model = mask_relus(model, info.model.example())
+        model = mask_relus(model, info.model.example(), info.surrogate)
     load_weights(model, folder / "model.safetensors")
     if has_masks:
         load_masks(folder / "masks.safetensors", model)

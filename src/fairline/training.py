@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -46,6 +46,11 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
+
+
+def named_stage(progress: ProgressCallback | None, stage: str) -> ProgressCallback | None:
+    """A callback that reports under another stage's name."""
+    return None if progress is None else lambda update: progress(replace(update, stage=stage))
 
 
 @dataclass(frozen=True)
@@ -462,6 +467,7 @@ def finetune(
     lr: float = 1e-3,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
+    nesterov: bool = False,
     batch_size: int = 256,
     augment: bool = False,
     select: Select = "accuracy",
@@ -485,6 +491,7 @@ def finetune(
         lr: Learning rate at the start.
         momentum: Of SGD.
         weight_decay: Of SGD.
+        nesterov: Whether SGD's momentum is Nesterov's.
         batch_size: Samples in a step.
         augment: Random crops and flips; the paper uses none.
         select: What makes an epoch the best on the validation part. Under an objective that changes its mind while
@@ -499,7 +506,7 @@ def finetune(
     Returns:
         The model itself.
     """
-    optimizer = SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+    optimizer = SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     rows = _fit(
         model,
         train,

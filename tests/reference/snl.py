@@ -26,6 +26,15 @@ class SoftMask(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return masked_relu(x, self.alpha)
 
+    def sparsity(self) -> Tensor:
+        return self.alpha.abs().sum()
+
+    def count(self, threshold: float) -> int:
+        return int((self.alpha > threshold).sum())
+
+    def after_step(self) -> None:
+        """Nothing follows the mask."""
+
 
 class _Orders(Sampler[int]):
     """Yields given orders, one an epoch."""
@@ -55,6 +64,8 @@ def learn_masks(
     threshold: float = 1e-2,
     temperature: float = 4.0,
     orders: list[list[int]],
+    make: Callable[[Sequence[int]], nn.Module] = SoftMask,
+    optimize: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
     after_epoch: Callable[[int, float], None] | None = None,
 ) -> tuple[nn.Module, list[int], list[float]]:
     """Learn masks on a Sequential of plain modules.
@@ -70,11 +81,11 @@ def learn_masks(
         shapes[name] = x.shape[1:]
     for name, module in teacher.named_children():
         if isinstance(module, nn.ReLU):
-            student.set_submodule(name, SoftMask(shapes[name]))
-    alphas = [module.alpha for module in student.modules() if isinstance(module, SoftMask)]
-    optimizer = torch.optim.Adam(student.parameters(), lr=lr)
+            student.set_submodule(name, make(shapes[name]))
+    layers = [module for module in student.modules() if hasattr(module, "sparsity")]
+    optimizer = torch.optim.Adam(student.parameters(), lr=lr) if optimize is None else optimize(student)
     loader = DataLoader(TensorDataset(images, labels), batch_size=batch_size, sampler=_Orders(orders))
-    lowest = sum(alpha.numel() for alpha in alphas)
+    lowest = sum(layer.alpha.numel() for layer in layers)
     counts, lambdas = [], []
     for epoch in range(epochs):
         student.train()
@@ -91,11 +102,13 @@ def learn_masks(
                 )
                 * temperature**2
             )
-            loss = ce + kd + lam * sum(alpha.abs().sum() for alpha in alphas)
+            loss = ce + kd + lam * sum(layer.sparsity() for layer in layers)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        count = sum(int((alpha > threshold).sum()) for alpha in alphas)
+            for layer in layers:
+                layer.after_step()
+        count = sum(layer.count(threshold) for layer in layers)
         if count < lowest:
             lowest = count
         elif epoch >= patience:

@@ -5,16 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from fairline._registry import build_named
+from fairline.linearize.autorep import AutoReP
 from fairline.linearize.base import Linearized, Linearizer, resolve_budgets
 from fairline.linearize.coordinate_descent import CoordinateDescent
+from fairline.linearize.deepreduce import FINETUNE_PRESETS, DeepReDuce
 from fairline.linearize.layerwise import Layerwise
 from fairline.linearize.magnitude import Magnitude
 from fairline.linearize.random import Random
+from fairline.linearize.senet import SENet
 from fairline.linearize.snl import SNL
 
 #: Name on the command line → class.
 REGISTRY: dict[str, type[Linearizer]] = {
     "snl": SNL,
+    "deepreduce": DeepReDuce,
+    "senet": SENet,
+    "autorep": AutoReP,
     "coordinate_descent": CoordinateDescent,
     "layerwise": Layerwise,
     "magnitude": Magnitude,
@@ -32,14 +38,18 @@ def build(name: str, **options: Any) -> Linearizer:
 
 
 __all__ = [
+    "FINETUNE_PRESETS",
     "REGISTRY",
     "SNL",
+    "AutoReP",
     "CoordinateDescent",
+    "DeepReDuce",
     "Layerwise",
     "Linearized",
     "Linearizer",
     "Magnitude",
     "Random",
+    "SENet",
     "build",
     "resolve_budgets",
 ]

@@ -22,7 +22,8 @@ from fairline._io import load_state, resolve_device, save_state
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.linearize.base import Linearized, resolve_budgets
-from fairline.masking import mask_relus, masked_relus, relu_count
+from fairline.linearize.surrogates import require_surrogate, start_masked
+from fairline.masking import Surrogate, masked_relus, relu_count
 from fairline.objectives.base import Batch, Objective
 from fairline.objectives.erm import ERM
 from fairline.training import Progress, ProgressCallback, run_epochs
@@ -49,7 +50,11 @@ class CoordinateDescent:
         held_out: Share of the training part that is set aside for trying candidates.
         refresh_epochs: Epochs of training after each round.
         lr: Of the refresh: SGD with momentum 0.9 and weight decay 5e-4.
+        empty_layers: Deployment-aware: nats that a candidate is credited for the share of its layer's remaining ReLUs
+            that it removes; the block that empties a layer, which saves protocol rounds, gets all of it. Layers are
+            then drawn with equal probability, so that those nearly empty are tried too. 0 is as published.
         objective: Of the refresh, and whose mean loss decides; CE + T²·KL by default.
+        surrogate: What stands in a ReLU's place: ``"identity"``, as published, or ``"quadratic"``, fitted and learned.
         seed: Of the whole run.
     """
 
@@ -62,10 +67,13 @@ class CoordinateDescent:
     held_out: float = 0.1
     refresh_epochs: int = 1
     lr: float = 5e-3
+    empty_layers: float = 0.0
     objective: Objective | None = None
+    surrogate: Surrogate = "identity"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_surrogate(self.surrogate)
         if not (0 < self.rate < 1 and 0 < self.held_out < 1):
             raise FairlineError(
                 f"Coordinate descent needs rate and held_out between 0 and 1, not {self.rate} and {self.held_out}."
@@ -73,6 +81,8 @@ class CoordinateDescent:
         for name in ("blocks", "candidates", "batch_size"):
             if getattr(self, name) < 1:
                 raise FairlineError(f"Coordinate descent needs {name} ≥ 1, not {getattr(self, name)}.")
+        if not self.empty_layers >= 0:
+            raise FairlineError(f"Coordinate descent needs empty_layers ≥ 0, not {self.empty_layers}.")
         if self.refresh_epochs < 0 or not self.lr > 0:
             raise FairlineError(
                 f"Coordinate descent needs refresh_epochs ≥ 0 and lr > 0, not {self.refresh_epochs} and {self.lr}."
@@ -96,7 +106,7 @@ class CoordinateDescent:
         """
         where = resolve_device(device)
         teacher = copy.deepcopy(model).to(where).eval()
-        student = mask_relus(model, train.normalized(slice(2))).to(where)
+        student = start_masked(model, train, self.surrogate, where, seed=self.seed)
         total = relu_count(student)
         pending = resolve_budgets(budgets, total)
         train = train.to(where)
@@ -128,7 +138,8 @@ class CoordinateDescent:
         for number, target in enumerate(plan[done:], start=done + 1):
             generator = torch.Generator().manual_seed(self.seed + 1000 * number)
             tried, loss = self._remove(student, teacher, trying, objective, relu_count(student) - target, generator)
-            row = {"round": number, "relus": target, "held_out_loss": loss, "tried": tried}
+            used = sum(layer.num_kept > 0 for layer in masked_relus(student).values())
+            row = {"round": number, "relus": target, "layers": used, "held_out_loss": loss, "tried": tried}
             if self.refresh_epochs:
                 optimizer = SGD(student.parameters(), lr=self.lr, momentum=0.9, weight_decay=5e-4)
                 for epoch in run_epochs(
@@ -192,15 +203,17 @@ class CoordinateDescent:
                 evaluate = cached_forward(student, batch.images)
                 options = []
                 for _ in range(self.candidates):
-                    name, units = _draw_block(layers, min(size, count), generator)
+                    name, units = _draw_block(layers, min(size, count), generator, evenly=self.empty_layers > 0)
                     kept = layers[name].kept
                     without = kept.clone().view(-1)
                     without[units.to(without.device)] = False
                     layers[name].set_mask(without.view(kept.shape))
-                    options.append((loss_of(evaluate(name)), name, without.view(kept.shape), len(units)))
+                    loss = loss_of(evaluate(name))
+                    credit = self.empty_layers * len(units) / int(kept.sum())
+                    options.append((loss - credit, loss, name, without.view(kept.shape), len(units)))
                     layers[name].set_mask(kept)
             tried += len(options)
-            best, name, mask, removed = min(options, key=lambda option: option[0])
+            _, best, name, mask, removed = min(options, key=lambda option: option[0])
             layers[name].set_mask(mask)
             count -= removed
         return tried, best
@@ -214,11 +227,13 @@ class CoordinateDescent:
         return Linearized(cut, budget, relu_count(cut), total, self.name, self.seed, {"reached": True})
 
 
-def _draw_block(layers: Mapping[str, Any], size: int, generator: torch.Generator) -> tuple[str, Tensor]:
-    """A random layer, in proportion to the ReLUs that it keeps, and up to ``size`` of them."""
+def _draw_block(
+    layers: Mapping[str, Any], size: int, generator: torch.Generator, *, evenly: bool = False
+) -> tuple[str, Tensor]:
+    """A random layer, in proportion to the ReLUs that it keeps or evenly, and up to ``size`` of them."""
     names = list(layers)
     weights = torch.tensor([float(layers[name].num_kept) for name in names])
-    name = names[int(torch.multinomial(weights, 1, generator=generator))]
+    name = names[int(torch.multinomial(weights.clamp_max(1) if evenly else weights, 1, generator=generator))]
     kept = layers[name].kept.flatten().nonzero().flatten().cpu()
     return name, kept[torch.randperm(len(kept), generator=generator)[:size]]
 

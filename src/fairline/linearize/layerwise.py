@@ -28,7 +28,6 @@ class Layerwise(Ranked):
 
     Attributes:
         samples: Training images to measure the loss on, at most.
-        seed: Of the choice of images and units.
 
     Raises:
         FairlineError: There is no sample.
@@ -37,9 +36,9 @@ class Layerwise(Ranked):
     name = "layerwise"
 
     samples: int = 2000
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.samples < 1:
             raise FairlineError(f"Layerwise needs one sample at least, not {self.samples}.")
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
+from fairline.linearize.activations import each_activation
 from fairline.linearize.ranked import Ranked
 from fairline.masking import masked_relus
 
@@ -21,7 +22,6 @@ class Magnitude(Ranked):
     Attributes:
         samples: Training images to measure on, at most.
         relative: Divide by the layer's mean, so that a layer of large activations does not keep everything.
-        seed: Of the choice of images, and of ties.
 
     Raises:
         FairlineError: There is no sample.
@@ -31,34 +31,21 @@ class Magnitude(Ranked):
 
     samples: int = 2000
     relative: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.samples < 1:
             raise FairlineError(f"Magnitudes need one sample at least, not {self.samples}.")
 
     def scores(self, model: nn.Module, train: GroupedData) -> Mapping[str, Tensor]:
         """Mean negative part of each unit."""
-        generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.randperm(len(train), generator=generator)[: self.samples].to(train.device)
-        layers = masked_relus(model)
-        totals = {name: torch.zeros(layer.shape, device=train.device) for name, layer in layers.items()}
+        totals = {name: torch.zeros(layer.shape, device=train.device) for name, layer in masked_relus(model).items()}
 
-        def add(name: str, x: Tensor) -> None:
+        def add(name: str, x: Tensor, index: Tensor) -> None:
             totals[name] += x.clamp_max(0).neg().sum(0)
 
-        handles = [
-            layer.register_forward_pre_hook(lambda _, arguments, name=name: add(name, arguments[0]))
-            for name, layer in layers.items()
-        ]
-        try:
-            with torch.no_grad():
-                for index in chosen.split(100):
-                    model(train.normalized(index))
-        finally:
-            for handle in handles:
-                handle.remove()
-        means = {name: total / len(chosen) for name, total in totals.items()}
+        seen = each_activation(model, train, add, samples=self.samples, seed=self.seed)
+        means = {name: total / seen for name, total in totals.items()}
         if self.relative:
             means = {name: mean / mean.mean().clamp_min(1e-12) for name, mean in means.items()}
         return means

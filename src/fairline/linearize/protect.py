@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import group_mean, predict
+from fairline.linearize.activations import watched
 from fairline.masking import MaskedReLU, masked_relus
 
 
@@ -61,15 +62,8 @@ class Protection:
             totals[name].index_add_(0, groups, x.clamp_max(0).neg().float())
             seen[name] += len(x)
 
-        handles = [
-            layer.register_forward_pre_hook(lambda _, arguments, name=name: add(name, arguments[0]))
-            for name, layer in layers.items()
-        ]
-        try:
+        with watched(model, add):
             after = self._group_losses(model)
-        finally:
-            for handle in handles:
-                handle.remove()
         worst = int((after - self.before).argmax())
         sizes = torch.bincount(self.data.groups, minlength=groups)
         prices = {}

@@ -15,15 +15,9 @@ from fairline.masking import masked_relus
 
 @dataclass
 class Random(Ranked):
-    """Keep every set of r ReLUs with the same probability.
-
-    Attributes:
-        seed: Of the choice.
-    """
+    """Keep every set of r ReLUs with the same probability."""
 
     name = "random"
-
-    seed: int = 0
 
     def scores(self, model: nn.Module, train: GroupedData) -> Mapping[str, Tensor]:
         """Uniform numbers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,27 @@ from torch import Tensor, nn
 from fairline._io import resolve_device
 from fairline.data.grouped import GroupedData
 from fairline.linearize.base import Linearized, resolve_budgets
-from fairline.masking import mask_relus, masked_relus, relu_count
+from fairline.linearize.surrogates import require_surrogate, start_masked
+from fairline.masking import Surrogate, masked_relus, relu_count
 from fairline.training import Progress, ProgressCallback
 
 
+@dataclass(kw_only=True)
 class Ranked:
     """Keep the ReLUs with the largest scores. Budgets are exact and nested; subclasses give the scores.
 
     Attributes:
-        name: Of the method.
+        surrogate: What stands in the place of the others: ``"identity"`` or ``"quadratic"``, fitted.
         seed: Breaks ties, and what else the method draws.
     """
 
     name = ""
-    seed: int
+
+    surrogate: Surrogate = "identity"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_surrogate(self.surrogate)
 
     def scores(self, model: nn.Module, train: GroupedData) -> Mapping[str, Tensor]:
         """Score of every unit of each masked layer, of the mask's shape; larger ones are kept.
@@ -56,7 +64,7 @@ class Ranked:
             FairlineError: A budget is impossible, or the model has no ReLU.
         """
         where = resolve_device(device)
-        masked = mask_relus(model, train.normalized(slice(2))).to(where)
+        masked = start_masked(model, train, self.surrogate, where, seed=self.seed)
         total = relu_count(masked)
         counts = resolve_budgets(budgets, total)
         found = self.scores(copy.deepcopy(masked).eval(), train.to(where))

@@ -33,8 +33,8 @@ def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 3
         num_classes: Outputs.
         in_channels: Channels of the image.
         image_size: Side of the image in pixels.
-        options: Passed on; ``width`` for all, ``stem_relu`` and ``stem_stride`` for the ResNets, ``final_relu`` for
-            the wide ones.
+        options: Passed on; ``width`` for all, ``stem_stride`` for all but the tiny one, ``stem_relu`` for the ResNets,
+            ``final_relu`` for the wide ones.
 
     Returns:
         The network, in training mode.
@@ -64,6 +64,37 @@ def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 3
     return model
 
 
+def rescaled(model: nn.Module, alpha: float, rho: float) -> tuple[nn.Module, dict[str, int]]:
+    """A new, untrained network of α times the channels and ρ times the resolution (DeepReDuce's Reshape).
+
+    Args:
+        model: One of this package's networks.
+        alpha: Its width becomes ``int(α·width)``.
+        rho: The stride of its stem becomes ``int(1/ρ)`` times what it was.
+
+    Returns:
+        The network, and the options of :func:`build` that differ.
+
+    Raises:
+        FairlineError: The network does not say how it was built or has no stride of a stem, or nothing is left of it.
+    """
+    arguments = getattr(model, "arguments", None)
+    if not isinstance(arguments, dict) or "width" not in arguments or "stem_stride" not in arguments:
+        raise FairlineError(
+            f"{type(model).__name__} cannot be rescaled: it has no `arguments` with its width and stem_stride."
+        )
+    if not (0 < alpha <= 1 and 0 < rho <= 1) or int(alpha * arguments["width"]) < 1:
+        raise FairlineError(
+            f"A network of width {arguments['width']} cannot be rescaled by α = {alpha} and ρ = {rho}: both lie in "
+            "(0, 1], and one channel must be left."
+        )
+    changed = {
+        "width": int(alpha * arguments["width"]),
+        "stem_stride": int(1 / rho) * arguments["stem_stride"],
+    }
+    return type(model)(**{**arguments, **changed}), changed
+
+
 def _import(name: str) -> Callable[..., Any]:
     source, _, function = name.rpartition(":")
     try:
@@ -84,4 +115,4 @@ def _import(name: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], getattr(module, function))
 
 
-__all__ = ["REGISTRY", "build"]
+__all__ = ["REGISTRY", "build", "rescaled"]

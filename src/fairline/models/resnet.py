@@ -61,6 +61,16 @@ class ResNet(nn.Module):
         stem_stride: int = 1,
     ) -> None:
         super().__init__()
+        #: What :func:`~fairline.models.rescaled` builds a smaller one from.
+        self.arguments = {
+            "blocks": blocks,
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "image_size": image_size,
+            "width": width,
+            "stem_relu": stem_relu,
+            "stem_stride": stem_stride,
+        }
         self.image_size = image_size
         self.conv1 = nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

@@ -16,20 +16,31 @@ class VGG(nn.Module):
     Args:
         num_classes: Outputs.
         in_channels: Channels of the image.
-        image_size: Side of the image in pixels; at least 16.
+        image_size: Side of the image in pixels; at least 16, and more with a strided stem.
         width: Channels of the first stage; 64 is VGG-19.
+        stem_stride: Stride of the first convolution; 2 halves every resolution.
     """
 
-    def __init__(self, num_classes: int, in_channels: int = 3, image_size: int = 32, width: int = 64) -> None:
+    def __init__(
+        self, num_classes: int, in_channels: int = 3, image_size: int = 32, width: int = 64, stem_stride: int = 1
+    ) -> None:
         super().__init__()
+        self.arguments = {
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "image_size": image_size,
+            "width": width,
+            "stem_stride": stem_stride,
+        }
         self.image_size = image_size
         self.stages = len(_STAGES)
         channels = in_channels
         for stage, (count, factor) in enumerate(_STAGES, start=1):
             layers: list[nn.Module] = []
-            for _ in range(count):
+            for position in range(count):
+                stride = stem_stride if stage == 1 and position == 0 else 1
                 layers += [
-                    nn.Conv2d(channels, factor * width, 3, padding=1, bias=False),
+                    nn.Conv2d(channels, factor * width, 3, stride, padding=1, bias=False),
                     nn.BatchNorm2d(factor * width),
                     nn.ReLU(),
                 ]
@@ -53,6 +64,6 @@ class VGG(nn.Module):
         return logits
 
 
-def vgg19(num_classes: int, in_channels: int = 3, image_size: int = 32, width: int = 64) -> VGG:
+def vgg19(num_classes: int, in_channels: int = 3, image_size: int = 32, width: int = 64, stem_stride: int = 1) -> VGG:
     """VGG-19 with batch normalisation; see :class:`VGG`."""
-    return VGG(num_classes, in_channels, image_size, width)
+    return VGG(num_classes, in_channels, image_size, width, stem_stride)

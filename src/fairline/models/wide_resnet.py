@@ -43,6 +43,7 @@ class WideResNet(nn.Module):
         image_size: Side of the image in pixels.
         width: Channels of the first group, doubled at each next one; 16·k.
         final_relu: Whether a ReLU follows the last batch normalisation.
+        stem_stride: Stride of the stem; 2 halves every resolution.
     """
 
     def __init__(
@@ -53,11 +54,21 @@ class WideResNet(nn.Module):
         image_size: int = 32,
         width: int = 128,
         final_relu: bool = False,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
+        self.arguments = {
+            "depth": depth,
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "image_size": image_size,
+            "width": width,
+            "final_relu": final_relu,
+            "stem_stride": stem_stride,
+        }
         self.image_size = image_size
         stem = min(16, width)
-        self.conv1 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, stem, 3, stem_stride, padding=1, bias=False)
         channels = stem
         self.stages = 3
         for stage in range(1, self.stages + 1):
@@ -86,7 +97,12 @@ class WideResNet(nn.Module):
 
 
 def wide_resnet22_8(
-    num_classes: int, in_channels: int = 3, image_size: int = 32, width: int = 128, final_relu: bool = False
+    num_classes: int,
+    in_channels: int = 3,
+    image_size: int = 32,
+    width: int = 128,
+    final_relu: bool = False,
+    stem_stride: int = 1,
 ) -> WideResNet:
     """WRN-22-8 at the default width; see :class:`WideResNet`."""
-    return WideResNet(22, num_classes, in_channels, image_size, width, final_relu)
+    return WideResNet(22, num_classes, in_channels, image_size, width, final_relu, stem_stride)

@@ -45,11 +45,12 @@ def prepare(audit: pd.DataFrame, counts: pd.DataFrame) -> pd.DataFrame:
     frame["budget"] = frame["percent"].map(labels)
     sizes = counts[counts["part"] == "train"].set_index("group")["n"]
     frame["train_n"] = frame["group"].map(sizes).fillna(sizes.sum()).astype(int)
-    if "placement" not in frame:
-        frame["placement"] = ""
+    for column, usual in (("placement", ""), ("surrogate", "identity")):
+        if column not in frame:
+            frame[column] = usual
     frame["variant"] = [
         variant_label(*row)
-        for row in frame[["stage", "method", "objective", "placement"]].itertuples(index=False, name=None)
+        for row in frame[["stage", "method", "objective", "placement", "surrogate"]].itertuples(index=False, name=None)
     ]
     return frame
 
@@ -64,11 +65,17 @@ def budget_labels(percents: Iterable[float]) -> dict[float, str]:
     return labels
 
 
-def variant_label(stage: str, method: str, objective: str, placement: str = "") -> str:
+#: Methods whose names are not plain words.
+METHOD_NAMES = {"snl": "SNL", "senet": "SENet", "autorep": "AutoReP", "deepreduce": "DeepReDuce"}
+
+
+def variant_label(stage: str, method: str, objective: str, placement: str = "", surrogate: str = "identity") -> str:
     """What was done to the network, in words."""
     if stage == "base":
         return "base network"
-    masks = f"{method.upper()} ({placement})" if placement else method.upper()
+    details = ", ".join(filter(None, [placement, "" if surrogate == "identity" else surrogate]))
+    masks = METHOD_NAMES.get(method, method.replace("_", " "))
+    masks = f"{masks} ({details})" if details else masks
     return f"{masks}, not finetuned" if stage == "linearized" else f"{masks} + finetune ({objective})"
 
 

@@ -1,0 +1,466 @@
+"""DeepReDuce (Jha, Ghodsi, Garg and Reagen, ICML 2021): Cull, Thin, Reshape.
+
+- **Cull**: all ReLUs of a stage become linear, the least critical stage first. The criticality of a stage is measured:
+  ``(accuracy with its ReLUs alone − the lowest such accuracy of any stage) / ReLUs^0.07``.
+- **Thin**: in the stages that are kept, every second ReLU of each block becomes linear too.
+- **Reshape**: a new network with α times the channels (``int(α·width)``) and ρ times the resolution (a stem of stride
+  ``int(1/ρ)``), culled and thinned the same way, is trained from scratch under distillation.
+
+Together they make a ladder of configurations; :meth:`DeepReDuce.ladder` lists it with its ReLU counts.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, fx, nn
+
+from fairline._io import load_state, load_tensors, resolve_device, save_state, save_tensors
+from fairline.data.grouped import GroupedData
+from fairline.errors import FairlineError
+from fairline.inference import predict
+from fairline.linearize.base import Linearized, resolve_budgets
+from fairline.linearize.surrogates import fit_quadratics, require_surrogate, start_masked
+from fairline.masking import Surrogate, mask_relus, masked_relus, relu_count
+from fairline.models import rescaled
+from fairline.objectives.erm import ERM
+from fairline.training import ProgressCallback, finetune, named_stage
+
+logger = logging.getLogger(__name__)
+
+#: Distillation settings for :func:`fairline.finetune` and ``fairline finetune --preset``: as SNL
+#: does; as the DeepReDuce paper says; as the code does that was published with the fairness paper.
+FINETUNE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "snl": {
+        "settings": {"epochs": 100, "lr": 1e-3, "batch_size": 256, "weight_decay": 5e-4},
+        "objective": {"temperature": 4.0},
+    },
+    "deepreduce": {
+        "settings": {"epochs": 200, "lr": 0.1, "batch_size": 128, "weight_decay": 4e-4},
+        "objective": {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9},
+    },
+    "deepreduce_fairness": {
+        "settings": {"epochs": 200, "lr": 1e-3, "batch_size": 512, "weight_decay": 5e-4, "nesterov": True},
+        "objective": {"temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5},
+    },
+}
+
+#: Names of the stages in this package's networks, and in torchvision's and timm's.
+_STAGE = re.compile(r"(layer|stage)s?[._]?\d+")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A rung of the ladder.
+
+    Attributes:
+        culled: Names of the stages without ReLUs.
+        thinned: Whether every second ReLU of the blocks in the other stages is linear.
+        alpha: Factor of the channels.
+        rho: Factor of the resolution.
+        relus: ReLUs for each sample.
+    """
+
+    culled: tuple[str, ...]
+    thinned: bool
+    alpha: float
+    rho: float
+    relus: int
+
+    @property
+    def label(self) -> str:
+        """In words: ``"cull layer1, thin, α = 0.5"``."""
+        parts = [f"cull {' '.join(self.culled)}" if self.culled else "", "thin" if self.thinned else ""]
+        parts += [f"α = {self.alpha:g}" if self.alpha != 1 else "", f"ρ = {self.rho:g}" if self.rho != 1 else ""]
+        return ", ".join(filter(None, parts)) or "whole"
+
+
+@dataclass(kw_only=True)
+class DeepReDuce:
+    """Walk down the ladder: whole stages, then every second ReLU, then a smaller network.
+
+    For each budget the largest configuration that fits is taken, one that keeps the network's shape if there is one.
+    The ladder has few rungs. With ``exact`` (the default, so that methods compare at equal budgets) what the
+    configuration leaves of the budget goes to ReLUs that the next larger rung of the same shape would keep, drawn at
+    random; without it, as published, a network keeps what its configuration keeps. ``info`` names the configuration.
+
+    Attributes:
+        stages: Modules of each stage by the stage's name, or a list (or comma-separated text) of modules that are a
+            stage each; by default those named ``layer1``, ``stage2``, …. ReLUs outside of all stages, such as a stem's,
+            go with the stage that follows, or the last one.
+        order: Stages from the least critical on, if it is known; measured by default.
+        criticality_epochs: Epochs of distillation for each stage before its accuracy is measured.
+        held_out: Share of the training part that accuracy is measured on.
+        power: Exponent of the ReLU count in the criticality.
+        alphas: Channel factors to try, such as ``(1, 0.5)``.
+        rhos: Resolution factors to try.
+        reshape: Builds an untrained network for (α, ρ); :func:`fairline.models.rescaled` by default.
+        reshape_epochs: Epochs of training of a reshaped network.
+        reshape_lr: Learning rate of that training.
+        exact: Fill each budget.
+        lr: Of the distillation before criticalities are measured.
+        batch_size: Samples in a step.
+        surrogate: What stands in a ReLU's place: ``"identity"``, as published, or ``"quadratic"``.
+        seed: Of the whole run.
+    """
+
+    name = "deepreduce"
+
+    stages: Mapping[str, Sequence[str]] | Sequence[str] | str | None = None
+    order: Sequence[str] | str | None = None
+    criticality_epochs: int = 20
+    held_out: float = 0.1
+    power: float = 0.07
+    alphas: Sequence[float] | str | float = (1.0,)
+    rhos: Sequence[float] | str | float = (1.0,)
+    reshape: Callable[[float, float], nn.Module] | None = None
+    reshape_epochs: int = 200
+    reshape_lr: float = 0.1
+    exact: bool = True
+    lr: float = 0.01
+    batch_size: int = 256
+    surrogate: Surrogate = "identity"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_surrogate(self.surrogate)
+        self.alphas, self.rhos = _factors("alphas", self.alphas), _factors("rhos", self.rhos)
+        if isinstance(self.stages, str):
+            self.stages = _words(self.stages)
+        if isinstance(self.order, str):
+            self.order = _words(self.order)
+        if self.criticality_epochs < 1 or self.reshape_epochs < 1 or self.batch_size < 1:
+            raise FairlineError(
+                f"DeepReDuce needs criticality_epochs, reshape_epochs and batch_size ≥ 1, not "
+                f"{self.criticality_epochs}, {self.reshape_epochs} and {self.batch_size}."
+            )
+        if not 0 < self.held_out < 1 or not self.lr > 0 or not self.reshape_lr > 0:
+            raise FairlineError(
+                f"DeepReDuce needs held_out between 0 and 1, lr > 0 and reshape_lr > 0, not {self.held_out}, "
+                f"{self.lr} and {self.reshape_lr}."
+            )
+
+    def linearize(
+        self,
+        model: nn.Module,
+        train: GroupedData,
+        budgets: Sequence[float],
+        *,
+        device: str | torch.device | None = None,
+        progress: ProgressCallback | None = None,
+        checkpoint: str | Path | None = None,
+        history: list[dict[str, float]] | None = None,
+    ) -> Iterator[Linearized]:
+        """Yield one network a budget, from the largest budget to the smallest; see :class:`Linearizer`.
+
+        Raises:
+            FairlineError: A budget is impossible, the model has no ReLU, a stage does not exist, or a network that
+                should be reshaped cannot be.
+        """
+        where = resolve_device(device)
+        folder = None if checkpoint is None else Path(checkpoint)
+        start = start_masked(model, train, self.surrogate, where, seed=self.seed)
+        total = relu_count(start)
+        pending = resolve_budgets(budgets, total)
+        order = self._order(model, train, where, progress, folder, history)
+        rungs = self._rungs(model, order, train.normalized(slice(2)))
+        for budget in pending:
+            rung = next(rung for rung in rungs if rung.relus <= budget)
+            info: dict[str, Any] = {"configuration": rung.label, "reached": True}
+            if rung.alpha == 1 and rung.rho == 1:
+                student = copy.deepcopy(start)
+                self._switch_off(student, rung)
+            else:
+                student, info["model_options"] = self._reshaped(model, rung, train, where, progress, folder)
+            if self.exact:
+                self._fill(student, rung, rungs, budget)
+            logger.info("budget %d: %s, %d ReLUs", budget, rung.label, relu_count(student))
+            yield Linearized(student, budget, relu_count(student), total, self.name, self.seed, info)
+
+    def ladder(
+        self,
+        model: nn.Module,
+        train: GroupedData,
+        *,
+        device: str | torch.device | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> pd.DataFrame:
+        """All configurations, from the one with most ReLUs down.
+
+        Args:
+            model: The trained network.
+            train: Training part, that criticality is measured on.
+            device: The accelerator if there is one, by default.
+            progress: Called after every batch.
+
+        Returns:
+            One row a configuration: ``configuration`` in words, ``culled``, ``thinned``, ``alpha``, ``rho``, ``relus``
+            and ``share`` of the network's ReLUs.
+        """
+        order = self._order(model, train, resolve_device(device), progress, None, None)
+        rungs = self._rungs(model, order, train.normalized(slice(2)))
+        table = pd.DataFrame([{"configuration": rung.label, **asdict(rung)} for rung in rungs])
+        table = table.sort_values("relus", ascending=False, kind="stable", ignore_index=True)
+        return table.assign(share=table["relus"] / table["relus"].max())
+
+    def criticality(
+        self,
+        model: nn.Module,
+        train: GroupedData,
+        *,
+        device: str | torch.device | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> pd.DataFrame:
+        """Measure how critical each stage is (Jha et al. 2021).
+
+        Each stage in turn keeps its ReLUs alone, is distilled from the whole network, and is measured on images held
+        out from the training part.
+
+        Args:
+            model: The trained network.
+            train: Training part.
+            device: The accelerator if there is one, by default.
+            progress: Called after every batch.
+
+        Returns:
+            Indexed by stage, in the order of the network: ``relus``, ``accuracy`` and ``criticality``.
+        """
+        where = resolve_device(device)
+        shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed))
+        aside = int(self.held_out * len(train))
+        if not 0 < aside < len(train):
+            raise FairlineError(f"{train.name}: {len(train)} images are too few to set {self.held_out:.0%} aside.")
+        measuring, training = train.select(shuffled[:aside]), train.select(shuffled[aside:])
+        start = start_masked(model, training, self.surrogate, where, seed=self.seed)
+        stages = stages_of(start, self.stages)
+        teacher = copy.deepcopy(model)
+        rows = []
+        for name, own in stages.items():
+            student = copy.deepcopy(start)
+            for layer_name, layer in masked_relus(student).items():
+                layer.set_mask(torch.full(layer.shape, layer_name in own))
+            finetune(
+                student,
+                teacher,
+                training,
+                epochs=self.criticality_epochs,
+                lr=self.lr,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                device=where,
+                progress=named_stage(progress, f"criticality of {name}"),
+            )
+            right = predict(student, measuring, device=where).argmax(1).cpu() == measuring.labels.cpu()
+            rows.append({"stage": name, "relus": relu_count(student), "accuracy": float(right.double().mean())})
+        table = pd.DataFrame(rows).set_index("stage")
+        gained = table["accuracy"] - table["accuracy"].min()
+        return table.assign(criticality=gained / table["relus"] ** self.power)
+
+    def _order(
+        self,
+        model: nn.Module,
+        train: GroupedData,
+        device: torch.device,
+        progress: ProgressCallback | None,
+        folder: Path | None,
+        history: list[dict[str, float]] | None,
+    ) -> list[str]:
+        """Stages from the least critical on."""
+        names = list(stages_of(mask_relus(model, train.normalized(slice(2))), self.stages))
+        if self.order is not None:
+            if sorted(self.order) != sorted(names):
+                raise FairlineError(
+                    f"The order of stages names {', '.join(self.order)}; the network's stages are {', '.join(names)}."
+                )
+            return list(self.order)
+        file = None if folder is None else folder / "criticality.safetensors"
+        if file is not None and file.exists():
+            rows = load_state(file)["rows"]
+        else:
+            rows = self.criticality(model, train, device=device, progress=progress).reset_index().to_dict("records")
+            if file is not None:
+                save_state(file, {"rows": rows})
+        if history is not None:
+            history[:] = rows
+        # Equally critical stages go by size: the one with most ReLUs first.
+        return [str(row["stage"]) for row in sorted(rows, key=lambda row: (row["criticality"], -row["relus"]))]
+
+    def _rungs(self, model: nn.Module, order: Sequence[str], example: Tensor) -> list[Configuration]:
+        """All configurations: those of the network's own shape first, then from the largest count to the smallest."""
+        found = []
+        assert not isinstance(self.alphas, str | float)
+        assert not isinstance(self.rhos, str | float)
+        for alpha in self.alphas:
+            for rho in self.rhos:
+                network = model if alpha == rho == 1 else self._untrained(model, alpha, rho)[0]
+                masked = mask_relus(network, example)
+                for count in range(len(order) + 1):
+                    for thinned in (False, True) if count < len(order) else (False,):
+                        rung = Configuration(tuple(order[:count]), thinned, alpha, rho, 0)
+                        kept = self._kept(masked, rung)
+                        relus = sum(layer.kept.numel() for name, layer in masked_relus(masked).items() if name in kept)
+                        found.append(Configuration(rung.culled, thinned, alpha, rho, relus))
+        # Reshaping costs a training from scratch, so it is for what culling and thinning cannot reach with ReLUs left.
+        return sorted(found, key=lambda r: (r.relus == 0, (r.alpha, r.rho) != (1, 1), -r.relus, r.thinned))
+
+    def _kept(self, masked: nn.Module, rung: Configuration) -> set[str]:
+        """Layers whose ReLUs a configuration keeps."""
+        kept: set[str] = set()
+        for name, own in stages_of(masked, self.stages).items():
+            if name in rung.culled:
+                continue
+            seen: dict[str, int] = {}
+            for layer in own:
+                block = layer.rpartition(".")[0]
+                seen[block] = seen.get(block, 0) + 1
+                if not rung.thinned or seen[block] % 2 == 1:
+                    kept.add(layer)
+        return kept
+
+    def _switch_off(self, masked: nn.Module, rung: Configuration) -> None:
+        kept = self._kept(masked, rung)
+        for name, layer in masked_relus(masked).items():
+            layer.set_mask(torch.full(layer.shape, name in kept))
+
+    def _fill(self, student: nn.Module, rung: Configuration, rungs: Sequence[Configuration], budget: int) -> None:
+        """Give what is left of the budget to ReLUs of the next larger configurations of the same shape."""
+        generator = torch.Generator().manual_seed(self.seed)
+        layers = masked_relus(student)
+        same = [other for other in rungs if (other.alpha, other.rho) == (rung.alpha, rung.rho)]
+        for larger in sorted((r for r in same if r.relus > rung.relus), key=lambda r: r.relus):
+            left = budget - relu_count(student)
+            if left <= 0:
+                return
+            more = [name for name in execution_order(student) if name in self._kept(student, larger)]
+            more = [name for name in more if layers[name].num_kept == 0]
+            closed = torch.cat([torch.full((layers[name].kept.numel(),), i) for i, name in enumerate(more)])
+            chosen = torch.zeros(len(closed), dtype=torch.bool)
+            chosen[torch.randperm(len(closed), generator=generator)[:left]] = True
+            for i, name in enumerate(more):
+                layers[name].set_mask(chosen[closed == i].view(layers[name].shape))
+
+    def _untrained(self, model: nn.Module, alpha: float, rho: float) -> tuple[nn.Module, dict[str, int]]:
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return rescaled(model, alpha, rho) if self.reshape is None else (self.reshape(alpha, rho), {})
+
+    def _reshaped(
+        self,
+        model: nn.Module,
+        rung: Configuration,
+        train: GroupedData,
+        device: torch.device,
+        progress: ProgressCallback | None,
+        folder: Path | None,
+    ) -> tuple[nn.Module, dict[str, int]]:
+        """Train a smaller network under distillation, its ReLUs culled and thinned from the start."""
+        network, options = self._untrained(model, rung.alpha, rung.rho)
+        student = mask_relus(network, train.normalized(slice(2)), self.surrogate).to(device)
+        self._switch_off(student, rung)
+        stem = f"reshaped-{len(rung.culled)}-{rung.thinned:d}-{rung.alpha:g}-{rung.rho:g}"
+        file = None if folder is None else folder / f"{stem}-trained.safetensors"
+        if file is not None and file.exists():
+            student.load_state_dict(load_tensors(file)[0])
+            return student, options
+        if self.surrogate == "quadratic":
+            fit_quadratics(student, train.to(device), seed=self.seed)
+        finetune(
+            student,
+            copy.deepcopy(model),
+            train,
+            epochs=self.reshape_epochs,
+            lr=self.reshape_lr,
+            batch_size=self.batch_size,
+            objective=ERM(),
+            seed=self.seed,
+            device=device,
+            progress=named_stage(progress, f"training {rung.label}"),
+            checkpoint=None if folder is None else folder / f"{stem}.safetensors",
+        )
+        if file is not None:
+            save_tensors(file, student.state_dict())
+        return student, options
+
+
+def execution_order(masked: nn.Module) -> list[str]:
+    """Names of the masked ReLUs as a forward pass meets them; of an untraced model, as its modules come."""
+    names = masked_relus(masked)
+    if not isinstance(masked, fx.GraphModule):
+        return list(names)
+    return [str(node.target) for node in masked.graph.nodes if node.op == "call_module" and node.target in names]
+
+
+def stages_of(
+    masked: nn.Module, stages: Mapping[str, Sequence[str]] | Sequence[str] | str | None = None
+) -> dict[str, list[str]]:
+    """Masked ReLUs of each stage, in the order of execution.
+
+    Args:
+        masked: From :func:`~fairline.masking.mask_relus`.
+        stages: As for :class:`DeepReDuce`.
+
+    Raises:
+        FairlineError: A stage does not exist or holds no ReLU, two share one, or none are named and none are found.
+    """
+    layers = execution_order(masked)
+    if stages is None:
+        modules = dict(masked.named_modules())
+        heads = [match[0] for match in map(_STAGE.match, layers) if match and match[0] in modules]
+        named: dict[str, list[str]] = {head: [head] for head in dict.fromkeys(heads)}
+        if not named:
+            raise FairlineError(
+                f"DeepReDuce cannot act on {type(masked).__name__}: none of its modules is named like a stage (layer1, "
+                f"stage2, …); name them with stages. Its ReLUs are {', '.join(layers[:8])}{', …' * (len(layers) > 8)}."
+            )
+    elif isinstance(stages, Mapping):
+        named = {name: [own] if isinstance(own, str) else list(own) for name, own in stages.items()}
+    else:
+        named = {name: [name] for name in ([stages] if isinstance(stages, str) else stages)}
+    found: dict[str, list[str]] = {name: [] for name in named}
+    belongs: dict[str, str] = {}
+    for name, prefixes in named.items():
+        for prefix in prefixes:
+            own = [layer for layer in layers if layer == prefix or layer.startswith(f"{prefix}.")]
+            if not own:
+                raise FairlineError(
+                    f"There is no stage '{prefix}' with ReLUs in {type(masked).__name__}; its ReLUs are "
+                    f"{', '.join(layers[:8])}{', …' * (len(layers) > 8)}."
+                )
+            for layer in own:
+                if belongs.setdefault(layer, name) != name:
+                    raise FairlineError(f"ReLU '{layer}' is in the stages '{belongs[layer]}' and '{name}'.")
+    following = None
+    for layer in reversed(layers):
+        following = belongs.get(layer, following)
+        if following is not None:
+            belongs.setdefault(layer, following)
+    last = next(belongs[layer] for layer in reversed(layers) if layer in belongs)
+    for layer in layers:
+        found[belongs.setdefault(layer, last)].append(layer)
+    return found
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _factors(name: str, value: Sequence[float] | str | float) -> tuple[float, ...]:
+    """Factors from a sequence, a number or comma-separated text."""
+    try:
+        if isinstance(value, str):
+            found = tuple(float(word) for word in _words(value))
+        else:
+            found = (float(value),) if isinstance(value, int | float) else tuple(float(each) for each in value)
+    except (TypeError, ValueError):
+        found = ()
+    if not found or not all(0 < each <= 1 for each in found):
+        raise FairlineError(f"DeepReDuce needs {name} in (0, 1], such as 1,0.5, not {value}.")
+    return found
