@@ -28,6 +28,7 @@ test-slow: install
 bench: install
 	$(BIN)/python benchmarks/masked_relu.py
 	$(BIN)/python benchmarks/snl_epoch.py
+	$(BIN)/python benchmarks/mask_learning.py
 	$(BIN)/python benchmarks/coordinate_descent.py
 	$(BIN)/python benchmarks/objectives.py
 	$(BIN)/python benchmarks/explain.py

@@ -28,6 +28,7 @@ def test_the_benchmark_of_explaining_prints_its_ratios():
     [
         ("masked_relu.py", ["--rounds", "1"], 5),
         ("snl_epoch.py", ["--images", "256", "--rounds", "1"], 3),
+        ("mask_learning.py", ["--images", "256", "--rounds", "1"], 4),
         ("coordinate_descent.py", ["--images", "64", "--rounds", "1"], 1),
         ("objectives.py", ["--images", "256", "--rounds", "1"], 9),
     ],

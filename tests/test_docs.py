@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import fairline as fl
+from fairline import linearize
 from fairline.cli import app
+from fairline.masking import mask_relus, masked_relus
 from fairline.objectives import REGISTRY
 from tests.conftest import make_data
 
@@ -95,3 +97,31 @@ def test_the_objective_in_contributing_works(parts, trained):
     fl.finetune(model, trained, parts[0], parts[1], epochs=1, objective=objective)
     losses = torch.tensor([1.0, 3.0])
     assert objective.reduce(losses, None) == 3
+
+
+def test_the_code_about_deepreduce_runs(capsys):
+    code = blocks(ROOT / "docs" / "linearize.md", "python")[0]
+    exec(compile(code, "linearize.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "criticality" in said
+    assert "α = 0.5" in said
+
+
+def test_the_new_method_in_the_documents_works(parts, trained, monkeypatch):
+    """Under 40 lines, and all that a method needs: a registry line, exact budgets, what it says that it keeps."""
+    code = blocks(ROOT / "docs" / "linearize.md", "python")[1]
+    assert len(code.splitlines()) < 40
+    monkeypatch.setattr("fairline.linearize.REGISTRY", dict(linearize.REGISTRY))
+    exec(compile(code, "linearize.md", "exec"), {"__name__": "sign_balance"})
+    cuts = list(linearize.build("sign_balance", samples=10_000).linearize(trained, parts[0], [0.5, 30]))
+    assert [cut.relus for cut in cuts] == [224, 30]
+    masked = mask_relus(trained, parts[0].normalized(slice(2)))
+    signs: dict[str, torch.Tensor] = {}
+    for name, layer in masked_relus(masked).items():
+        layer.register_forward_pre_hook(lambda _, x, name=name: signs.update({name: x[0] > 0}))
+    with torch.no_grad():
+        masked.eval()(parts[0].normalized())
+    shares = torch.cat([sign.float().mean(0).flatten() for sign in signs.values()])
+    kept = torch.cat([layer.kept.flatten() for layer in masked_relus(cuts[1].model).values()])
+    balance = shares * (1 - shares)
+    assert balance[kept].min() >= balance[~kept].max() - 1e-3

@@ -18,6 +18,8 @@ No implementation was published. What the description leaves open, and what is d
   default: it is what the description says.
 - *Where masks start*: at random positions. *When they end*: after ``mask_epochs``, or when less than ``tolerance`` of
   the entries changed. *Over which images the mean is*: ``samples`` training images, after each epoch.
+- *How large β is*: 0.1, with which the gap weighs about as much as the two other terms; the scale of a β depends on
+  which mean is taken over units, which is not said.
 - *Channels*: a channel's difference is the mean of its units'; a layer keeps as many channels as fit into its budget,
   and what is left over goes to the channels that differ most anywhere, as long as they fit.
 """
@@ -86,7 +88,7 @@ class SENet:
     tolerance: float = 0.01
     samples: int = 2000
     epochs: int = 20
-    beta: float = 1000.0
+    beta: float = 0.1
     lr: float = 0.01
     temperature: float = 4.0
     batch_size: int = 256
