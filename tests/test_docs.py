@@ -112,7 +112,7 @@ def test_the_new_method_in_the_documents_works(parts, trained, monkeypatch):
     code = blocks(ROOT / "docs" / "linearize.md", "python")[1]
     assert len(code.splitlines()) < 40
     monkeypatch.setattr("fairline.linearize.REGISTRY", dict(linearize.REGISTRY))
-    exec(compile(code, "linearize.md", "exec"), {"__name__": "sign_balance"})
+    exec(compile(code, "linearize.md", "exec", dont_inherit=True), {"__name__": "sign_balance"})
     cuts = list(linearize.build("sign_balance", samples=10_000).linearize(trained, parts[0], [0.5, 30]))
     assert [cut.relus for cut in cuts] == [224, 30]
     masked = mask_relus(trained, parts[0].normalized(slice(2)))

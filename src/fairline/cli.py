@@ -363,7 +363,10 @@ def linearize(
     ] = None,
     empty_layers: Annotated[
         float | None,
-        typer.Option(help="Prefer emptying whole layers, which saves protocol rounds: how much (0)."),
+        typer.Option(
+            help="Empty whole layers, which saves protocol rounds: those whose share of open ReLUs is below this part of "
+            "the network's (snl, autorep: 0), or nats credited for it (coordinate_descent: 0)."
+        ),
     ] = None,
     surrogate: Annotated[
         str | None,

@@ -665,7 +665,7 @@ def theory_job(out: str | Path, *, seeds: int = 100, progress: ProgressCallback 
         FairlineError: Fewer than two seeds.
     """
     from fairline.data import load
-    from fairline.report.figures import save_chart
+    from fairline.report.figures import save_charts
     from fairline.theory import balance, figures, toy
 
     if seeds < 2:
@@ -691,8 +691,7 @@ def theory_job(out: str | Path, *, seeds: int = 100, progress: ProgressCallback 
                 "figure_10": figures.figure_10(),
                 "proposition_4_1": figures.rate(),
             }
-            for name, chart in charts.items():
-                save_chart(chart, run.folder, name)
+            save_charts(charts, run.folder)
     return run
 
 

@@ -166,6 +166,15 @@ def mean_bootstrap(values: Floats, resamples: int, rng: np.random.Generator) -> 
     return np.concatenate(means)
 
 
+def student_interval(values: Floats, level: float = LEVEL) -> tuple[float, float]:
+    """Student's interval of the mean of independent values, two at least."""
+    from scipy.stats import t
+
+    mean = float(values.mean())
+    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
 def percentile_interval(draws: Floats, level: float = LEVEL) -> tuple[float, float]:
     """Percentile interval of bootstrap draws; NaN where no draw is finite."""
     finite = draws[np.isfinite(draws)]

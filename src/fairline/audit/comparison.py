@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fairline.audit.accuracy import percentile_interval, relative_drop
+from fairline.audit.accuracy import percentile_interval, relative_drop, student_interval
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 
@@ -151,14 +151,6 @@ def compare(
                     )
     frame = pd.DataFrame(rows)
     return pd.concat([frame, pareto(frame)], ignore_index=True)
-
-
-def student_interval(values: Floats) -> tuple[float, float]:
-    """Student's 95 % interval of a mean, from its replicates (two at least)."""
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
-    return float(values.mean()) - half, float(values.mean()) + half
 
 
 def pareto(frame: pd.DataFrame) -> pd.DataFrame:

@@ -140,6 +140,11 @@ class GroupedData:
             official_test=None if self.official_test is None else self.official_test[index],
         )
 
+    def sample_by_group(self, samples: int, seed: int = 0) -> list[Tensor]:
+        """Positions of up to ``samples`` random samples of each group, int64, (≤ samples,) a group."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).to(self.device)
+        return [order[self.groups[order] == group][:samples] for group in range(self.num_groups)]
+
     def counts(self, by: Literal["group", "class"] = "group") -> pd.DataFrame:
         """How many samples each group has.
 

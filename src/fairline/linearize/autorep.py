@@ -125,6 +125,14 @@ class AutoReP(MaskLearning):
         """Entries that the hysteresis keeps."""
         return _gate(layer).kept
 
+    def close(self, layer: MaskedReLU) -> None:
+        """Close all of a layer's masks, and keep them closed."""
+        super().close(layer)
+        weight = cast(nn.Parameter, layer.weight)
+        with torch.no_grad():
+            weight.fill_(-1 - self.threshold)
+        _gate(layer).update(weight)
+
     def price_scale(self, total: int) -> float:
         """λ weighs the share of ReLUs, not their number."""
         return 1 / total

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -63,10 +63,9 @@ class MaskLearning:
         protect: κ ≥ 0: prices ReLUs by their use to the group that suffers most, anew after each epoch (see
             :class:`~fairline.linearize.protect.Protection`); 0 is as published.
         protect_samples: Training images of each group that prices are measured on.
-        empty_layers: κ ≥ 0: deployment-aware; after each epoch ReLUs of layer l cost ``(Nₗ / openₗ)^κ`` times as much,
-            Nₗ being all of its ReLUs, so that layers that are nearly empty empty first: each saves protocol rounds.
-            Layers without an open mask then stay empty in the cut. 0 is as published, 1 the gradient of
-            ``Σₗ Nₗ·log openₗ``.
+        empty_layers: In [0, 1]: deployment-aware; after each epoch a layer is emptied for good if the share of its
+            ReLUs that is open is less than ``empty_layers`` times the share over all layers still in use. Each empty
+            layer saves protocol rounds. 0 is as published.
         surrogate: What stands in a ReLU's place: ``"identity"`` or ``"quadratic"``, fitted and learned.
         seed: Of the whole run.
     """
@@ -109,8 +108,8 @@ class MaskLearning:
                 f"{self.title} needs protect ≥ 0 and protect_samples ≥ 1, "
                 f"not {self.protect} and {self.protect_samples}."
             )
-        if not self.empty_layers >= 0:
-            raise FairlineError(f"{self.title} needs empty_layers ≥ 0, not {self.empty_layers}.")
+        if not 0 <= self.empty_layers <= 1:
+            raise FairlineError(f"{self.title} needs empty_layers in [0, 1], not {self.empty_layers}.")
 
     def prepare(self, student: nn.Module) -> None:
         """Make the masks of a student learnable."""
@@ -128,6 +127,13 @@ class MaskLearning:
     def open(self, layer: MaskedReLU) -> Tensor:
         """Which of a layer's masks count as ReLUs, bool of the compact shape."""
         raise NotImplementedError
+
+    def close(self, layer: MaskedReLU) -> None:
+        """Close all of a layer's masks, and keep them closed."""
+        weight = cast(nn.Parameter, layer.weight)
+        with torch.no_grad():
+            weight.zero_()
+        weight.requires_grad_(False)
 
     def price_scale(self, total: int) -> float:
         """Of λ, for a network of ``total`` ReLUs."""
@@ -186,7 +192,12 @@ class MaskLearning:
             cast(ProgressCallback, progress)(replace(update, message=message))
 
         smallest = pending[-1]
-        state = _State(self.lam, lowest=total)
+
+        def reclose(closed: list[str]) -> None:
+            for name in closed:
+                self.close(layers[name])
+
+        state = _State(self.lam, total, reclose)
         protection = None
         if self.protect > 0:
             protection = Protection(train.to(device), teacher, self.protect, self.protect_samples, self.seed)
@@ -239,15 +250,16 @@ class MaskLearning:
                 state.lowest = state.count
             elif epoch.epoch > self.patience:
                 state.lam *= self.growth
+            if self.empty_layers > 0:
+                self._empty(layers, state)
+                state.count = open_relus(self, student)
             logger.info("epoch %d: %d ReLUs open, λ = %.3g", state.epoch, state.count, state.lam)
             row = {**epoch.row(), "relus": state.count, "lambda": state.lam}
             if protection is not None:
                 worst, prices = protection.prices(student)
                 state.prices = {name: covered(price, layers[name]) for name, price in prices.items()}
                 row["protected_group"] = worst
-            if self.empty_layers > 0:
-                state.prices = self._dearer(layers, state.prices if protection is not None else {})
-                row["layers"] = sum(bool(self.open(layer).any()) for layer in layers.values())
+            row["layers"] = sum(bool(self.open(layer).any()) for layer in layers.values())
             state.rows.append(row)
             while pending and state.count <= pending[0]:
                 yield cut(pending.pop(0))
@@ -279,19 +291,19 @@ class MaskLearning:
                 ranks[name] -= _FAR
         return keep_largest(snapshot, budget, ranks)
 
-    def _dearer(self, layers: dict[str, MaskedReLU], prices: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Prices times (Nₗ / openₗ)^κ; what the open ReLUs cost in all stays as it was, so that λ keeps its meaning."""
-        dearer, paid_before, paid_after = {}, 0.0, 0.0
-        for name, layer in layers.items():
-            is_open = self.open(layer)
-            count = int(is_open.sum())
-            price = prices.get(name, torch.full(is_open.shape, float(units_of(layer)), device=is_open.device))
-            price = price.to(is_open.device)
-            dearer[name] = price * (is_open.numel() / max(1, count)) ** self.empty_layers
-            paid_before += float(price[is_open].sum())
-            paid_after += float(dearer[name][is_open].sum())
-        scale = paid_before / paid_after if paid_after > 0 else 1.0
-        return {name: price * scale for name, price in dearer.items()}
+    def _empty(self, layers: dict[str, MaskedReLU], state: _State) -> None:
+        """Close layers of low density for good."""
+        using = {name: self.open(layer) for name, layer in layers.items() if name not in state.closed}
+        density = sum(float(o.double().mean()) * layers[n].kept.numel() for n, o in using.items())
+        density /= sum(layers[name].kept.numel() for name in using)
+        for name, is_open in using.items():
+            if float(is_open.double().mean()) < self.empty_layers * density:
+                state.closed.append(name)
+                logger.info(
+                    "%s is emptied: %d of its ReLUs were open", name, int(is_open.sum()) * units_of(layers[name])
+                )
+        for name in state.closed:
+            self.close(layers[name])
 
 
 def units_of(layer: MaskedReLU) -> int:
@@ -311,16 +323,20 @@ def _crossed(folder: Path | None, budget: int) -> bool:
 class _State:
     """What changes from epoch to epoch."""
 
-    def __init__(self, lam: float, lowest: int) -> None:
+    def __init__(self, lam: float, total: int, reclose: Callable[[list[str]], object]) -> None:
         self.lam = lam
-        self.lowest = lowest
-        self.count = lowest
+        self.lowest = total
+        self.count = total
+        self.closed: list[str] = []
         self.epoch = 0
         self.rows: list[dict[str, float]] = []
         self.prices: dict[str, Tensor] = {}
+        self._reclose = reclose
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if name != "_reclose"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        # That a mask is no longer trained is not in the model's state.
+        self._reclose(self.closed)

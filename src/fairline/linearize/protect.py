@@ -36,10 +36,7 @@ class Protection:
         if data.num_groups < 2:
             raise FairlineError(f"{data.name}: protecting the group that suffers most needs two groups.")
         data.require_groups("protecting the group that suffers most")
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(data), generator=generator)
-        members = [order[(data.groups.cpu() == g)[order]][:samples] for g in range(data.num_groups)]
-        self.data = data.select(torch.cat(members))
+        self.data = data.select(torch.cat(data.sample_by_group(samples, seed)))
         self.strength = strength
         self.before = self._group_losses(teacher)
 

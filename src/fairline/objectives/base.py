@@ -94,12 +94,20 @@ class Objective:
 
     def losses(self, logits: Tensor, teacher_logits: Tensor | None, batch: Batch) -> Tensor:
         """Loss of each sample, (B,): ``CE + T²·KL``, or CE without a teacher."""
-        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        losses = self.cross_entropy(logits, batch)
         if self.ce_weight != 1:
             losses = losses * self.ce_weight
         if teacher_logits is not None and self.kd_weight != 0:
-            losses = losses + self.kd_weight * distillation_loss(logits, teacher_logits, self.temperature)
+            losses = losses + self.kd_weight * self.distillation(logits, teacher_logits, batch)
         return losses
+
+    def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
+        """What the labels ask of each sample, (B,)."""
+        return F.cross_entropy(logits, batch.labels, reduction="none")
+
+    def distillation(self, logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
+        """What the teacher asks of each sample, (B,): T²·KL."""
+        return distillation_loss(logits, teacher_logits, self.temperature)
 
     def reduce(self, losses: Tensor, batch: Batch) -> Tensor:
         """One number to minimise, from the losses (B,); their mean by default."""

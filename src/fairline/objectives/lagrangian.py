@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import group_mean
-from fairline.objectives.base import Batch, Objective, distillation_loss, group_means
+from fairline.objectives.base import Batch, Objective, group_means
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +88,7 @@ class Lagrangian(Objective):
         self.groups = train_data.groups
         self.sizes = torch.bincount(train_data.groups, minlength=train_data.num_groups)
         if self.samples is not None:
-            order = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(0)).to(self.groups.device)
-            own = [order[self.groups[order] == g][: self.samples] for g in range(train_data.num_groups)]
-            self.subset = torch.cat(own).sort().values
+            self.subset = torch.cat(train_data.sample_by_group(self.samples)).sort().values
             self.groups = self.groups[self.subset]
         self.multipliers = torch.zeros(train_data.num_groups, device=train_data.device)
         self._batch_violations = torch.zeros_like(self.multipliers)
@@ -101,13 +98,12 @@ class Lagrangian(Objective):
         """Loss of each sample, (B,); the expected errors are kept where they are what is constrained."""
         if self.violation == "accuracy":
             self._errors = 1 - logits.softmax(1).gather(1, batch.labels[:, None]).squeeze(1)
-        if not self.released:
-            return super().losses(logits, teacher_logits, batch)
-        losses = self.ce_weight * F.cross_entropy(logits, batch.labels, reduction="none")
-        if teacher_logits is not None:
-            kd = distillation_loss(logits, teacher_logits, self.temperature)
-            losses = losses + self.kd_weight * kd / logits.shape[1]
-        return losses
+        return super().losses(logits, teacher_logits, batch)
+
+    def distillation(self, logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
+        """T²·KL, (B,); divided by the number of classes where that is what the published code does."""
+        kd = super().distillation(logits, teacher_logits, batch)
+        return kd / logits.shape[1] if self.released else kd
 
     def reduce(self, losses: Tensor, batch: Batch) -> Tensor:
         """``L(B) + Σₐ λₐ·ρₐ``."""

@@ -79,7 +79,7 @@ def retrain_last_layer(
             float(right[~half & (groups == group)].mean()) for group in range(held_out.num_groups)
         )
     # Of equals the stronger penalty.
-    strength = min((s for s in scores if scores[s] == max(scores.values())), default=strengths[0])
+    strength = min(s for s in scores if scores[s] == max(scores.values()))
 
     fits = [
         _fit(features, labels, _balanced(cells, np.ones_like(half), rng), strength, held_out.num_classes)

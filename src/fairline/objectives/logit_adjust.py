@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.objectives.base import Batch, Objective, distillation_loss
+from fairline.objectives.base import Batch, Objective
 
 
 class LogitAdjust(Objective):
@@ -40,11 +39,8 @@ class LogitAdjust(Objective):
         # A class without samples would shift its logit by −∞.
         self.shift = self.tau * (sizes.clamp_min(1) / len(train_data)).log()
 
-    def losses(self, logits: Tensor, teacher_logits: Tensor | None, batch: Batch) -> Tensor:
-        """Loss of each sample, (B,)."""
+    def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
+        """CE of the shifted logits, (B,)."""
         shifted = logits.clone()
         shifted[:, : len(self.shift)] += self.shift.to(logits)
-        losses = self.ce_weight * F.cross_entropy(shifted, batch.labels, reduction="none")
-        if teacher_logits is not None and self.kd_weight != 0:
-            losses = losses + self.kd_weight * distillation_loss(logits, teacher_logits, self.temperature)
-        return losses
+        return super().cross_entropy(shifted, batch)

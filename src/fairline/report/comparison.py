@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,10 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from fairline._io import write_text
 from fairline.audit.comparison import WORST
 from fairline.data.grouped import OVERALL
-from fairline.errors import FairlineError
-from fairline.report.figures import PALETTE, budget_labels, budget_order, save_chart, themed
-from fairline.report.html import javascript, read_table, settings
+from fairline.report.figures import PALETTE, budget_labels, budget_order, save_charts, themed
+from fairline.report.html import read_table, settings, write_page
 from fairline.runs import Run
 
 
@@ -178,16 +175,13 @@ def write_comparison(run_folder: str | Path, out: str | Path | None = None) -> P
     Raises:
         FairlineError: The folder holds no finished comparison.
     """
-    from jinja2 import Environment, PackageLoader, select_autoescape
-
     run = Run.read(run_folder, "compare")
     frame = prepare(read_table(run, "comparison.parquet"))
-    charts = figures(frame, read_table(run, "layers.parquet"))
-    environment = Environment(
-        loader=PackageLoader("fairline.report"), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
-    )
     groups = group_order(frame)
-    page = environment.get_template("comparison.html.j2").render(
+    return write_page(
+        Path(out) if out is not None else run.folder / "comparison.html",
+        "comparison.html.j2",
+        figures(frame, read_table(run, "layers.parquet")),
         title=f"Methods at equal ReLU budgets: {run.data.name}",
         baseline=frame["baseline"].iloc[0],
         headline=headline(frame),
@@ -196,23 +190,14 @@ def write_comparison(run_folder: str | Path, out: str | Path | None = None) -> P
         groups=groups,
         tables=[(budget, table(frame, budget, groups)) for budget in budget_order(frame)],
         settings=settings(run),
-        specs={n: json.dumps(c.to_dict(), default=str).replace("</", "<\\/") for n, c in charts.items()},
-        javascript=javascript(),
     )
-    target = Path(out) if out is not None else run.folder / "comparison.html"
-    try:
-        write_text(target, page)
-    except OSError as error:
-        raise FairlineError(f"{target} cannot be written ({error.strerror}).") from None
-    return target
 
 
 def write_comparison_figures(run_folder: str | Path, folder: str | Path) -> list[Path]:
     """Write each figure of a compare run as SVG and PNG; returns the files."""
     run = Run.read(run_folder, "compare")
-    Path(folder).mkdir(parents=True, exist_ok=True)
     charts = figures(prepare(read_table(run, "comparison.parquet")), read_table(run, "layers.parquet"))
-    return [file for name, chart in charts.items() for file in save_chart(chart, Path(folder), name)]
+    return save_charts(charts, Path(folder))
 
 
 def headline(frame: pd.DataFrame) -> list[str]:

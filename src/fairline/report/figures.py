@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -232,13 +232,15 @@ def themed(chart: Any) -> Any:
     )
 
 
-def save_chart(chart: Any, folder: Path, name: str) -> list[Path]:
-    """Write a chart as SVG and PNG; returns the files."""
+def save_charts(charts: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write each chart as SVG and PNG; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for suffix, options in (("svg", {}), ("png", {"scale_factor": 2})):
-        files.append(folder / f"{name}.{suffix}")
-        with atomic_path(files[-1]) as temporary:
-            chart.save(str(temporary), format=suffix, **options)
+    for name, chart in charts.items():
+        for suffix, options in (("svg", {}), ("png", {"scale_factor": 2})):
+            files.append(folder / f"{name}.{suffix}")
+            with atomic_path(files[-1]) as temporary:
+                chart.save(str(temporary), format=suffix, **options)
     return files
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +37,15 @@ def write_report(audit: str | Path, out: str | Path | None = None) -> Path:
     Raises:
         FairlineError: The folder holds no finished audit.
     """
-    from jinja2 import Environment, PackageLoader, select_autoescape
-
     run = Run.read(audit, "audit")
     counts = read_table(run, "counts.parquet")
     frame = figures.prepare(read_table(run, "audit.parquet"), counts)
     charts = figures.figures(frame)
     why = explanations.figures(frame, read_table(run, "predictions.parquet")) if explanations.explains(frame) else {}
-    specs = {
-        name: json.dumps(chart.to_dict(), default=str).replace("</", "<\\/") for name, chart in (charts | why).items()
-    }
-    environment = Environment(
-        loader=PackageLoader("fairline.report"),
-        autoescape=select_autoescape(),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
+    return write_page(
+        Path(out) if out is not None else run.folder / "report.html",
+        "report.html.j2",
+        charts | why,
         title=f"Who pays for linearization: {run.data.name}",
         headline=headline(frame),
         warnings=warnings(frame, run) + explanations.warnings(frame),
@@ -66,8 +59,6 @@ def write_report(audit: str | Path, out: str | Path | None = None) -> Path:
         binary=explanations.binary_table(frame),
         balance=explanations.balance_table(frame),
         measured=set(frame["measure"]),
-        specs=specs,
-        javascript=javascript(),
         tables=[(variant, _accuracy_table(frame, variant)) for variant in figures.main_variants(frame)],
         gaps=_gap_table(frame),
         counts=_counts_table(counts),
@@ -77,7 +68,30 @@ def write_report(audit: str | Path, out: str | Path | None = None) -> Path:
         resamples=run.config["resamples"],
         split=run.config["split"],
     )
-    target = Path(out) if out is not None else run.folder / "report.html"
+
+
+def write_page(target: Path, template: str, drawn: Mapping[str, Any], **content: Any) -> Path:
+    """Render a template with its charts into one self-contained file.
+
+    Args:
+        target: The HTML file.
+        template: Its name in ``report/templates``.
+        drawn: Altair charts by name.
+        content: What else the template shows.
+
+    Returns:
+        The file.
+
+    Raises:
+        FairlineError: It cannot be written.
+    """
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("fairline.report"), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
+    )
+    specs = {name: json.dumps(chart.to_dict(), default=str).replace("</", "<\\/") for name, chart in drawn.items()}
+    page = environment.get_template(template).render(specs=specs, javascript=javascript(), **content)
     try:
         write_text(target, page)
     except OSError as error:
@@ -315,13 +329,8 @@ def write_figures(audit: str | Path, folder: str | Path) -> list[Path]:
         FairlineError: The folder holds no finished audit.
     """
     run = Run.read(audit, "audit")
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
     frame = figures.prepare(read_table(run, "audit.parquet"), read_table(run, "counts.parquet"))
     charts = figures.figures(frame)
     if explanations.explains(frame):
         charts |= explanations.figures(frame, read_table(run, "predictions.parquet"))
-    for name, chart in charts.items():
-        written += figures.save_chart(chart, target, name)
-    return written
+    return figures.save_charts(charts, Path(folder))

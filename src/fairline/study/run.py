@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +27,7 @@ from fairline._io import atomic_path, read_json, write_json, write_text
 from fairline.errors import FairlineError
 from fairline.jobs import compare_job, finetune_job, last_layer_job, linearize_job, train_job
 from fairline.runs import DataSpec, Run
-from fairline.study.spec import StudySpec
+from fairline.study.spec import Finetune, StudySpec
 from fairline.training import Progress, ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -134,31 +135,36 @@ def run_cell(
             **common,
             **placement.settings,
         )
+    for method, source_masks, out in finetunes(spec, cell):
+        finetune_job(
+            cell / f"masks-{source_masks}",
+            out,
+            method.objective,
+            method.options,
+            **common,
+            **{"augment": False, "select": "accuracy", **spec.finetune},
+        )
+        if method.last_layer:
+            last_layer_job(out, _last_layer(out), seed=seed)
+
+
+def finetunes(spec: StudySpec, cell: Path) -> Iterator[tuple[Finetune, str, Path]]:
+    """Every finetune of a cell: its method, its masks and its folder."""
     for method in spec.methods:
         for masks in method.masks:
-            out = cell / f"{masks}-{method.folder}"
-            finetune_job(
-                cell / f"masks-{masks}",
-                out,
-                method.objective,
-                method.options,
-                **common,
-                **{"augment": False, "select": "accuracy", **spec.finetune},
-            )
-            if method.last_layer:
-                last_layer_job(out, out.with_name(f"{out.name}-last-layer"), seed=seed)
+            yield method, masks, cell / f"{masks}-{method.folder}"
 
 
 def finetune_folders(spec: StudySpec, cell: Path) -> list[Path]:
     """Folders of a cell's finetuned networks."""
     found = []
-    for method in spec.methods:
-        for masks in method.masks:
-            out = cell / f"{masks}-{method.folder}"
-            found.append(out)
-            if method.last_layer:
-                found.append(out.with_name(f"{out.name}-last-layer"))
+    for method, _, out in finetunes(spec, cell):
+        found += [out, _last_layer(out)] if method.last_layer else [out]
     return found
+
+
+def _last_layer(out: Path) -> Path:
+    return out.with_name(f"{out.name}-last-layer")
 
 
 def write_results(spec: StudySpec, out: str | Path, results: str | Path) -> Path:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fairline.audit.accuracy import student_interval
 from fairline.errors import FairlineError
 from fairline.masking import mask_relus, masked_relus
 
@@ -96,17 +97,11 @@ class Toy:
         for measure in ("global", *GROUPS):
             columns = {variant: wide[measure][variant].to_numpy() for variant in VARIANTS}
             columns["difference"] = columns[VARIANTS[1]] - columns[VARIANTS[0]]
-            rows += [(variant, measure, *t_interval(values), len(values)) for variant, values in columns.items()]
+            rows += [
+                (variant, measure, float(values.mean()), *student_interval(values), len(values))
+                for variant, values in columns.items()
+            ]
         return pd.DataFrame(rows, columns=["variant", "measure", "mean", "low", "high", "seeds"])
-
-
-def t_interval(values: NDArray[np.float64], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean of independent values and the limits of its Student t interval."""
-    from scipy.stats import t
-
-    mean = float(values.mean())
-    half = float(t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return mean, mean - half, mean + half
 
 
 def run(
