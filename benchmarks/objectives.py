@@ -3,7 +3,7 @@
 Each time is that of the second epoch, in which Algorithm 1's multipliers act; the teacher's logits are computed before
 the first. "lagrangian, sampled" updates the multipliers on 200 images a group instead of the whole training set.
 
-    python benchmarks/objectives.py [--width 8] [--images 2560] [--rounds 5]
+    python benchmarks/objectives.py [--width 8] [--images 2560] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def main() -> None:
     """Print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=8)
-    parser.add_argument("--images", type=int, default=5120)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=2560)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     logging.getLogger("fairline").setLevel(logging.ERROR)
     generator = torch.Generator().manual_seed(0)

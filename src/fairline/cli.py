@@ -364,7 +364,7 @@ def linearize(
     empty_layers: Annotated[
         float | None,
         typer.Option(
-            help="Empty whole layers, which saves protocol rounds: those whose share of open ReLUs is below this part of "
+            help="Empty whole layers, which saves rounds: those whose share of open ReLUs is below this part of "
             "the network's (snl, autorep: 0), or nats credited for it (coordinate_descent: 0)."
         ),
     ] = None,

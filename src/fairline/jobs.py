@@ -528,6 +528,7 @@ def compare_job(
                             {
                                 **what,
                                 "placement": info.placement,
+                                "linearizer": info.method,
                                 "layer": name,
                                 "kept": layer.num_kept,
                                 "units": layer.kept.numel(),

@@ -11,7 +11,7 @@ import pandas as pd
 
 from fairline.audit.comparison import WORST
 from fairline.data.grouped import OVERALL
-from fairline.report.figures import PALETTE, budget_labels, budget_order, save_charts, themed
+from fairline.report.figures import METHOD_NAMES, PALETTE, budget_labels, budget_order, save_charts, themed
 from fairline.report.html import read_table, settings, write_page
 from fairline.runs import Run
 
@@ -113,12 +113,13 @@ def pareto_front(frame: pd.DataFrame) -> Any:
 
 
 def kept_by_layer(layers: pd.DataFrame) -> Any:
-    """Share of each layer's ReLUs that is kept, a panel a budget and a line a placement."""
+    """Share of each layer's ReLUs that is kept, a panel a budget and a line a way to place them."""
+    layers = layers.reset_index(drop=True)
     rows = layers[layers["relus"] < layers["total"]].copy()
     rows["percent"] = 100 * rows["relus"] / rows["total"]
     rows["budget"] = rows["percent"].map(budget_labels(rows["percent"].unique()))
     rows["share"] = rows["kept"] / rows["units"]
-    rows["masks"] = rows["placement"].where(rows["placement"] != "", "plain distillation")
+    rows["masks"] = masks_of(layers)[rows.index]
     table = rows.groupby(["budget", "percent", "masks", "position", "layer"], as_index=False, sort=False)[
         "share"
     ].mean()
@@ -136,12 +137,58 @@ def kept_by_layer(layers: pd.DataFrame) -> Any:
                     axis=alt.Axis(labelAngle=-50, labelLimit=120),
                 ),
                 y=alt.Y("share:Q", title="ReLUs kept", axis=alt.Axis(format="%")),
-                color=alt.Color("masks:N", scale=colours(names), title="masks learned under"),
+                color=alt.Color("masks:N", scale=colours(names), title="masks"),
                 tooltip=["layer:N", "masks:N", alt.Tooltip("share:Q", format=".1%")],
             )
         )
         panels.append(chart.properties(width=380, height=170, title=f"{budget} of the ReLUs"))
     return alt.concat(*panels, columns=2).resolve_scale(color="shared")
+
+
+def masks_of(layers: pd.DataFrame) -> pd.Series[str]:
+    """What placed the ReLUs: the linearizer where there are several, and under what it learned the masks."""
+    placement = layers["placement"].where(layers["placement"] != "", "plain distillation")
+    if "linearizer" not in layers or layers["linearizer"].nunique() == 1:
+        return placement
+    names = layers["linearizer"].map(lambda name: METHOD_NAMES.get(name, name.replace("_", " ")))
+    return names.where(layers["placement"] == "", names + ", " + layers["placement"])
+
+
+def drop_by_budget(frame: pd.DataFrame) -> Any:
+    """Relative accuracy drop against the ReLUs kept, a panel a group and a line a method."""
+    rows = frame[(frame["measure"] == "relative_drop") & (frame["percent"] < 100)]
+    methods = list(dict.fromkeys(frame.loc[frame["measure"] == "accuracy", "method"]))
+    panels = []
+    for group in group_order(frame):
+        own = rows[rows["group"] == group]
+        if own.empty:
+            continue
+        chart = (
+            alt.Chart(own)
+            .mark_line(point=alt.OverlayMarkDef(size=36), strokeWidth=1.8)
+            .encode(
+                x=alt.X(
+                    "percent:Q",
+                    title="ReLUs kept, %",
+                    scale=alt.Scale(type="log", reverse=True),
+                    axis=alt.Axis(values=sorted(own["percent"].unique()), format=".3~g"),
+                ),
+                y=alt.Y("value:Q", title="relative accuracy drop, %", scale=alt.Scale(zero=True)),
+                color=alt.Color(
+                    "method:N", sort=methods, scale=colours(methods), title=None, legend=alt.Legend(labelLimit=320)
+                ),
+                tooltip=[
+                    "method:N",
+                    "budget:N",
+                    alt.Tooltip("value:Q", format=".1f", title="drop, %"),
+                    alt.Tooltip("low:Q", format=".1f", title="95 % from"),
+                    alt.Tooltip("high:Q", format=".1f", title="to"),
+                ],
+            )
+        )
+        zero = alt.Chart(pd.DataFrame({"y": [0]})).mark_rule(color="#888", strokeDash=[4, 3]).encode(y="y:Q")
+        panels.append(alt.layer(zero, chart).properties(width=250, height=190, title=group))
+    return alt.concat(*panels, columns=3).resolve_scale(color="shared")
 
 
 def figures(frame: pd.DataFrame, layers: pd.DataFrame) -> dict[str, Any]:
@@ -157,7 +204,10 @@ def figures(frame: pd.DataFrame, layers: pd.DataFrame) -> dict[str, Any]:
     made["pareto"] = themed(pareto_front(frame))
     if (frame["measure"] == "beyond_control").any():
         made["beyond_control"] = themed(differences(frame, "beyond_control", "gain beyond the control, points"))
-    if layers["placement"].nunique() > 1:
+    drops = frame[(frame["measure"] == "relative_drop") & (frame["percent"] < 100)]
+    if drops["percent"].nunique() > 1:
+        made["drop"] = themed(drop_by_budget(frame))
+    if masks_of(layers).nunique() > 1:
         made["layers"] = themed(kept_by_layer(layers))
     return made
 
