@@ -8,6 +8,7 @@ import re
 import pandas as pd
 import pytest
 
+from fairline.report.comparison import drop_by_budget, masks_of, prepare
 from tests.commands import FINETUNE, fairline, ok
 from tests.test_cli import contents, kill_when
 from tests.test_report import CHROMIUM, browser
@@ -46,8 +47,8 @@ def test_the_page_is_drawn_in_a_browser_without_a_network(compared, tmp_path):
     document = browser("--dump-dom", (compared / "comparison.html").as_uri(), profile=tmp_path / "profile")
     drawn = re.sub(r"<script.*?</script>", "", document, flags=re.S)
     assert "could not be drawn" not in drawn
-    # Gains, Pareto fronts and layers; no network has all its ReLUs, so there is no control to draw.
-    assert len(re.findall(r'<svg[^>]*class="marks"', document)) == 3
+    # Gains, Pareto fronts, drops and layers; no network has all its ReLUs, so there is no control to draw.
+    assert len(re.findall(r'<svg[^>]*class="marks"', document)) == 4
     assert "No run holds the network at 100 %" in drawn
 
 
@@ -65,7 +66,23 @@ def test_the_page_says_the_numbers_of_the_table(compared):
 def test_figures_and_page_by_the_report_command(compared, tmp_path):
     ok("report", compared, "--out", tmp_path / "page.html", "--figures", tmp_path / "figures")
     assert (tmp_path / "page.html").stat().st_size > 100_000
-    assert {file.stem for file in (tmp_path / "figures").glob("*.png")} == {"gain", "pareto", "layers"}
+    assert {file.stem for file in (tmp_path / "figures").glob("*.png")} == {"gain", "pareto", "drop", "layers"}
+
+
+def test_masks_are_named_by_what_placed_them(compared):
+    layers = pd.read_parquet(compared / "layers.parquet")
+    assert set(layers["linearizer"]) == {"snl"}
+    assert set(masks_of(layers)) == {"plain distillation", "lagrangian protect"}
+    others = pd.concat([layers, layers[layers["placement"] == ""].assign(linearizer="coordinate_descent")])
+    assert set(masks_of(others)) == {"SNL", "SNL, lagrangian protect", "coordinate descent"}
+
+
+def test_drops_are_drawn_as_the_table_has_them(compared):
+    frame = prepare(pd.read_parquet(compared / "comparison.parquet"))
+    drawn = drop_by_budget(frame).to_dict()
+    rows = [row for part in drawn["datasets"].values() for row in part if row.get("value") is not None]
+    own = frame[(frame["measure"] == "relative_drop") & (frame["group"] != "worst group")]
+    assert sorted(row["value"] for row in rows) == pytest.approx(sorted(own["value"].dropna()))
 
 
 def test_ablation_compares_every_value(runs, tmp_path):
