@@ -79,6 +79,37 @@ class _LearnedMaskedReLU(Function):
         return grad_x, grad_mask
 
 
+class _LearnedQuadratic(Function):
+    """m·relu(x) + (1 − m)·(c₀ + c₁x + 0.2·c₂x²) with gradients for x, m and c; saves x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, coefficients: Tensor) -> Tensor:
+        mask, coefficients = mask.to(x.dtype), coefficients.to(x.dtype)
+        ctx.save_for_backward(x, mask, coefficients)
+        constant, linear, square = coefficients
+        g = torch.addcmul(linear, x, square, value=SQUARE_SCALE).mul_(x).add_(constant)
+        return g.lerp_(x.clamp_min(0), mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, mask, coefficients = ctx.saved_tensors
+        constant, linear, square = coefficients[0], coefficients[1], SQUARE_SCALE * coefficients[2]
+        # Sums over the batch come first: all that follows is as small as the mask.
+        passed = torch.ops.aten.threshold_backward(grad, x, 0)
+        times_x = grad * x
+        sums = [grad.sum(0), times_x.sum(0)]
+        replaced = 1 - mask
+        grad_x = (replaced * linear) * grad
+        grad_x.addcmul_(times_x, 2 * replaced * square).addcmul_(passed, mask)
+        sums.append(SQUARE_SCALE * times_x.mul_(x).sum(0))
+        grad_mask = passed.mul_(x).sum(0) - (constant * sums[0] + linear * sums[1] + coefficients[2] * sums[2])
+        axes = tuple(range(1, mask.ndim))
+        pieces = [replaced * total for total in sums]
+        grad_coefficients = torch.stack([p.sum(axes, keepdim=True) if axes else p for p in pieces])
+        return grad_x, grad_mask, grad_coefficients
+
+
 class MaskedReLU(nn.Module):
     """A ReLU with one mask entry for each unit of its activation.
 
@@ -120,7 +151,7 @@ class MaskedReLU(nn.Module):
         if self.weight is not None:
             if self.coefficients is None:
                 return cast(Tensor, _LearnedMaskedReLU.apply(x, self.mask))
-            return torch.lerp(self.substitute(x), F.relu(x), self.mask.to(x.dtype))
+            return cast(Tensor, _LearnedQuadratic.apply(x, self.mask, self.coefficients))
         if self._num_kept == 0:
             return self.substitute(x)
         if self._num_kept == self.kept.numel():
