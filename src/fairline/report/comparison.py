@@ -175,7 +175,11 @@ def drop_by_budget(frame: pd.DataFrame) -> Any:
                 ),
                 y=alt.Y("value:Q", title="relative accuracy drop, %", scale=alt.Scale(zero=True)),
                 color=alt.Color(
-                    "method:N", sort=methods, scale=colours(methods), title=None, legend=alt.Legend(labelLimit=320)
+                    "method:N",
+                    sort=methods,
+                    scale=colours(methods),
+                    title=None,
+                    legend=alt.Legend(labelLimit=320, orient="bottom", columns=3),
                 ),
                 tooltip=[
                     "method:N",
