@@ -139,7 +139,10 @@ def linearize_job(
         )
     else:
         linearizer = linearizers.build(method, seed=seed, **settings)
-    placement = " ".join(filter(None, [objective if fair else "", "protect" if settings.get("protect") else ""]))
+    marks = {"protect": "protect", "empty_layers": "layers emptied"}
+    placement = " ".join(
+        filter(None, [objective if fair else "", *(mark for key, mark in marks.items() if settings.get(key))])
+    )
     teacher, info = load_network(parent.networks()["base"])
     linearizers.resolve_budgets(budgets, info.total)
     config = {
