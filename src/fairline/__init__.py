@@ -73,6 +73,7 @@ _LAZY = {
     "load_masks": "fairline.masking",
     "mask_relus": "fairline.masking",
     "models": "",
+    "private": "",
     "predict": "fairline.inference",
     "relu_count": "fairline.masking",
     "retrain_last_layer": "fairline.objectives",

@@ -37,6 +37,12 @@ app = typer.Typer(
 )
 study_app = typer.Typer(no_args_is_help=True, help="Run a study: many seeds, budgets and methods from one file.")
 app.add_typer(study_app, name="study")
+private_app = typer.Typer(
+    no_args_is_help=True,
+    help="What private inference costs: [bold]estimate[/] it, [bold]run[/] it between two processes, "
+    "[bold]serve[/] and [bold]query[/] between two hosts.",
+)
+app.add_typer(private_app, name="private")
 
 #: Kept here so that help need not load torch; a test compares it with the registry.
 AUDIT_MEASURES = (
@@ -248,7 +254,8 @@ def progress_bars() -> Iterator[ProgressCallback]:
 def print_frame(frame: pd.DataFrame, title: str, formats: dict[str, str] | None = None) -> None:
     """Draw a table."""
     table = Table(title=title, title_justify="left")
-    table.add_column(str(frame.index.name or ""))
+    # Names stay whole, up to a point; numbers need little room.
+    table.add_column(str(frame.index.name or ""), min_width=min(16, max(map(len, map(str, frame.index)), default=0)))
     for column in frame.columns:
         table.add_column(str(column), justify="right")
     for index, row in frame.iterrows():
@@ -633,26 +640,367 @@ def study_run(
         out_console.print(f"Results: {write_results(chosen, out, results)}", soft_wrap=True)
 
 
+CheckpointSources = Annotated[
+    list[Path],
+    typer.Argument(metavar="CHECKPOINT...", help="Run folders, or folders of single networks (RUN/networks/NAME)."),
+]
+RunProtocols = Annotated[str, typer.Option("--protocol", help="Comma-separated: cheetah, semi2k.")]
+#: Kept here so that help need not load torch; a test compares it with the registry.
+COST_MODELS = ("cheetah", "semi2k", "delphi", "cryptflow2")
+CostProtocols = Annotated[str, typer.Option("--protocol", help=f"Comma-separated: {', '.join(COST_MODELS)}.")]
+Wire = Annotated[
+    str,
+    typer.Option(
+        "--network", help="Between the parties: loopback, lan (1 Gb/s, 0.3 ms), wan (100 Mb/s, 40 ms) or MBITS:MS."
+    ),
+]
+RingBits = Annotated[int, typer.Option("--ring-bits", help="Of the ring that values are shared in: 64 or 128.")]
+Timeout = Annotated[float, typer.Option("--timeout", help="Seconds without a word from the other party.")]
+Parties = Annotated[
+    Path, typer.Option("--parties", help="YAML file with the two addresses: 'model: HOST:PORT', 'image: HOST:PORT'.")
+]
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _counts(text: str, what: str) -> list[int]:
+    try:
+        return [int(entry) for entry in _names(text)]
+    except ValueError:
+        raise FairlineError(f"{what} '{text}' are not whole numbers, separated by commas.") from None
+
+
+@private_app.command("run")
+def private_run(
+    sources: CheckpointSources,
+    protocol: RunProtocols = "cheetah",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder to write, or to resume; without it nothing is kept.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Images, at random from the split.")] = 1,
+    batch_sizes: Annotated[str, typer.Option(help="Images in a call, comma-separated.")] = "1",
+    repeats: Annotated[int, typer.Option(help="Timed calls of each batch; their median is told.")] = 3,
+    network: Wire = "loopback",
+    ring_bits: RingBits = 64,
+    fraction_bits: Annotated[int, typer.Option(help="Of the fixed-point form.")] = 18,
+    split: Annotated[str, typer.Option(help="Part that the images come from.")] = "test",
+    timeout: Timeout = 120,
+    root: Root = None,
+    seed: Seed = 0,
+) -> None:
+    """Run networks between two processes: one holds the weights, the other the images. Seconds, bytes, rounds, error.
+
+    A demonstration around SPU 0.9.5 (extra mpc), not a hardened service: semi-honest parties, public architecture and
+    masks. See docs/private.md.
+    """
+    import tempfile
+
+    import pandas as pd
+
+    from fairline.private.jobs import private_job
+    from fairline.private.plan import CAVEATS
+
+    protocols = _names(protocol)
+    with contextlib.ExitStack() as stack:
+        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fairline-"))) / "run"
+        with progress_bars() as progress:
+            run = private_job(
+                sources,
+                folder,
+                protocols=protocols,
+                images=images,
+                batch_sizes=_counts(batch_sizes, "Batch sizes"),
+                repeats=repeats,
+                network=network,
+                ring_bits=ring_bits,
+                fraction_bits=fraction_bits,
+                split=split,
+                timeout=timeout,
+                root=None if root is None else str(root),
+                seed=seed,
+                progress=progress,
+            )
+        table = pd.read_parquet(run.folder / "private.parquet")
+    for (name, size), part in table.groupby(["protocol", "batch_size"], sort=False):
+        shown = pd.DataFrame(
+            {
+                "ReLUs": part["relus"],
+                "seconds": part["seconds"],
+                "MB": part["bytes"] / 1e6,
+                "predicted MB": part["predicted_bytes"] / 1e6,
+                "rounds": part["rounds"],
+                "error": part["max_abs_error"],
+                "same class": part["agreement"],
+                "in engine": part["engine_share"],
+            }
+        ).set_axis(part["network"])
+        shown.index.name = "network"
+        formats = {"ReLUs": ",.0f", "seconds": ".2f", "MB": ".2f", "predicted MB": ".2f", "rounds": ".0f"}
+        formats |= {"error": ".1e", "same class": ".1%", "in engine": ".1%"}
+        print_frame(shown, f"{name}, batch of {size}: one call", formats)
+    for name in protocols:
+        first = table[table["protocol"] == name].iloc[0]
+        out_console.print(
+            f"{CAVEATS[name]} Setup once a session: {first['setup_seconds']:.1f} s, "
+            f"{first['setup_bytes'] / 1e6:.1f} MB.",
+            soft_wrap=True,
+            highlight=False,
+        )
+    if out is not None:
+        out_console.print(f"Tables: {run.folder.resolve()}", soft_wrap=True)
+
+
+@private_app.command("estimate")
+def private_estimate(
+    sources: CheckpointSources,
+    protocol: CostProtocols = "cheetah",
+    network: Annotated[
+        str, typer.Option(help="Between the parties, comma-separated: loopback, lan, wan, MBITS:MS.")
+    ] = ("lan,wan"),
+    batch_size: Annotated[int, typer.Option(help="Images in a call.")] = 1,
+    layers: Annotated[bool, typer.Option("--layers", help="Also show every layer.")] = False,
+) -> None:
+    """Predict what networks cost, without running them."""
+    from fairline.private.cost import PROTOCOL_COSTS
+    from fairline.private.jobs import estimate_networks
+
+    protocols = _names(protocol)
+    with progress_bars() as progress:
+        totals, by_layer = estimate_networks(sources, protocols, _names(network), batch_size, progress)
+    for name, part in totals.groupby("protocol", sort=False):
+        shown = part.drop_duplicates("network").set_index("network")
+        shown = shown[["relus", "relu_bytes", "linear_bytes", "offline_bytes", "rounds"]]
+        for column in ("relu_bytes", "linear_bytes", "offline_bytes"):
+            shown[column] /= 1e6
+        shown.columns = ["ReLUs", "MB of ReLUs", "MB linear", "MB offline", "rounds"]
+        # A protocol whose computing no source tells has no seconds.
+        for wire, own in part.dropna(subset="seconds").groupby("wire", sort=False):
+            shown[f"s over {wire}"] = own.set_index("network")["seconds"]
+        formats = {str(column): ".2f" for column in shown} | {"ReLUs": ",.0f", "rounds": ".0f"}
+        print_frame(shown, f"{name}, batch of {batch_size}: one call", formats)
+    if layers:
+        for (name, kind), part in by_layer.groupby(["network", "protocol"], sort=False):
+            shown = part.set_index("layer")[["op", "relus", "bytes", "offline_bytes", "rounds"]]
+            formats = {"relus": ",.0f", "bytes": ",.0f", "offline_bytes": ",.0f", "rounds": ".0f"}
+            print_frame(shown, f"{name} on {kind}", formats)
+    for name in protocols:
+        out_console.print(f"{name}: {PROTOCOL_COSTS[name].source}.", soft_wrap=True, highlight=False)
+
+
+@private_app.command("fixed-point")
+def private_fixed_point(
+    sources: CheckpointSources,
+    out: Out,
+    fraction_bits: Annotated[str, typer.Option(help="Of the fixed-point form, comma-separated.")] = "8,12,18",
+    ring_bits: RingBits = 64,
+    protocol: Annotated[
+        str, typer.Option(help="ref2k (the same arithmetic in the clear), or cheetah or semi2k between two processes.")
+    ] = "ref2k",
+    samples: Annotated[int, typer.Option(help="Images of each group, at random; 0 for all.")] = 200,
+    split: Annotated[str, typer.Option(help="Part that the images come from.")] = "test",
+    root: Root = None,
+    seed: Seed = 0,
+) -> None:
+    """Show whom fixed-point arithmetic hurts: agreement of private with plain predictions, by group."""
+    import pandas as pd
+
+    from fairline.private.jobs import fixed_point_job
+
+    with progress_bars() as progress:
+        run = fixed_point_job(
+            sources,
+            out,
+            fraction_bits=_counts(fraction_bits, "Fraction bits"),
+            ring_bits=ring_bits,
+            protocol=protocol,
+            samples=samples or None,
+            split=split,
+            root=None if root is None else str(root),
+            seed=seed,
+            progress=progress,
+        )
+    table = pd.read_parquet(run.folder / "fixed_point.parquet")
+    table["cell"] = [
+        f"{a:.1%} [{low:.0%}, {high:.0%}]" for a, low, high in table[["agreement", "low", "high"]].to_numpy()
+    ]
+    for name, part in table.groupby("network", sort=False):
+        wide = part.pivot_table(index="group", columns="fraction_bits", values="cell", aggfunc="first", sort=False)
+        print_frame(wide, f"{name}: same class as in floating point [95 % interval], by fraction bits")
+    out_console.print(f"Table: {run.folder.resolve()}", soft_wrap=True)
+
+
+@private_app.command("export")
+def private_export(
+    source: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of one network, or of a run with one.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also write network.onnx (extra onnx).")] = False,
+    root: Root = None,
+) -> None:
+    """Write a network for private inference: a public folder for both parties, weights for its owner."""
+    from dataclasses import replace
+
+    from fairline.private.jobs import find_networks
+    from fairline.private.serve import export_network
+
+    found, run = find_networks([source])
+    if len(found) != 1:
+        names = ", ".join(checkpoint.folder.name for checkpoint in found)
+        raise FairlineError(f"{source} holds {len(found)} networks ({names}); name the folder of one.")
+    spec = run.data if root is None else replace(run.data, root=str(root))
+    graph = export_network(found[0], spec, out, onnx=onnx)
+    out_console.print(
+        f"{graph.relus:,} ReLUs are evaluated. For both parties: {out / 'public'}; "
+        f"for the model's owner alone: {out / 'weights.safetensors'}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@private_app.command("serve")
+def private_serve(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="From 'fairline private export'.")],
+    parties: Parties,
+    sessions: Annotated[int, typer.Option(help="How many before it stops; 0 for no end.")] = 0,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for the image's owner.")] = 86_400,
+    timeout: Timeout = 120,
+) -> None:
+    """Be the model's owner: answer queries with a network, one session after another."""
+    from itertools import count
+
+    from fairline.private.serve import load_addresses, serve
+    from fairline.private.spu import SessionError
+
+    addresses = load_addresses(parties)
+    for session in count(1):
+        err_console.print(f"Waiting at {addresses.model} for the image's owner ({addresses.image}).", highlight=False)
+        try:
+            serve(folder, addresses, wait=wait, timeout=timeout)
+            out_console.print(f"Session {session} is done.", highlight=False)
+        except SessionError as error:
+            # One that broke off must not end the service, unless nothing is left to serve.
+            if session == sessions:
+                raise
+            err_console.print(f"Session {session} failed: {error}", highlight=False, markup=False)
+        if session == sessions:
+            return
+
+
+@private_app.command("query")
+def private_query(
+    public: Annotated[Path, typer.Argument(metavar="PUBLIC", help="Folder 'public' of 'fairline private export'.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    parties: Parties,
+    protocol: Annotated[str, typer.Option(help="cheetah or semi2k.")] = "cheetah",
+    wait: Annotated[float, typer.Option(help="Seconds to wait for the model's owner.")] = 60,
+    timeout: Timeout = 120,
+) -> None:
+    """Be the image's owner: ask a network that another host holds for the classes of images it never sees."""
+    from fairline.private.plan import CAVEATS
+    from fairline.private.serve import load_addresses, query
+
+    with progress_bars() as progress:
+        answer = query(
+            public, load_addresses(parties), images, protocol=protocol, wait=wait, timeout=timeout, progress=progress
+        )
+    for path, prediction, logits in zip(images, answer.predictions, answer.logits.tolist(), strict=True):
+        values = ", ".join(f"{value:.3f}" for value in logits)
+        out_console.print(f"{path}: {prediction} (logits {values})", soft_wrap=True, highlight=False, markup=False)
+    out_console.print(
+        f"{answer.seconds:.2f} s and {answer.bytes / 1e6:.2f} MB, after {answer.setup_seconds:.1f} s of setup. "
+        f"{CAVEATS[protocol]}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@app.command()
+def frontier(
+    source: Annotated[Path, typer.Argument(metavar="AUDIT", help="Folder of an audit run.")],
+    out: Out,
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--measured", metavar="RUN", help="Folder of a 'private run'; other networks' costs are predicted."
+        ),
+    ] = None,
+    protocol: CostProtocols = "cheetah",
+    network: Wire = "lan",
+    within: Annotated[float, typer.Option(help="Relative accuracy drop, in percent, that any group may suffer.")] = 5.0,
+    root: Root = None,
+) -> None:
+    """Accuracy against cost: Pareto front, and the cheapest network that keeps every group's accuracy."""
+    import pandas as pd
+
+    from fairline.private.jobs import frontier_job
+    from fairline.report.costs import answers, write_frontier
+
+    if not within >= 0:
+        raise FairlineError(f"The drop that a group may suffer is a percentage from 0 on, not {within:g}.")
+    with progress_bars() as progress:
+        run = frontier_job(
+            source, out, measured=measured or [], protocols=_names(protocol), network=network, progress=progress
+        )
+    table = pd.read_parquet(run.folder / "frontier.parquet")
+    for name, part in table.groupby("protocol", sort=False):
+        shown = pd.DataFrame(
+            {
+                "ReLUs": part["relus"],
+                "MB": part["bytes"] / 1e6,
+                "rounds": part["rounds"],
+                "seconds": part["seconds"],
+                "cost": part["source"],
+                "overall": part["overall"],
+                "worst group": part["worst"],
+                "drop, %": part["largest_drop"],
+                "front": part["on_bytes_front"].map({True: "◆", False: ""}),
+            }
+        ).set_axis(part["model"])
+        shown.index.name = "network"
+        formats = {"ReLUs": ",.0f", "MB": ".2f", "rounds": ".0f", "seconds": ".2f", "overall": ".1%"}
+        print_frame(shown, f"{name} over {network}", formats | {"worst group": ".1%", "drop, %": "+.1f"})
+    for sentence in answers(table, within):
+        out_console.print(sentence, soft_wrap=True, highlight=False)
+    path = write_frontier(run.folder, within=within)
+    out_console.print(f"Page: {path.resolve()}", soft_wrap=True)
+
+
 @app.command()
 def report(
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of an audit or compare run.")],
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of an audit, compare or frontier run.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="HTML file; report.html or comparison.html in that folder by default.")
+        Path | None,
+        typer.Option("--out", help="HTML file; report, comparison or frontier.html in that folder by default."),
     ] = None,
     figures: Annotated[
         Path | None, typer.Option("--figures", help="Also write each figure there, as SVG and PNG.")
     ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option("--costs", metavar="RUN", help="Folder of a frontier run of this audit: adds the cost panel."),
+    ] = None,
+    within: Annotated[float, typer.Option(help="Drop in percent that any group may suffer, for the cost panel.")] = 5.0,
 ) -> None:
-    """Write the fairness report, or the comparison page: one HTML file that opens offline."""
+    """Write the fairness report, the comparison page or the cost page: one HTML file that opens offline."""
     from fairline.report.comparison import write_comparison, write_comparison_figures
+    from fairline.report.costs import write_cost_figures, write_frontier
     from fairline.report.html import write_figures, write_report
     from fairline.runs import Run
 
-    compared = Run.read(source, "audit", "compare").command == "compare"
-    path = (write_comparison if compared else write_report)(source, out)
+    command = Run.read(source, "audit", "compare", "frontier").command
+    if costs is not None and command != "audit":
+        raise FairlineError(f"The cost panel belongs to the report of an audit; {source} holds a {command} run.")
+    if command == "audit":
+        path = write_report(source, out, costs=costs, within=within)
+    elif command == "frontier":
+        path = write_frontier(source, out, within=within)
+    else:
+        path = write_comparison(source, out)
     out_console.print(f"Report: {path.resolve()}", soft_wrap=True)
     if figures is not None:
-        for file in (write_comparison_figures if compared else write_figures)(source, figures):
+        writers = {"audit": write_figures, "compare": write_comparison_figures, "frontier": write_cost_figures}
+        for file in writers[command](source, figures):
             out_console.print(f"Figure: {file}", soft_wrap=True)
 
 

@@ -52,6 +52,8 @@ _PACKAGES = (
     "datasets",
     "safetensors",
     "altair",
+    "spu",
+    "jax",
 )
 
 

@@ -257,7 +257,8 @@ def write_comparison_figures(run_folder: str | Path, folder: str | Path) -> list
 def headline(frame: pd.DataFrame) -> list[str]:
     """What happened at the smallest budget, and whether the gains are repairs of linearization."""
     baseline = str(frame["baseline"].iloc[0])
-    budget = budget_order(frame)[-1]
+    # Only some methods may have gone on to smaller budgets.
+    budget = budget_order(frame[(frame["method"] == baseline) & (frame["measure"] == "accuracy")])[-1]
     here = frame[(frame["budget"] == budget)].set_index(["measure", "group", "method"]).sort_index()
     worst = here.loc["accuracy", WORST]["value"]
     best = str(worst.idxmax())

@@ -24,33 +24,44 @@ SMALL = 100
 RARELY = 10
 
 
-def write_report(audit: str | Path, out: str | Path | None = None) -> Path:
+def write_report(
+    audit: str | Path, out: str | Path | None = None, *, costs: str | Path | None = None, within: float = 5.0
+) -> Path:
     """Write the report of an audit run.
 
     Args:
         audit: Folder of a finished audit run.
         out: The HTML file; ``report.html`` in that folder by default.
+        costs: Folder of a frontier run of this audit, for the cost panel.
+        within: Drop in percent that any group may suffer, for the cost panel.
 
     Returns:
         The file.
 
     Raises:
-        FairlineError: The folder holds no finished audit.
+        FairlineError: The folder holds no finished audit, or the costs are of another one.
     """
     run = Run.read(audit, "audit")
     counts = read_table(run, "counts.parquet")
     frame = figures.prepare(read_table(run, "audit.parquet"), counts)
     charts = figures.figures(frame)
     why = explanations.figures(frame, read_table(run, "predictions.parquet")) if explanations.explains(frame) else {}
+    priced: dict[str, Any] = {}
+    content: dict[str, Any] = {}
+    if costs is not None:
+        from fairline.report.costs import panel
+
+        priced, content = panel(costs, within, run)
     return write_page(
         Path(out) if out is not None else run.folder / "report.html",
         "report.html.j2",
-        charts | why,
+        charts | why | priced,
         title=f"Who pays for linearization: {run.data.name}",
         headline=headline(frame),
         warnings=warnings(frame, run) + explanations.warnings(frame),
         charts=charts.keys(),
         why=why.keys(),
+        costs=content,
         bounds=[
             (variant, table)
             for variant in figures.main_variants(frame)

@@ -1,0 +1,494 @@
+"""What a private inference costs, predicted: bytes, rounds and seconds of a network on a protocol.
+
+A cost has four parts: bytes for each ReLU that is kept, rounds for each layer that keeps any, bytes and work of the
+linear layers, and what a session costs before its first image. So it is never "ReLUs × constant": linear layers are a
+floor, and masks that empty whole layers save rounds that masks which thin them do not.
+
+Two protocols are calibrated on SPU 0.9.5, the engine that :mod:`fairline.private.spu` runs: ``cheetah`` and ``semi2k``.
+Two are from their papers, and predict only what those state: ``delphi`` and ``cryptflow2``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import cache
+
+import pandas as pd
+from torch import Tensor, nn
+
+from fairline.errors import FairlineError
+from fairline.private.export import to_graph
+from fairline.private.graph import Node, PlainGraph, kept_relus
+from fairline.private.wire import Network
+from fairline.private.wire import network as find_network
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A cost, or a part of one.
+
+    Attributes:
+        bytes: Sent by both parties in a call.
+        offline_bytes: Sent by both ahead of time for each call (Delphi), or now and then for several (Cheetah's
+            oblivious transfers), as a mean.
+        rounds: One-way trips that must be waited for.
+        compute_seconds: Of both parties on two CPU cores; NaN where no source tells.
+    """
+
+    bytes: float = 0.0
+    offline_bytes: float = 0.0
+    rounds: float = 0.0
+    compute_seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+class ProtocolCost(ABC):
+    """What the operations of a protocol cost. Element counts are those of a whole batch."""
+
+    #: Where the constants come from.
+    source: str
+    #: Once a session.
+    setup: Cost
+    #: What every call costs: opening the result.
+    per_call_rounds: float = 1.0
+
+    @abstractmethod
+    def relu(self, n: int) -> Cost:
+        """Sign and product of n values."""
+
+    @abstractmethod
+    def matmul(self, m: int, k: int, n: int) -> Cost:
+        """Shared (m, k) times private (k, n), truncated: a convolution is one over its unfolded input."""
+
+    @abstractmethod
+    def truncate(self, n: int) -> Cost:
+        """Product of n shared values with public numbers."""
+
+    @abstractmethod
+    def product_with_private(self, n: int) -> Cost:
+        """Product of n shared values with the owner's, element by element, truncated."""
+
+    @abstractmethod
+    def product(self, n: int) -> Cost:
+        """Product of n shared values with n shared ones, truncated."""
+
+    def convolution(self, inputs: int, outputs: int, m: int, k: int, n: int) -> Cost:
+        """A convolution with ``inputs`` and ``outputs`` values, as a product (m, k) × (k, n)."""
+        return self.matmul(m, k, n)
+
+    def open(self, n: int) -> Cost:
+        """Give the image's owner the other share of n outputs."""
+        return Cost(bytes=8 * n + 42, rounds=self.per_call_rounds)
+
+
+_SPU = "measured with SPU 0.9.5 on one layer at a time (benchmarks/private_cost.py --calibrate)"
+
+
+class Cheetah(ProtocolCost):
+    """Cheetah (Huang et al. 2022) as SPU 0.9.5 implements it, ring of 64 bits.
+
+    Linear layers are products of polynomials under homomorphic encryption: the smaller operand is sent in ciphertexts
+    of degree 8,192, the result comes back in packed ones. How many there are follows from how the matrices are cut into
+    blocks; SPU cuts so that ``1000·ciphertexts + automorphisms + products/10`` is least, and so does this model.
+    """
+
+    source = _SPU + "; block sizes follow SPU's published rule (libspu/mpc/cheetah/arith/matmat_prot.cc)"
+    setup = Cost(bytes=23.415e6, rounds=57, compute_seconds=4.9)
+
+    #: Bytes of a ciphertext on its way out (its other half is a seed) and back (both halves, fewer primes). If only one
+    #: comes back it is not packed: one half is zero but for the results, 16 bytes each.
+    SENT, RETURNED, RETURNED_ALONE, RESULT_ALONE = 185_020, 255_000, 127_300, 16
+    #: Bytes that truncating a value takes.
+    TRUNCATE = 3.125
+    #: Bytes of a comparison with zero and of the product with its result.
+    SIGN, SELECT = 82.25, 16.25
+    #: Bytes of new oblivious transfers: 532,550 every 224,700 ReLUs.
+    TRANSFERS = 2.37
+    #: Five ciphertexts for each 8,192 products with a private value.
+    PRIVATE_PRODUCTS, PER_PRIVATE = 8192, 1_143_500
+    #: Triples for products of shared values are made 4,096 at a time and kept; using one takes 32 bytes.
+    TRIPLE, USE_TRIPLE = 279.2, 32.1
+    #: Seconds: product of ciphertext and plaintext, automorphism, ciphertext sent, matrix product, ReLU.
+    MULTIPLY, ROTATE, ENCRYPT, PRODUCT, RELU = 6.0e-4, 5.8e-4, 4.7e-3, 1.0e-2, 1.35e-5
+    ROUNDS_RELU, ROUNDS_MATMUL, ROUNDS_TRUNCATE, ROUNDS_PRIVATE, ROUNDS_PRODUCT = 20, 4, 2, 6, 2
+
+    def relu(self, n: int) -> Cost:
+        return Cost((self.SIGN + self.SELECT) * n, self.TRANSFERS * n, self.ROUNDS_RELU, self.RELU * n)
+
+    def matmul(self, m: int, k: int, n: int) -> Cost:
+        blocks = cut_matrices(m, k, n)
+        back = self.RETURNED * blocks.returned if blocks.packed else self.RETURNED_ALONE + self.RESULT_ALONE * m * n
+        return Cost(
+            bytes=self.SENT * blocks.sent + back + self.TRUNCATE * m * n,
+            rounds=self.ROUNDS_MATMUL,
+            compute_seconds=self.MULTIPLY * blocks.products
+            + self.ROTATE * blocks.automorphisms
+            + self.ENCRYPT * (blocks.sent + blocks.returned)
+            + self.PRODUCT,
+        )
+
+    def truncate(self, n: int) -> Cost:
+        return Cost(self.TRUNCATE * n, rounds=self.ROUNDS_TRUNCATE, compute_seconds=5e-7 * n)
+
+    def product_with_private(self, n: int) -> Cost:
+        batches = math.ceil(n / self.PRIVATE_PRODUCTS)
+        return Cost(
+            batches * self.PER_PRIVATE + self.TRUNCATE * n, rounds=self.ROUNDS_PRIVATE, compute_seconds=0.05 * batches
+        )
+
+    def product(self, n: int) -> Cost:
+        return Cost((self.USE_TRIPLE + self.TRUNCATE) * n, self.TRIPLE * n, self.ROUNDS_PRODUCT, 1.2e-5 * n)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How many ciphertexts and operations on them a matrix product takes."""
+
+    sent: int
+    returned: int
+    products: int
+    automorphisms: int
+    packed: bool
+
+
+@cache
+def cut_matrices(m: int, k: int, n: int, degree: int = 8192) -> Blocks:
+    """Cut (m, k) × (k, n) into blocks whose product fits into one polynomial, as cheaply as possible.
+
+    Args:
+        m: Rows.
+        k: Inner size.
+        n: Columns.
+        degree: Of the polynomials.
+    """
+    best = _cheapest_blocks(m, k, n, degree, packed=True)
+    # One result polynomial needs no packing, which frees the inner block size from powers of two.
+    packed = math.ceil(m / best[0]) * math.ceil(n / best[2]) > 1
+    if not packed:
+        best = _cheapest_blocks(m, k, n, degree, packed=False)
+    rows, inner, columns = (math.ceil(size / block) for size, block in zip((m, k, n), best, strict=True))
+    returned = math.ceil(rows * columns / best[1]) if packed else rows * columns
+    automorphisms = math.ceil(m * n / degree) * best[1] if packed else 0
+    return Blocks(min(rows, columns) * inner, returned, rows * inner * columns, automorphisms, packed)
+
+
+def _cheapest_blocks(m: int, k: int, n: int, degree: int, *, packed: bool) -> tuple[int, int, int]:
+    best, least = (1, 1, 1), math.inf
+    inner_sizes = [2**i for i in range(k.bit_length())] if packed else list(range(1, k + 1))
+    for a in range(1, min(degree, m) + 1):
+        rows = -(-m // a)
+        for b in inner_sizes:
+            if a * b > degree or b > k:
+                break
+            c = min(n, degree // (a * b))
+            inner, columns = -(-k // b), -(-n // c)
+            ciphertexts = min(rows, columns) * inner + -(-rows * columns // b)
+            rotations = -(-m * n // degree) * b if packed else 0
+            price = 1000 * ciphertexts + rotations + rows * inner * columns / 10
+            if price <= least:
+                best, least = (a, b, c), price
+    return best
+
+
+class Semi2k(ProtocolCost):
+    """SEMI2K (SPDZ2k's semi-honest part) as SPU 0.9.5 implements it, ring of 64 bits, its first party the dealer.
+
+    Products cost what opening both masked operands costs: eight bytes a value and party.
+    """
+
+    source = _SPU
+    setup = Cost(bytes=1.215e6, rounds=19, compute_seconds=0.15)
+
+    def relu(self, n: int) -> Cost:
+        return Cost(144 * n, rounds=8, compute_seconds=1.3e-6 * n)
+
+    def matmul(self, m: int, k: int, n: int) -> Cost:
+        opened = m * k + k * n
+        return Cost(16 * opened + 8 * m * n, rounds=2, compute_seconds=4.4e-9 * m * k * n + 2.2e-7 * opened + 3e-3)
+
+    def truncate(self, n: int) -> Cost:
+        return Cost(8 * n, rounds=1, compute_seconds=5e-8 * n)
+
+    def product_with_private(self, n: int) -> Cost:
+        return Cost(40 * n, rounds=2, compute_seconds=1e-7 * n)
+
+    def product(self, n: int) -> Cost:
+        return Cost(40 * n, rounds=2, compute_seconds=1e-7 * n)
+
+
+class Delphi(ProtocolCost):
+    """DELPHI (Mishra et al. 2020): garbled circuits for ReLUs, Beaver triples for squares, linear work offline.
+
+    Online, a linear layer costs the image's owner one masked value for each input. Offline it costs ciphertexts, at
+    least as many as hold its inputs and outputs: a lower bound, as the rotations' keys are left out.
+    """
+
+    source = (
+        "Mishra et al., USENIX Security 2020: 17.5 kB offline and 2.048 kB online a ReLU, 0.152 and 0.016 kB a square "
+        "(amortised; quoted from memory, not read again here); ciphertexts of degree 8,192 and 180 bits"
+    )
+    setup = Cost(compute_seconds=math.nan)
+    CIPHERTEXT = 2 * 8192 * 180 / 8
+
+    def relu(self, n: int) -> Cost:
+        return Cost(2048 * n, 17_500 * n, 2, math.nan)
+
+    def matmul(self, m: int, k: int, n: int) -> Cost:
+        return self.convolution(m * k, m * n, m, k, n)
+
+    def convolution(self, inputs: int, outputs: int, m: int, k: int, n: int) -> Cost:
+        ciphertexts = math.ceil(inputs / 8192) + math.ceil(outputs / 8192)
+        return Cost(4 * inputs, self.CIPHERTEXT * ciphertexts, 1, math.nan)
+
+    def truncate(self, n: int) -> Cost:
+        # Done on the shares, each for itself.
+        return Cost()
+
+    def product_with_private(self, n: int) -> Cost:
+        return self.convolution(n, n, n, 1, 1)
+
+    def product(self, n: int) -> Cost:
+        return Cost(16 * n, 152 * n, 1, math.nan)
+
+
+class CrypTFlow2(ProtocolCost):
+    """CrypTFlow2 (Rathee et al. 2020): ReLUs and truncations by IKNP oblivious transfers, linear layers by HE.
+
+    With ℓ ring bits, f fraction bits and λ = 128: a ReLU takes λℓ + 18ℓ bits and log₂ℓ + 4 rounds, a faithful
+    truncation λ(ℓ + f + 2) + 19ℓ + 14f bits and log₂ℓ + 3 rounds.
+    """
+
+    source = (
+        "Rathee et al., CCS 2020, their bounds for comparison-based ReLU and truncation (quoted from memory, not read "
+        "again here), ℓ = 64 and f = 18 as in our runs; ciphertexts of degree 8,192 and 180 bits, a lower bound"
+    )
+    setup = Cost(compute_seconds=math.nan)
+    RING, FRACTION, SECURITY = 64, 18, 128
+
+    def relu(self, n: int) -> Cost:
+        return Cost((self.SECURITY + 18) * self.RING / 8 * n, rounds=math.log2(self.RING) + 4, compute_seconds=math.nan)
+
+    def matmul(self, m: int, k: int, n: int) -> Cost:
+        return self.convolution(m * k, m * n, m, k, n)
+
+    def convolution(self, inputs: int, outputs: int, m: int, k: int, n: int) -> Cost:
+        ciphertexts = math.ceil(inputs / 8192) + math.ceil(outputs / 8192)
+        return Cost(Delphi.CIPHERTEXT * ciphertexts, rounds=2, compute_seconds=math.nan) + self.truncate(outputs)
+
+    def truncate(self, n: int) -> Cost:
+        bits = self.SECURITY * (self.RING + self.FRACTION + 2) + 19 * self.RING + 14 * self.FRACTION
+        return Cost(bits / 8 * n, rounds=math.log2(self.RING) + 3, compute_seconds=math.nan)
+
+    def product_with_private(self, n: int) -> Cost:
+        return self.convolution(n, n, n, 1, 1)
+
+    def product(self, n: int) -> Cost:
+        # Two cross terms, each a product of one party's values with the other's.
+        ciphertexts = 2 * 2 * math.ceil(n / 8192)
+        return Cost(Delphi.CIPHERTEXT * ciphertexts, rounds=2, compute_seconds=math.nan) + self.truncate(n)
+
+
+PROTOCOL_COSTS: dict[str, type[ProtocolCost]] = {
+    "cheetah": Cheetah,
+    "semi2k": Semi2k,
+    "delphi": Delphi,
+    "cryptflow2": CrypTFlow2,
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A predicted private inference.
+
+    Attributes:
+        protocol: A key of :data:`PROTOCOL_COSTS`.
+        network: Between the parties.
+        batch_size: Images in a call.
+        relus: Evaluated for each image.
+        bytes: Sent by both parties in a call.
+        offline_bytes: Ahead of time or now and then, for each call.
+        rounds: One-way trips of a call that must be waited for.
+        compute_seconds: On two CPU cores; NaN where no source tells.
+        network_seconds: Bytes and rounds on this network.
+        setup_bytes: Once a session.
+        layers: A row for each operator: layer, op, relus, bytes, offline_bytes, rounds, compute_seconds.
+        source: Where the constants come from.
+    """
+
+    protocol: str
+    network: Network
+    batch_size: int
+    relus: int
+    bytes: float
+    offline_bytes: float
+    rounds: float
+    compute_seconds: float
+    network_seconds: float
+    setup_bytes: float
+    layers: pd.DataFrame
+    source: str
+
+    @property
+    def seconds(self) -> float:
+        """Of a call: compute and network; NaN where compute is not known."""
+        return self.compute_seconds + self.network_seconds
+
+    @property
+    def relu_bytes(self) -> float:
+        """Of the bytes, those that kept ReLUs cost; with squares in place of ReLUs, those too."""
+        return float(self.layers.loc[self.layers["op"].isin(["relu", "quadratic"]), "bytes"].sum())
+
+    @property
+    def linear_bytes(self) -> float:
+        """All other bytes: the floor that no mask goes below."""
+        return self.bytes - self.relu_bytes
+
+    def __str__(self) -> str:
+        total = self.bytes + self.offline_bytes
+        compute = "unknown" if math.isnan(self.compute_seconds) else f"{self.compute_seconds:.2f} s"
+        return (
+            f"{self.protocol}, {self.relus:,} ReLUs, batch of {self.batch_size}: {total / 1e6:.2f} MB "
+            f"({self.bytes / 1e6:.2f} in the call), {self.rounds:.0f} rounds; compute {compute}, "
+            f"{self.network.name} {self.network_seconds:.2f} s"
+        )
+
+
+def estimate(
+    model: nn.Module | PlainGraph,
+    example: Tensor | None = None,
+    *,
+    protocol: str = "cheetah",
+    network: str | Network = "lan",
+    batch_size: int = 1,
+) -> Estimate:
+    """Predict what a private inference of a network costs.
+
+    Args:
+        model: Masked or not, or a plain graph.
+        example: An input (B, C, H, W); not needed for a plain graph.
+        protocol: ``"cheetah"``, ``"semi2k"``, ``"delphi"`` or ``"cryptflow2"``.
+        network: ``"lan"`` (1 Gb/s, 0.3 ms), ``"wan"`` (100 Mb/s, 40 ms), ``"MBITS:MS"``, or a
+            :class:`~fairline.private.Network`.
+        batch_size: Images in a call.
+
+    Raises:
+        FairlineError: There is no such protocol or network, or the model cannot be exported.
+    """
+    if protocol not in PROTOCOL_COSTS:
+        raise FairlineError(f"There is no cost model of '{protocol}'; known are {', '.join(PROTOCOL_COSTS)}.")
+    if batch_size < 1:
+        raise FairlineError("A batch holds at least one image.")
+    if isinstance(model, PlainGraph):
+        graph = model
+    elif example is None:
+        raise FairlineError("Estimating the cost of a module needs an example input, (B, C, H, W).")
+    else:
+        graph = to_graph(model, example)
+    wire = find_network(network)
+    costs = PROTOCOL_COSTS[protocol]()
+    rows = []
+    total = Cost()
+    for node, cost in layer_costs(graph, costs, batch_size):
+        total += cost
+        rows.append(
+            {
+                "layer": node.layer if node is not None else "output",
+                "op": node.op if node is not None else "open",
+                "relus": kept_relus(graph, node) if node is not None else 0,
+                **{f.name: getattr(cost, f.name) for f in fields(cost)},
+            }
+        )
+    return Estimate(
+        protocol=protocol,
+        network=wire,
+        batch_size=batch_size,
+        relus=graph.relus,
+        bytes=total.bytes,
+        offline_bytes=total.offline_bytes,
+        rounds=total.rounds,
+        compute_seconds=total.compute_seconds,
+        # Both directions share the bytes about evenly on a full-duplex line; the slower one counts, at most all.
+        network_seconds=wire.seconds(total.bytes, total.rounds),
+        setup_bytes=costs.setup.bytes,
+        layers=pd.DataFrame(rows),
+        source=costs.source,
+    )
+
+
+def layer_costs(graph: PlainGraph, costs: ProtocolCost, batch: int = 1) -> Iterator[tuple[Node | None, Cost]]:
+    """Cost of each node of a graph, and of opening its output (None)."""
+    for node in graph.nodes:
+        yield node, _OPERATORS[node.op](graph, node, costs, batch)
+    yield None, costs.open(batch * graph.outputs)
+
+
+def _conv2d(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
+    channels, *kernel = graph.shapes[node.weights[0]][1:]
+    groups = int(node.options["groups"])
+    rows = batch * math.prod(node.shape[1:])
+    outputs = node.shape[0] // groups
+    inputs = batch * math.prod(graph.input_shapes(node)[0]) // groups
+    total = Cost()
+    for _ in range(groups):
+        total += costs.convolution(inputs, rows * outputs, rows, channels * math.prod(kernel), outputs)
+    return total
+
+
+def _linear(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
+    outputs, inputs = graph.shapes[node.weights[0]]
+    return costs.matmul(batch, inputs, outputs)
+
+
+def _affine(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
+    return costs.product_with_private(batch * math.prod(node.shape))
+
+
+def _add(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
+    return Cost() if abs(node.options["alpha"]) == 1 else costs.truncate(batch * math.prod(node.shape))
+
+
+def _truncated(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
+    return costs.truncate(batch * math.prod(node.shape))
+
+
+def _free(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
+    return Cost()
+
+
+def _relu(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
+    return costs.relu(batch * kept_relus(graph, node))
+
+
+def _quadratic(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
+    kept = kept_relus(graph, node)
+    squares = batch * (math.prod(node.shape) - kept)
+    total = costs.product_with_private(squares) + costs.product(squares)
+    return total + costs.relu(batch * kept) if kept else total
+
+
+def _max_pool(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
+    window = math.prod(node.options["kernel"])
+    one = costs.relu(batch * math.prod(node.shape) * (window - 1))
+    # A tree of comparisons: its depth in rounds.
+    return Cost(one.bytes, one.offline_bytes, one.rounds * math.ceil(math.log2(window)), one.compute_seconds)
+
+
+_OPERATORS: dict[str, Callable[[PlainGraph, Node, ProtocolCost, int], Cost]] = {
+    "conv2d": _conv2d,
+    "linear": _linear,
+    "affine": _affine,
+    "add": _add,
+    "scale": _truncated,
+    "concat": _free,
+    "relu": _relu,
+    "quadratic": _quadratic,
+    "avg_pool": _truncated,
+    "max_pool": _max_pool,
+    "mean": _truncated,
+    "reshape": _free,
+}

@@ -1,0 +1,441 @@
+"""From a linearized network to a plain graph: ``torch.export``, batch norm folded, masks constant."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from fairline.errors import FairlineError
+from fairline.masking import SQUARE_SCALE, masked_relus
+from fairline.private.graph import Node, PlainGraph
+
+
+@torch.library.custom_op("fairline::masked_relu", mutates_args=())
+def _masked_relu(x: Tensor, kept: Tensor) -> Tensor:
+    return torch.where(kept, x.clamp_min(0), x)
+
+
+@torch.library.custom_op("fairline::quadratic", mutates_args=())
+def _quadratic(x: Tensor, kept: Tensor, coefficients: Tensor) -> Tensor:
+    constant, linear, square = coefficients
+    return torch.where(kept, x.clamp_min(0), (SQUARE_SCALE * square * x + linear) * x + constant)
+
+
+@_masked_relu.register_fake
+def _(x: Tensor, kept: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_quadratic.register_fake
+def _(x: Tensor, kept: Tensor, coefficients: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class _Leaf(nn.Module):
+    """Stands for a masked ReLU while the network is traced, so that it comes out as one node."""
+
+    def __init__(self, kept: Tensor, coefficients: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("kept", kept.clone())
+        self.register_buffer("coefficients", None if coefficients is None else coefficients.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = cast(Tensor, self.kept)
+        coefficients = cast(Tensor | None, self.coefficients)
+        if coefficients is not None:
+            return cast(Tensor, torch.ops.fairline.quadratic(x, kept, coefficients))
+        return cast(Tensor, torch.ops.fairline.masked_relu(x, kept))
+
+
+def to_graph(model: nn.Module, example: Tensor) -> PlainGraph:
+    """The plain graph of a network.
+
+    Batch norm after a convolution or linear layer is folded into it, elsewhere it becomes a scale and a shift.
+    A layer that keeps no ReLU leaves no node.
+
+    Args:
+        model: Maps (B, C, H, W) to logits (B, K); masked by :func:`fairline.mask_relus` or not. Not changed.
+        example: An input of the right shape, (B, C, H, W).
+
+    Returns:
+        The graph. Its logits equal the model's to 1e-5 of the largest, which is checked here.
+
+    Raises:
+        FairlineError: The network cannot be traced, uses an operator that private inference does not know, or learns
+            its masks still.
+    """
+    model = copy.deepcopy(model).cpu().eval()
+    for name, layer in masked_relus(model).items():
+        if layer.weight is not None:
+            raise FairlineError(f"The masks of '{name}' are still being learned; fix them before the export.")
+    # Two different samples: export takes a batch of one for a constant.
+    batch = torch.randn((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(batch)
+        for name, layer in masked_relus(model).items():
+            # Where all ReLUs are kept, no polynomial is left.
+            coefficients = None if layer.num_kept == layer.kept.numel() else layer.coefficients
+            model.set_submodule(name, _Leaf(layer.kept, coefficients))
+        try:
+            program = torch.export.export(
+                model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+            )
+        except Exception as error:
+            # The user's own forward may do anything.
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise FairlineError(f"{type(model).__name__} cannot be exported ({reason}).") from None
+        graph = _Reader(program, tuple(batch.shape[1:])).read()
+        found = graph(batch)
+    error_size = float((found - expected).abs().max() / expected.abs().max().clamp_min(1))
+    if not error_size < 1e-5:
+        raise FairlineError(f"The exported {type(model).__name__} computes something else (by {error_size:.1e}).")
+    return graph
+
+
+class _Reader:
+    """Turns an exported program into nodes."""
+
+    def __init__(self, program: torch.export.ExportedProgram, input_shape: tuple[int, ...]) -> None:
+        self.graph = PlainGraph(input_shape, [], {}, {}, {})
+        self.program = program
+        signature = program.graph_signature
+        state = {**program.state_dict, **program.constants}
+        targets = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }
+        #: Tensors that placeholders stand for.
+        self.tensors = {name: state[target].detach() for name, target in targets.items()}
+        #: What each traced value is called in the plain graph.
+        self.names: dict[fx.Node, str] = {}
+
+    def read(self) -> PlainGraph:
+        output: fx.Node | None = None
+        for traced in self.program.graph.nodes:
+            if traced.op == "placeholder":
+                if traced.name not in self.tensors:
+                    self.names[traced] = "x"
+            elif traced.op == "output":
+                output = traced.args[0][0]
+            elif traced.op == "call_function":
+                handler = _HANDLERS.get(traced.target)
+                if handler is not None:
+                    handler(self, traced)
+                elif not _gives_no_tensor(traced):
+                    raise FairlineError(
+                        f"Private inference has no operator '{_operator_name(traced)}' (layer '{_layer_of(traced)}'); "
+                        f"known are {', '.join(sorted({_operator_name(t) for t in _HANDLERS}))}."
+                    )
+        if output is None or output not in self.names or not self.graph.nodes:
+            raise FairlineError("The network's output is not one tensor computed from its input.")
+        last = self.names[output]
+        if len(_sample_shape(output)) != 1:
+            raise FairlineError(f"The network's output has shape {_sample_shape(output)} a sample, not (classes,).")
+        self._drop_dead(last)
+        return self.graph
+
+    def _drop_dead(self, last: str) -> None:
+        needed = {last}
+        for node in reversed(self.graph.nodes):
+            if node.name in needed:
+                needed.update(node.inputs)
+        nodes = [node for node in self.graph.nodes if node.name in needed]
+        used = {name for node in nodes for name in node.weights}
+        self.graph.weights = {name: value for name, value in self.graph.weights.items() if name in used}
+        self.graph.shapes = {name: tuple(value.shape) for name, value in self.graph.weights.items()}
+        # The output comes last, whatever the order of dead branches was.
+        self.graph.nodes = [n for n in nodes if n.name != last] + [n for n in nodes if n.name == last]
+
+    def tensor(self, argument: Any) -> Tensor | None:
+        """The constant that an argument stands for."""
+        return self.tensors.get(argument.name) if isinstance(argument, fx.Node) else None
+
+    def name_of(self, traced: fx.Node, argument: Any) -> str:
+        if isinstance(argument, fx.Node) and argument in self.names:
+            return self.names[argument]
+        raise FairlineError(
+            f"Operator '{_operator_name(traced)}' of layer '{_layer_of(traced)}' has an input that does not come from "
+            "the image; private inference needs constants there as weights of a layer."
+        )
+
+    def emit(
+        self,
+        op: str,
+        traced: fx.Node,
+        inputs: tuple[Any, ...],
+        weights: Mapping[str, Tensor] | None = None,
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        layer = _layer_of(traced)
+        names = []
+        for key, value in (weights or {}).items():
+            name = f"{traced.name}.{key}"
+            self.graph.weights[name] = value.detach().float().contiguous()
+            names.append(name)
+        if mask is not None:
+            self.graph.masks[traced.name] = mask
+        sources = tuple(self.name_of(traced, each) for each in inputs)
+        self.graph.nodes.append(
+            Node(
+                op,
+                traced.name,
+                layer,
+                sources,
+                _sample_shape(traced),
+                tuple(names),
+                traced.name if mask is not None else None,
+                options,
+            )
+        )
+        self.names[traced] = traced.name
+
+    def same(self, traced: fx.Node, source: Any) -> None:
+        """The operator changes nothing."""
+        self.names[traced] = self.name_of(traced, source)
+
+
+def _gives_no_tensor(traced: fx.Node) -> bool:
+    return not isinstance(traced.meta.get("val"), Tensor)
+
+
+def _operator_name(traced: Any) -> str:
+    target = traced.target if isinstance(traced, fx.Node) else traced
+    return str(getattr(target, "_opname", None) or getattr(target, "__name__", target))
+
+
+def _layer_of(traced: fx.Node) -> str:
+    stack = list(traced.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) or "the network itself" if stack else "the network itself"
+
+
+def _sample_shape(traced: fx.Node) -> tuple[int, ...]:
+    shape = traced.meta["val"].shape
+    return tuple(int(size) for size in shape[1:])
+
+
+def _argument(traced: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    """An argument by place or keyword."""
+    return traced.args[place] if len(traced.args) > place else traced.kwargs.get(name, default)
+
+
+def _pair(value: Any) -> list[int]:
+    pair = [int(value)] * 2 if isinstance(value, int) else [int(v) for v in value]
+    return pair * 2 if len(pair) == 1 else pair
+
+
+def _refuse(traced: fx.Node, what: str) -> FairlineError:
+    return FairlineError(
+        f"Private inference has no '{_operator_name(traced)}' with {what} (layer '{_layer_of(traced)}')."
+    )
+
+
+def _read_conv2d(reader: _Reader, traced: fx.Node) -> None:
+    weight, bias = reader.tensor(traced.args[1]), reader.tensor(_argument(traced, 2, "bias"))
+    if weight is None:
+        raise _refuse(traced, "weights that are computed")
+    padding = _argument(traced, 4, "padding", 0)
+    dilation = _pair(_argument(traced, 5, "dilation", 1))
+    if isinstance(padding, str):
+        spans = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if padding == "same" and any(span % 2 for span in spans):
+            raise _refuse(traced, "padding that is not the same on both sides")
+        padding = [span // 2 for span in spans] if padding == "same" else 0
+    reader.emit(
+        "conv2d",
+        traced,
+        (traced.args[0],),
+        {"weight": weight, "bias": bias if bias is not None else torch.zeros(len(weight))},
+        stride=_pair(_argument(traced, 3, "stride", 1)),
+        padding=_pair(padding),
+        dilation=dilation,
+        groups=int(_argument(traced, 6, "groups", 1)),
+    )
+
+
+def _read_linear(reader: _Reader, traced: fx.Node) -> None:
+    weight, bias = reader.tensor(traced.args[1]), reader.tensor(_argument(traced, 2, "bias"))
+    if weight is None:
+        raise _refuse(traced, "weights that are computed")
+    if len(_sample_shape(traced)) != 1:
+        raise _refuse(traced, "an input that is not flat")
+    reader.emit(
+        "linear",
+        traced,
+        (traced.args[0],),
+        {"weight": weight, "bias": bias if bias is not None else torch.zeros(len(weight))},
+    )
+
+
+def _read_batch_norm(reader: _Reader, traced: fx.Node) -> None:
+    weight, bias, mean, variance = (reader.tensor(each) for each in traced.args[1:5])
+    if mean is None or variance is None:
+        raise _refuse(traced, "statistics of the batch")
+    epsilon = float(cast(float, _argument(traced, 7, "eps", 1e-5)))
+    # In double precision: the folded weights should err by one rounding.
+    scale = (variance.double() + epsilon).rsqrt() * (1 if weight is None else weight.double())
+    shift = (0 if bias is None else bias.double()) - mean.double() * scale
+    source = cast(fx.Node, traced.args[0])
+    place = next((i for i, n in enumerate(reader.graph.nodes) if n.name == reader.names.get(source)), None)
+    node = None if place is None else reader.graph.nodes[place]
+    if node is not None and node.op in ("conv2d", "linear") and len(source.users) == 1 and node.name == source.name:
+        weights = reader.graph.weights
+        kernel, offset = (weights[name].double() for name in node.weights)
+        weights[node.weights[0]] = (kernel * scale.view(-1, *[1] * (kernel.ndim - 1))).float()
+        weights[node.weights[1]] = (offset * scale + shift).float()
+        reader.names[traced] = node.name
+        return
+    axes = [-1] + [1] * (len(_sample_shape(traced)) - 1)
+    reader.emit("affine", traced, (source,), {"scale": scale.view(axes).float(), "shift": shift.view(axes).float()})
+
+
+def _read_add(reader: _Reader, traced: fx.Node) -> None:
+    left, right = traced.args[:2]
+    alpha = float(cast(float, traced.kwargs.get("alpha", 1)))
+    if traced.target in _SUBTRACTIONS:
+        alpha = -alpha
+    for each in (left, right):
+        if not isinstance(each, fx.Node) or each not in reader.names:
+            raise _refuse(traced, "a constant")
+    if _sample_shape(cast(fx.Node, left)) != _sample_shape(cast(fx.Node, right)):
+        raise _refuse(traced, "inputs of different shapes")
+    reader.emit("add", traced, (left, right), alpha=alpha)
+
+
+def _read_scale(reader: _Reader, traced: fx.Node) -> None:
+    left, right = traced.args[:2]
+    if isinstance(left, int | float) and traced.target not in _DIVISIONS:
+        left, right = right, left
+    if not isinstance(right, int | float):
+        raise _refuse(traced, "a factor that is not a number")
+    factor = 1 / float(right) if traced.target in _DIVISIONS else float(right)
+    reader.emit("scale", traced, (left,), factor=factor)
+
+
+def _read_concat(reader: _Reader, traced: fx.Node) -> None:
+    pieces = tuple(cast(list[fx.Node], traced.args[0]))
+    axis = int(_argument(traced, 1, "dim", 0))
+    axis = axis + len(_sample_shape(traced)) + 1 if axis < 0 else axis
+    if axis == 0:
+        raise _refuse(traced, "the batch as its axis")
+    reader.emit("concat", traced, pieces, axis=axis)
+
+
+def _read_relu(reader: _Reader, traced: fx.Node) -> None:
+    reader.emit("relu", traced, (traced.args[0],))
+
+
+def _read_masked_relu(reader: _Reader, traced: fx.Node) -> None:
+    kept = cast(Tensor, reader.tensor(traced.args[1]))
+    if not kept.any():
+        reader.same(traced, traced.args[0])
+    else:
+        reader.emit("relu", traced, (traced.args[0],), mask=None if kept.all() else kept)
+
+
+def _read_quadratic(reader: _Reader, traced: fx.Node) -> None:
+    kept, coefficients = (cast(Tensor, reader.tensor(each)) for each in traced.args[1:3])
+    reader.emit("quadratic", traced, (traced.args[0],), {"coefficients": coefficients}, mask=kept)
+
+
+def _read_pool(op: str) -> Callable[[_Reader, fx.Node], None]:
+    def read(reader: _Reader, traced: fx.Node) -> None:
+        kernel = _pair(traced.args[1])
+        stride = _pair(_argument(traced, 2, "stride") or kernel)
+        padding = _pair(_argument(traced, 3, "padding", 0))
+        ceil = _argument(traced, 5 if op == "max_pool" else 4, "ceil_mode", False)
+        if op == "max_pool":
+            odd = _pair(_argument(traced, 4, "dilation", 1)) != [1, 1]
+        else:
+            odd = (any(padding) and not _argument(traced, 5, "count_include_pad", True)) or (
+                _argument(traced, 6, "divisor_override") is not None
+            )
+        if ceil or odd:
+            raise _refuse(traced, "these options")
+        reader.emit(op, traced, (traced.args[0],), kernel=kernel, stride=stride, padding=padding)
+
+    return read
+
+
+def _read_adaptive_avg_pool(reader: _Reader, traced: fx.Node) -> None:
+    sizes = _sample_shape(cast(fx.Node, traced.args[0]))[-2:]
+    wanted = _sample_shape(traced)[-2:]
+    if any(size % out for size, out in zip(sizes, wanted, strict=True)):
+        raise _refuse(traced, f"output {wanted} from {sizes}, which does not divide it")
+    kernel = [size // out for size, out in zip(sizes, wanted, strict=True)]
+    if wanted == (1, 1):
+        reader.emit("mean", traced, (traced.args[0],), axes=[2, 3])
+    else:
+        reader.emit("avg_pool", traced, (traced.args[0],), kernel=kernel, stride=kernel, padding=[0, 0])
+
+
+def _read_mean(reader: _Reader, traced: fx.Node) -> None:
+    rank = len(_sample_shape(cast(fx.Node, traced.args[0]))) + 1
+    axes = sorted(int(axis) % rank for axis in cast(list[int], _argument(traced, 1, "dim") or [0]))
+    if 0 in axes:
+        raise _refuse(traced, "the batch as an axis")
+    reader.emit("mean", traced, (traced.args[0],), axes=axes)
+
+
+def _read_reshape(reader: _Reader, traced: fx.Node) -> None:
+    source = cast(fx.Node, traced.args[0])
+    before, after = _sample_shape(source), _sample_shape(traced)
+    if math.prod(before) != math.prod(after):
+        raise _refuse(traced, "the batch axis moved")
+    if before == after:
+        reader.same(traced, source)
+    else:
+        reader.emit("reshape", traced, (source,))
+
+
+def _read_identity(reader: _Reader, traced: fx.Node) -> None:
+    reader.same(traced, traced.args[0])
+
+
+def _read_dropout(reader: _Reader, traced: fx.Node) -> None:
+    if _argument(traced, 2, "train", False):
+        raise _refuse(traced, "training=True")
+    reader.same(traced, traced.args[0])
+
+
+_aten = torch.ops.aten
+_SUBTRACTIONS = {_aten.sub.Tensor, _aten.sub_.Tensor}
+_DIVISIONS = {_aten.div.Tensor, _aten.div_.Tensor, _aten.div.Scalar}
+
+#: The operators of PyTorch that a network may use.
+_HANDLERS: dict[Any, Callable[[_Reader, fx.Node], None]] = {
+    _aten.conv2d.default: _read_conv2d,
+    _aten.conv2d.padding: _read_conv2d,
+    _aten.linear.default: _read_linear,
+    _aten.batch_norm.default: _read_batch_norm,
+    **dict.fromkeys((_aten.add.Tensor, _aten.add_.Tensor, *_SUBTRACTIONS), _read_add),
+    **dict.fromkeys((_aten.mul.Tensor, _aten.mul_.Tensor, _aten.mul.Scalar, *_DIVISIONS), _read_scale),
+    _aten.cat.default: _read_concat,
+    _aten.relu.default: _read_relu,
+    _aten.relu_.default: _read_relu,
+    torch.ops.fairline.masked_relu.default: _read_masked_relu,
+    torch.ops.fairline.quadratic.default: _read_quadratic,
+    _aten.avg_pool2d.default: _read_pool("avg_pool"),
+    _aten.max_pool2d.default: _read_pool("max_pool"),
+    _aten.adaptive_avg_pool2d.default: _read_adaptive_avg_pool,
+    _aten.mean.dim: _read_mean,
+    **dict.fromkeys(
+        (
+            _aten.flatten.using_ints,
+            _aten.view.default,
+            _aten.reshape.default,
+            _aten.squeeze.dims,
+            _aten.squeeze.dim,
+            _aten.unflatten.int,
+        ),
+        _read_reshape,
+    ),
+    **dict.fromkeys((_aten.dropout.default, _aten.dropout_.default, _aten.feature_dropout.default), _read_dropout),
+    **dict.fromkeys((_aten.alias.default, _aten.clone.default, _aten.contiguous.default), _read_identity),
+}

@@ -1,0 +1,258 @@
+"""A plain graph: what one private inference computes, in a small set of named operators.
+
+It has two halves. The architecture, with the masks, is public: both parties of a private inference know it. The weights
+are the model owner's. :mod:`fairline.private.export` makes graphs from networks; the JAX, ONNX and cost interpreters
+read them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fairline._io import load_tensors, save_tensors
+from fairline.errors import FairlineError
+from fairline.masking import SQUARE_SCALE
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator of a plain graph.
+
+    Attributes:
+        op: A key of :data:`OPERATORS`.
+        name: Unique in the graph; other nodes call its output so.
+        layer: Module that it came from, ``"layer1.0.conv1"``.
+        inputs: Names of its inputs.
+        shape: Of its output, without the batch axis.
+        weights: Names of the private tensors it uses.
+        mask: Name of the public mask it uses; None where all ReLUs are kept.
+        options: Constants: stride, padding, ….
+    """
+
+    op: str
+    name: str
+    layer: str
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...]
+    weights: tuple[str, ...] = ()
+    mask: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PlainGraph:
+    """A network for private inference.
+
+    Attributes:
+        input_shape: Of one sample, (C, H, W).
+        nodes: In the order of evaluation; the last one gives the logits.
+        shapes: Of each private tensor, public.
+        masks: Public: bool, of an activation's shape; True where the ReLU is kept.
+        weights: Private: float32, by name; empty in the public half.
+    """
+
+    input_shape: tuple[int, ...]
+    nodes: list[Node]
+    shapes: dict[str, tuple[int, ...]]
+    masks: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+    @property
+    def outputs(self) -> int:
+        """Number of logits."""
+        return self.nodes[-1].shape[-1]
+
+    @property
+    def relus(self) -> int:
+        """ReLUs evaluated for a sample."""
+        return sum(kept_relus(self, node) for node in self.nodes)
+
+    def public(self) -> PlainGraph:
+        """The half without weights."""
+        return PlainGraph(self.input_shape, self.nodes, self.shapes, self.masks, {})
+
+    def input_shapes(self, node: Node) -> list[tuple[int, ...]]:
+        """Shapes of a node's inputs, without the batch axis."""
+        known = self.__dict__.setdefault("_by_name", {n.name: n.shape for n in self.nodes} | {"x": self.input_shape})
+        return [known[name] for name in node.inputs]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits (B, K) of normalised images (B, C, H, W), in plain torch."""
+        values = {"x": x}
+        for node in self.nodes:
+            weights = [self.weights[name].to(x.dtype) for name in node.weights]
+            values[node.name] = OPERATORS[node.op](self, node, [values[name] for name in node.inputs], weights)
+        return values[self.nodes[-1].name]
+
+    def save_public(self, path: str | Path) -> None:
+        """Write the public half."""
+        described = {
+            "format": _FORMAT,
+            "input_shape": self.input_shape,
+            "nodes": [asdict(node) for node in self.nodes],
+            "shapes": self.shapes,
+        }
+        save_tensors(path, self.masks, described)
+
+    def save_weights(self, path: str | Path) -> None:
+        """Write the private half."""
+        save_tensors(path, self.weights)
+
+    @classmethod
+    def load_public(cls, path: str | Path) -> PlainGraph:
+        """Read what :meth:`save_public` wrote.
+
+        Raises:
+            FairlineError: The file is missing, broken or of another kind.
+        """
+        masks, described = load_tensors(path)
+        if not isinstance(described, dict) or described.get("format") != _FORMAT:
+            raise FairlineError(f"{path} is not the public part of a network for private inference.")
+        try:
+            nodes = [
+                Node(**{**n, "inputs": tuple(n["inputs"]), "shape": tuple(n["shape"]), "weights": tuple(n["weights"])})
+                for n in described["nodes"]
+            ]
+            shapes = {name: tuple(shape) for name, shape in described["shapes"].items()}
+            graph = cls(tuple(described["input_shape"]), nodes, shapes, masks, {})
+        except (KeyError, TypeError):
+            raise FairlineError(f"{path} is not the public part of a network for private inference.") from None
+        unknown = [node.op for node in nodes if node.op not in OPERATORS]
+        if unknown:
+            raise FairlineError(f"{path} uses the operator '{unknown[0]}', which this version does not know.")
+        return graph
+
+    def load_weights(self, path: str | Path) -> None:
+        """Read the private half.
+
+        Raises:
+            FairlineError: The file is missing, broken, or holds another network's weights.
+        """
+        weights, _ = load_tensors(path)
+        for name in [*self.shapes, *weights]:
+            wanted, found = self.shapes.get(name), tuple(weights[name].shape) if name in weights else None
+            if wanted != found:
+                raise FairlineError(
+                    f"{path} holds weights of another network: '{name}' has shape {found or 'none'} there "
+                    f"and {wanted or 'none'} in the graph."
+                )
+        self.weights = {name: weights[name].float() for name in self.shapes}
+
+
+_FORMAT = "fairline plain graph 1"
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where in a flattened activation the ReLUs are, as an engine that must not pay for the others needs it.
+
+    Attributes:
+        kept: int64, flat indices of the kept ReLUs.
+        rest: int64, of all other units.
+        inverse: int64, where in ``[kept, rest]`` each unit is.
+    """
+
+    kept: Tensor
+    rest: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Positions:
+        """From a mask of any shape."""
+        flat = mask.flatten()
+        kept, rest = flat.nonzero().flatten(), (~flat).nonzero().flatten()
+        return cls(kept, rest, torch.argsort(torch.cat([kept, rest])))
+
+
+def kept_relus(graph: PlainGraph, node: Node) -> int:
+    """ReLUs that a node evaluates for a sample; 0 for operators without any."""
+    if node.op not in ("relu", "quadratic"):
+        return 0
+    return math.prod(node.shape) if node.mask is None else int(graph.masks[node.mask].sum())
+
+
+def _conv2d(_: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    o = node.options
+    return F.conv2d(inputs[0], weights[0], weights[1], o["stride"], o["padding"], o["dilation"], o["groups"])
+
+
+def _linear(_: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return F.linear(inputs[0], *weights)
+
+
+def _affine(_: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return inputs[0] * weights[0] + weights[1]
+
+
+def _add(_: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return inputs[0] + node.options["alpha"] * inputs[1]
+
+
+def _scale(_: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return inputs[0] * node.options["factor"]
+
+
+def _concat(_: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(inputs), node.options["axis"])
+
+
+def _relu(graph: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    if node.mask is None:
+        return F.relu(inputs[0])
+    return torch.where(graph.masks[node.mask], F.relu(inputs[0]), inputs[0])
+
+
+def _quadratic(graph: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    constant, linear, square = weights[0]
+    x = inputs[0]
+    polynomial = (SQUARE_SCALE * square * x + linear) * x + constant
+    return torch.where(graph.masks[str(node.mask)], F.relu(x), polynomial)
+
+
+def _avg_pool(_: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return F.avg_pool2d(inputs[0], node.options["kernel"], node.options["stride"], node.options["padding"])
+
+
+def _max_pool(_: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return F.max_pool2d(inputs[0], node.options["kernel"], node.options["stride"], node.options["padding"])
+
+
+def _mean(_: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return inputs[0].mean(node.options["axes"]).reshape(-1, *node.shape)
+
+
+def _reshape(_: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return inputs[0].reshape(-1, *node.shape)
+
+
+#: Every operator that a plain graph may have, with what it computes.
+OPERATORS: dict[str, Callable[[PlainGraph, Node, Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
+    "conv2d": _conv2d,
+    "linear": _linear,
+    "affine": _affine,
+    "add": _add,
+    "scale": _scale,
+    "concat": _concat,
+    "relu": _relu,
+    "quadratic": _quadratic,
+    "avg_pool": _avg_pool,
+    "max_pool": _max_pool,
+    "mean": _mean,
+    "reshape": _reshape,
+}
+
+
+def relu_layers(graph: PlainGraph) -> Iterator[tuple[Node, int]]:
+    """The nodes that evaluate ReLUs, each with how many."""
+    for node in graph.nodes:
+        kept = kept_relus(graph, node)
+        if kept:
+            yield node, kept

@@ -1,0 +1,214 @@
+"""A plain graph as ONNX, for other engines; masked ReLUs are gathered as in :mod:`fairline.private.jax_graph`.
+
+Needs the extra ``fairline[onnx]``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fairline._io import atomic_path
+from fairline.errors import FairlineError
+from fairline.masking import SQUARE_SCALE
+from fairline.private.graph import Node, PlainGraph, Positions
+
+#: Old enough for every engine, new enough for axes as attributes of all operators used.
+OPSET = 17
+
+
+def write_onnx(path: str | Path, graph: PlainGraph) -> None:
+    """Write a graph with its weights as an ONNX file.
+
+    Args:
+        path: The file.
+        graph: With weights. The input is ``images`` (batch, C, H, W), normalised; the output ``logits`` (batch, K).
+
+    Raises:
+        FairlineError: The package onnx is missing.
+    """
+    if importlib.util.find_spec("onnx") is None:
+        raise FairlineError("ONNX files need the package onnx, which is not installed: pip install 'fairline[onnx]'.")
+    model = to_onnx(graph)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(model.SerializeToString())
+
+
+def to_onnx(graph: PlainGraph) -> Any:
+    """The ``onnx.ModelProto`` of a graph."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    builder = _Builder(graph)
+    for node in graph.nodes:
+        builder.place(node)
+    last = graph.nodes[-1]
+    builder.add("Identity", [last.name], "logits")
+    model = helper.make_model(
+        helper.make_graph(
+            builder.nodes,
+            "fairline",
+            [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", *graph.input_shape])],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", graph.outputs])],
+            builder.constants,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        producer_name="fairline",
+    )
+    # What the oldest engines with this operator set read.
+    model.ir_version = 8
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+class _Builder:
+    def __init__(self, graph: PlainGraph) -> None:
+        self.graph = graph
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+        for name, value in graph.weights.items():
+            self.constant(name, value.numpy())
+
+    def constant(self, name: str, value: Any) -> str:
+        from onnx import numpy_helper
+
+        self.constants.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        from onnx import helper
+
+        inputs = ["images" if name == "x" else name for name in inputs]
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def place(self, node: Node) -> None:
+        _OPERATORS[node.op](self, node, [*node.inputs], [*node.weights])
+
+    def split(self, node: Node, x: str) -> tuple[str, str, Positions]:
+        """Kept and other units, flattened."""
+        positions = Positions.of(self.graph.masks[str(node.mask)])
+        flat = self.add("Flatten", [x], f"{node.name}.flat", axis=1)
+        names = []
+        for kind in ("kept", "rest"):
+            index = self.constant(f"{node.name}.{kind}.index", getattr(positions, kind).numpy())
+            names.append(self.add("Gather", [flat, index], f"{node.name}.{kind}", axis=1))
+        return names[0], names[1], positions
+
+    def join(self, node: Node, kept: str, rest: str, positions: Positions) -> None:
+        both = self.add("Concat", [kept, rest], f"{node.name}.both", axis=1)
+        index = self.constant(f"{node.name}.inverse", positions.inverse.numpy())
+        ordered = self.add("Gather", [both, index], f"{node.name}.ordered", axis=1)
+        self.reshape(ordered, node)
+
+    def reshape(self, x: str, node: Node) -> None:
+        shape = self.constant(f"{node.name}.shape", np.array([-1, *node.shape], np.int64))
+        self.add("Reshape", [x, shape], node.name)
+
+
+def _conv2d(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+    o = node.options
+    builder.add(
+        "Conv",
+        [*inputs, *weights],
+        node.name,
+        strides=o["stride"],
+        pads=[*o["padding"], *o["padding"]],
+        dilations=o["dilation"],
+        group=o["groups"],
+    )
+
+
+def _linear(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+    builder.add("Gemm", [*inputs, *weights], node.name, transB=1)
+
+
+def _affine(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+    scaled = builder.add("Mul", [inputs[0], weights[0]], f"{node.name}.scaled")
+    builder.add("Add", [scaled, weights[1]], node.name)
+
+
+def _number(builder: _Builder, name: str, value: float) -> str:
+    return builder.constant(name, np.array(value, np.float32))
+
+
+def _add(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+    if node.options["alpha"] == 1:
+        builder.add("Add", inputs, node.name)
+        return
+    alpha = _number(builder, f"{node.name}.alpha", node.options["alpha"])
+    scaled = builder.add("Mul", [inputs[1], alpha], f"{node.name}.scaled")
+    builder.add("Add", [inputs[0], scaled], node.name)
+
+
+def _scale(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+    builder.add("Mul", [inputs[0], _number(builder, f"{node.name}.factor", node.options["factor"])], node.name)
+
+
+def _concat(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+    builder.add("Concat", inputs, node.name, axis=node.options["axis"])
+
+
+def _relu(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+    if node.mask is None:
+        builder.add("Relu", inputs, node.name)
+        return
+    kept, rest, positions = builder.split(node, inputs[0])
+    builder.join(node, builder.add("Relu", [kept], f"{node.name}.relu"), rest, positions)
+
+
+def _quadratic(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+    kept, rest, positions = builder.split(node, inputs[0])
+    # ONNX knows no privacy: the coefficients can be spread over their units here.
+    per_unit = builder.graph.weights[weights[0]].expand(3, *node.shape).reshape(3, -1)[:, positions.rest]
+    constant, linear, square = (
+        builder.constant(f"{node.name}.{name}", value.numpy())
+        for name, value in zip(
+            ("constant", "linear", "square"), per_unit * torch.tensor([[1.0], [1.0], [SQUARE_SCALE]]), strict=True
+        )
+    )
+    x = builder.add("Mul", [rest, square], f"{node.name}.1")
+    x = builder.add("Add", [x, linear], f"{node.name}.2")
+    x = builder.add("Mul", [x, rest], f"{node.name}.3")
+    x = builder.add("Add", [x, constant], f"{node.name}.4")
+    builder.join(node, builder.add("Relu", [kept], f"{node.name}.relu"), x, positions)
+
+
+def _pool(kind: str) -> Callable[[_Builder, Node, list[str], list[str]], None]:
+    def place(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+        o = node.options
+        extra = {"count_include_pad": 1} if kind == "AveragePool" else {}
+        pads = [*o["padding"], *o["padding"]]
+        builder.add(kind, inputs, node.name, kernel_shape=o["kernel"], strides=o["stride"], pads=pads, **extra)
+
+    return place
+
+
+def _mean(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+    mean = builder.add("ReduceMean", inputs, f"{node.name}.mean", axes=list(node.options["axes"]), keepdims=0)
+    builder.reshape(mean, node)
+
+
+def _reshape(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+    builder.reshape(inputs[0], node)
+
+
+_OPERATORS: dict[str, Callable[[_Builder, Node, list[str], list[str]], None]] = {
+    "conv2d": _conv2d,
+    "linear": _linear,
+    "affine": _affine,
+    "add": _add,
+    "scale": _scale,
+    "concat": _concat,
+    "relu": _relu,
+    "quadratic": _quadratic,
+    "avg_pool": _pool("AveragePool"),
+    "max_pool": _pool("MaxPool"),
+    "mean": _mean,
+    "reshape": _reshape,
+}

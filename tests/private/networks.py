@@ -1,0 +1,67 @@
+"""Networks that use every operator of private inference."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fairline.masking import mask_relus, masked_relus
+
+
+class Everything(nn.Module):
+    """Strided, grouped and dilated convolutions, batch norms folded and not, skips, concat, pooling of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding="same", bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.strided = nn.Conv2d(8, 8, 3, stride=2, padding=2, dilation=2)
+        self.before = nn.BatchNorm2d(16)
+        self.pool = nn.MaxPool2d(2)
+        self.drop = nn.Dropout(0.5)
+        self.hidden = nn.Linear(64, 12)
+        self.flat_norm = nn.BatchNorm1d(12)
+        self.last = nn.Linear(12, 4, bias=False)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.stem(x)))
+        y = F.relu(self.depthwise(x)) * 0.5
+        x = torch.cat([x - y, 2.0 * y], 1)
+        x = torch.relu(self.before(x))
+        x = F.avg_pool2d(x + x, 2)
+        x = self.pool(x)
+        x = F.adaptive_avg_pool2d(x, 2).flatten(1)
+        x = self.drop(self.flat_norm(self.hidden(x)).relu())
+        return self.last(x / 2.0)
+
+
+def settle(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give batch norms statistics and scales that folding must not ignore."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            size = module.num_features
+            module.running_mean.copy_(torch.randn(size, generator=generator))
+            module.running_var.copy_(torch.rand(size, generator=generator) + 0.5)
+            with torch.no_grad():
+                module.weight.copy_(torch.rand(size, generator=generator) + 0.5)
+                module.bias.copy_(torch.randn(size, generator=generator))
+    return model.eval()
+
+
+def masked(model: nn.Module, example: Tensor, share: float, surrogate: str = "identity", seed: int = 0) -> nn.Module:
+    """A copy that keeps a share of its ReLUs at random, all of layer 1 and none of layer 2 unless 0 or 1."""
+    result = mask_relus(model, example, surrogate)
+    generator = torch.Generator().manual_seed(seed)
+    for place, layer in enumerate(masked_relus(result).values()):
+        kept = torch.rand(layer.kept.shape, generator=generator) < share
+        if 0 < share < 1 and place < 2:
+            kept = torch.full_like(kept, place == 0)
+        layer.set_mask(kept)
+        if surrogate == "quadratic":
+            with torch.no_grad():
+                layer.coefficients.add_(torch.randn(layer.coefficients.shape, generator=generator) * 0.05)
+    return result.eval()

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fairline.errors import FairlineError
+from fairline.masking import mask_relus, masked_relus
+from fairline.models import build
+from fairline.private import PlainGraph, to_graph, write_onnx
+from fairline.private.graph import Positions, kept_relus
+from tests.private.networks import Everything, masked, settle
+
+EXAMPLE = torch.zeros(1, 3, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(
+    scope="module", params=[(share, kind) for share in (0.0, 0.3, 1.0) for kind in ("identity", "quadratic")], ids=str
+)
+def case(request):
+    torch.manual_seed(0)
+    model = masked(settle(Everything()), EXAMPLE, *request.param)
+    return model, to_graph(model, EXAMPLE)
+
+
+def close(found, model, images):
+    with torch.no_grad():
+        expected = model(images)
+    torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_graph_computes_what_the_network_computes(case, images):
+    model, graph = case
+    close(graph(images), model, images)
+
+
+def test_jax_computes_what_the_network_computes(case, images):
+    pytest.importorskip("jax")
+    import numpy as np
+
+    from fairline.private.jax_graph import to_jax
+
+    model, graph = case
+    weights = {name: value.numpy() for name, value in graph.weights.items()}
+    close(np.array(to_jax(graph)(weights, images.numpy())), model, images)
+
+
+def test_onnx_computes_what_the_network_computes(case, images, tmp_path):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    model, graph = case
+    write_onnx(tmp_path / "network.onnx", graph)
+    session = runtime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
+    close(session.run(None, {"images": images.numpy()})[0], model, images)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cnn", {"width": 4}),
+        ("resnet18", {"width": 4}),
+        ("resnet34", {"width": 4, "stem_relu": True}),
+        ("vgg19", {"width": 4}),
+        ("wide_resnet22_8", {"width": 2}),
+    ],
+)
+def test_the_networks_of_the_registry(name, options):
+    torch.manual_seed(0)
+    example = torch.randn(2, 3, 32, 32)
+    model = masked(settle(build(name, 5, 3, 32, **options)), example, 0.2)
+    graph = to_graph(model, example)
+    close(graph(example), model, example)
+    assert graph.relus == sum(layer.num_kept for layer in masked_relus(model).values())
+
+
+def test_an_unmasked_network_keeps_all_its_relus():
+    model = settle(build("resnet18", 5, 3, 16, width=2))
+    graph = to_graph(model, EXAMPLE)
+    assert graph.relus == sum(layer.kept.numel() for layer in masked_relus(mask_relus(model, EXAMPLE)).values())
+    assert all(node.mask is None for node in graph.nodes)
+
+
+def relus_in_jax(graph: PlainGraph) -> int:
+    """Elements that go through a maximum with 0, for a batch of one, in the traced program."""
+    import jax
+    import numpy as np
+
+    from fairline.private.jax_graph import to_jax
+
+    weights = {name: value.numpy() for name, value in graph.weights.items()}
+    program = jax.make_jaxpr(to_jax(graph))(weights, np.zeros((1, *graph.input_shape), np.float32))
+
+    def count(jaxpr) -> int:
+        total = 0
+        for equation in jaxpr.eqns:
+            for inner in equation.params.values():
+                if hasattr(inner, "jaxpr"):
+                    total += count(inner.jaxpr)
+            if equation.primitive.name == "max":
+                total += equation.outvars[0].aval.size
+        return total
+
+    return count(program.jaxpr)
+
+
+@pytest.mark.parametrize("surrogate", ["identity", "quadratic"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_only_kept_relus_are_evaluated(share, surrogate):
+    pytest.importorskip("jax")
+    # Random quadratics overflow in a deep network.
+    name = "resnet18" if surrogate == "identity" else "cnn"
+    model = masked(settle(build(name, 5, 3, 16, width=2)), EXAMPLE, share, surrogate)
+    graph = to_graph(model, EXAMPLE)
+    kept = masked_relus(model)
+    assert relus_in_jax(graph) == graph.relus == sum(layer.num_kept for layer in kept.values())
+    gathered = {node.layer for node in graph.nodes if node.op == "relu" and node.mask is not None}
+    for name, layer in kept.items():
+        if layer.num_kept in (0, layer.kept.numel()):
+            assert name not in gathered
+    if share == 0 and surrogate == "identity":
+        assert not any(node.op == "relu" for node in graph.nodes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=60))
+def test_gathering_and_putting_back_moves_nothing(flags):
+    mask = torch.tensor(flags)
+    positions = Positions.of(mask)
+    x = torch.arange(len(flags))
+    assert torch.equal(torch.cat([x[positions.kept], x[positions.rest]])[positions.inverse], x)
+    assert mask[positions.kept].all()
+    assert not mask[positions.rest].any()
+
+
+class Odd(nn.Module):
+    def __init__(self, odd) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.odd = odd
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(self.odd(self.conv(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("odd", "named"),
+    [
+        (nn.Sigmoid(), ("sigmoid", "odd")),
+        (nn.GELU(), ("gelu", "odd")),
+        (nn.AvgPool2d(3, padding=1, count_include_pad=False), ("avg_pool2d", "odd")),
+        (nn.MaxPool2d(3, ceil_mode=True), ("max_pool2d", "odd")),
+        (nn.AdaptiveAvgPool2d(4), ("adaptive_avg_pool2d", "does not divide")),
+    ],
+)
+def test_an_operator_outside_the_set_is_named_with_its_layer(odd, named):
+    with pytest.raises(FairlineError) as refused:
+        to_graph(Odd(odd), EXAMPLE)
+    for word in named:
+        assert word in str(refused.value)
+
+
+class Product(nn.Module):
+    def forward(self, x):
+        return (x * x).mean((2, 3))
+
+
+class Image(nn.Module):
+    def forward(self, x):
+        return F.relu(x)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"), [(Product(), "factor"), (Image(), "not (classes,)"), (Branching(), "cannot be exported")]
+)
+def test_what_cannot_be_exported_is_one_sentence(model, words):
+    with pytest.raises(FairlineError, match=r"^[^\n]*$") as refused:
+        to_graph(model, EXAMPLE)
+    assert words in str(refused.value)
+
+
+def test_learned_masks_are_refused_and_the_network_is_left_alone():
+    model = masked(settle(build("cnn", 5, 3, 16, width=2)), EXAMPLE, 0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    to_graph(model, EXAMPLE)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    next(iter(masked_relus(model).values())).learn()
+    with pytest.raises(FairlineError, match="still being learned"):
+        to_graph(model, EXAMPLE)
+
+
+def test_the_two_halves_are_files_of_their_own(case, images, tmp_path):
+    _, graph = case
+    graph.save_public(tmp_path / "public.safetensors")
+    graph.save_weights(tmp_path / "weights.safetensors")
+    loaded = PlainGraph.load_public(tmp_path / "public.safetensors")
+    assert not loaded.weights
+    assert loaded.relus == graph.relus
+    loaded.load_weights(tmp_path / "weights.safetensors")
+    assert torch.equal(loaded(images), graph(images))
+    public = (tmp_path / "public.safetensors").read_bytes()
+    large = [value for value in graph.weights.values() if value.count_nonzero() >= 16]
+    assert large
+    for value in large:
+        assert value.numpy().tobytes() not in public
+
+
+def test_wrong_files_are_named(case, tmp_path):
+    _, graph = case
+    graph.save_public(tmp_path / "public.safetensors")
+    graph.save_weights(tmp_path / "weights.safetensors")
+    other = to_graph(settle(build("cnn", 4, 3, 16, width=2)), EXAMPLE)
+    with pytest.raises(FairlineError, match="weights of another network"):
+        other.load_weights(tmp_path / "weights.safetensors")
+    with pytest.raises(FairlineError, match="not the public part"):
+        PlainGraph.load_public(tmp_path / "weights.safetensors")
+    with pytest.raises(FairlineError, match=r"missing\.safetensors"):
+        PlainGraph.load_public(tmp_path / "missing.safetensors")
+
+
+def test_kept_relus_counts_by_node(case):
+    model, graph = case
+    assert sum(kept_relus(graph, node) for node in graph.nodes) == sum(
+        layer.num_kept for layer in masked_relus(model).values()
+    )
