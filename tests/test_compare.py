@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from fairline.report.comparison import drop_by_budget, masks_of, prepare
-from tests.commands import FINETUNE, fairline, ok
+from tests.commands import FINETUNE, LINEARIZE, fairline, ok
 from tests.test_cli import contents, kill_when
 from tests.test_report import CHROMIUM, browser
 
@@ -128,3 +128,17 @@ def test_replicates_must_have_the_same_data(runs, tmp_path):
     assert done.returncode == 2
     assert "were trained on different data" in done.stderr
     assert not (tmp_path / "c").exists()
+
+
+def test_emptied_layers_are_a_method_and_a_budget_may_be_one_method_s_alone(runs, tmp_path):
+    """The headline speaks of the smallest budget that the baseline has."""
+    ok("linearize", runs / "base", *LINEARIZE, "--empty-layers", "0.5", "--out", tmp_path / "emptied")
+    ok("linearize", runs / "base", "--budgets", "10", "--method", "random", "--out", tmp_path / "few")
+    sources = [runs / "snl", tmp_path / "emptied", tmp_path / "few"]
+    ok("compare", *sources, "--resamples", "50", "--out", tmp_path / "compare")
+    table = pd.read_parquet(tmp_path / "compare" / "comparison.parquet")
+    budgets = table.groupby("method")["relus"].agg(set).to_dict()
+    assert budgets["not finetuned"] == budgets["masks layers emptied, not finetuned"] == {224, 45, 20}
+    assert budgets["random: not finetuned"] == {10}
+    page = (tmp_path / "compare" / "comparison.html").read_text(encoding="utf-8")
+    assert "With 4.46 % of the ReLUs" in html.unescape(page)

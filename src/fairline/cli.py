@@ -925,22 +925,34 @@ def frontier(
             "--measured", metavar="RUN", help="Folder of a 'private run'; other networks' costs are predicted."
         ),
     ] = None,
+    fixed_point: Annotated[
+        Path | None,
+        typer.Option("--fixed-point", metavar="RUN", help="Folder of a 'private fixed-point' run, shown beside."),
+    ] = None,
     protocol: CostProtocols = "cheetah",
     network: Wire = "lan",
     within: Annotated[float, typer.Option(help="Relative accuracy drop, in percent, that any group may suffer.")] = 5.0,
-    root: Root = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Also write tables, figures and provenance to this folder.")
+    ] = None,
 ) -> None:
     """Accuracy against cost: Pareto front, and the cheapest network that keeps every group's accuracy."""
     import pandas as pd
 
     from fairline.private.jobs import frontier_job
-    from fairline.report.costs import answers, write_frontier
+    from fairline.report.costs import answers, write_frontier, write_results
 
     if not within >= 0:
         raise FairlineError(f"The drop that a group may suffer is a percentage from 0 on, not {within:g}.")
     with progress_bars() as progress:
         run = frontier_job(
-            source, out, measured=measured or [], protocols=_names(protocol), network=network, progress=progress
+            source,
+            out,
+            measured=measured or [],
+            fixed_point=fixed_point,
+            protocols=_names(protocol),
+            network=network,
+            progress=progress,
         )
     table = pd.read_parquet(run.folder / "frontier.parquet")
     for name, part in table.groupby("protocol", sort=False):
@@ -964,6 +976,8 @@ def frontier(
         out_console.print(sentence, soft_wrap=True, highlight=False)
     path = write_frontier(run.folder, within=within)
     out_console.print(f"Page: {path.resolve()}", soft_wrap=True)
+    if results is not None:
+        out_console.print(f"Results: {write_results(run.folder, results)}", soft_wrap=True)
 
 
 @app.command()

@@ -111,7 +111,8 @@ class Cheetah(ProtocolCost):
     TRANSFERS = 2.37
     #: Five ciphertexts for each 8,192 products with a private value.
     PRIVATE_PRODUCTS, PER_PRIVATE = 8192, 1_143_500
-    #: Triples for products of shared values are made 4,096 at a time and kept; using one takes 32 bytes.
+    #: Triples for products of shared values are made 4,096 at a time, of which a call with quadratics needs many; using
+    #: one takes 32 bytes.
     TRIPLE, USE_TRIPLE = 279.2, 32.1
     #: Seconds: product of ciphertext and plaintext, automorphism, ciphertext sent, matrix product, ReLU.
     MULTIPLY, ROTATE, ENCRYPT, PRODUCT, RELU = 6.0e-4, 5.8e-4, 4.7e-3, 1.0e-2, 1.35e-5
@@ -142,7 +143,8 @@ class Cheetah(ProtocolCost):
         )
 
     def product(self, n: int) -> Cost:
-        return Cost((self.USE_TRIPLE + self.TRUNCATE) * n, self.TRIPLE * n, self.ROUNDS_PRODUCT, 1.2e-5 * n)
+        total = self.TRIPLE + self.USE_TRIPLE + self.TRUNCATE
+        return Cost(total * n, rounds=self.ROUNDS_PRODUCT, compute_seconds=1.2e-5 * n)
 
 
 @dataclass(frozen=True)

@@ -67,15 +67,7 @@ def agreement(
     Raises:
         FairlineError: SPU is missing, the bits do not fit, or there is no such protocol.
     """
-    require_spu()
-    if protocol not in (IN_THE_CLEAR, *PROTOCOLS):
-        raise FairlineError(f"There is no protocol '{protocol}'; known are {', '.join((IN_THE_CLEAR, *PROTOCOLS))}.")
-    if not fraction_bits:
-        raise FairlineError("No number of fraction bits was given.")
-    if batch_size < 1 or (samples is not None and samples < 1):
-        raise FairlineError("A batch and a sample hold at least one image.")
-    for bits in fraction_bits:
-        require_bits(ring_bits, bits)
+    check_request(protocol, fraction_bits, ring_bits, samples, batch_size)
     if samples is None:
         index = torch.arange(len(data))
     else:
@@ -109,6 +101,25 @@ def agreement(
                     {"fraction_bits": bits, "group": name, **_compared(plain[chosen], private[chosen], labels[chosen])}
                 )
     return pd.DataFrame(rows)
+
+
+def check_request(
+    protocol: str, fraction_bits: Sequence[int], ring_bits: int, samples: int | None, batch_size: int
+) -> None:
+    """Refuse what :func:`agreement` cannot do.
+
+    Raises:
+        FairlineError: SPU is missing, the bits do not fit, or there is no such protocol.
+    """
+    require_spu()
+    if protocol not in (IN_THE_CLEAR, *PROTOCOLS):
+        raise FairlineError(f"There is no protocol '{protocol}'; known are {', '.join((IN_THE_CLEAR, *PROTOCOLS))}.")
+    if not fraction_bits:
+        raise FairlineError("No number of fraction bits was given.")
+    if batch_size < 1 or (samples is not None and samples < 1):
+        raise FairlineError("A batch and a sample hold at least one image.")
+    for bits in fraction_bits:
+        require_bits(ring_bits, bits)
 
 
 def _compared(plain: Tensor, private: Tensor, labels: Tensor) -> dict[str, float]:

@@ -16,11 +16,11 @@ from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.private.cost import PROTOCOL_COSTS, estimate
 from fairline.private.export import to_graph
-from fairline.private.fixed_point import IN_THE_CLEAR, agreement
+from fairline.private.fixed_point import IN_THE_CLEAR, agreement, check_request
 from fairline.private.frontier import frontier
 from fairline.private.graph import PlainGraph
 from fairline.private.plan import graph_digest
-from fairline.private.spu import check_options, measure, require_bits, require_spu
+from fairline.private.spu import check_options, measure, require_spu
 from fairline.private.wire import NETWORKS, Network
 from fairline.private.wire import network as find_network
 from fairline.runs import NetworkInfo, Run, digest, load_info, load_network
@@ -287,10 +287,8 @@ def fixed_point_job(
     See :func:`fairline.private.agreement`. What is known of a network at some bits is kept, so an interrupted job
     resumes there.
     """
-    require_spu()
+    check_request(protocol, fraction_bits, ring_bits, samples, batch_size)
     found, parent = find_networks(sources)
-    for bits in fraction_bits:
-        require_bits(ring_bits, bits)
     config = {
         "networks": _identity(found),
         "data": parent.config["data"],
@@ -333,6 +331,7 @@ def frontier_job(
     out: str | Path,
     *,
     measured: Sequence[str | Path] = (),
+    fixed_point: str | Path | None = None,
     protocols: Sequence[str] = ("cheetah",),
     network: str = "lan",
     progress: ProgressCallback | None = None,
@@ -344,6 +343,7 @@ def frontier_job(
         out: The run folder.
         measured: Folders of ``private run`` runs; a network whose architecture and masks none of them has has its
             cost predicted.
+        fixed_point: Folder of a ``private fixed-point`` run, shown beside.
         protocols: Keys of ``fairline.private.PROTOCOL_COSTS``.
         network: Between the parties. Measured on loopback, seconds are what was measured plus what this network adds.
         progress: Told of every network.
@@ -360,6 +360,7 @@ def frontier_job(
         if protocol not in PROTOCOL_COSTS:
             raise FairlineError(f"There is no cost model of '{protocol}'; known are {', '.join(PROTOCOL_COSTS)}.")
     privates = [Run.read(folder, "private-run") for folder in measured]
+    bits = None if fixed_point is None else Run.read(fixed_point, "fixed-point")
     found, _ = find_networks([source.config["parent"]["folder"], *(s["folder"] for s in source.config["sources"])])
     config = {
         "audit": {"folder": str(source.folder.resolve()), "digest": digest([source.folder / "audit.parquet"])},
@@ -367,6 +368,7 @@ def frontier_job(
             {"folder": str(run.folder.resolve()), "digest": digest([run.folder / "private.parquet"])}
             for run in privates
         ],
+        **({"fixed_point": str(bits.folder.resolve())} if bits is not None else {}),
         "data": source.config["data"],
         "networks": _identity(found),
         "protocols": list(protocols),
@@ -403,6 +405,8 @@ def frontier_job(
                     )
                 if progress is not None:
                     progress(Progress("costs", position, len(found), checkpoint.name))
+            if bits is not None:
+                write_table(run.folder / "fixed_point.parquet", pd.read_parquet(bits.folder / "fixed_point.parquet"))
             scores = pd.read_parquet(source.folder / "audit.parquet")
             scores = scores[scores["measure"].isin(["accuracy", "relative_drop"])]
             write_table(run.folder / "accuracy.parquet", scores)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from fairline._io import atomic_path, read_json, write_text
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 from fairline.private.frontier import cheapest
@@ -16,6 +19,7 @@ from fairline.report import figures
 from fairline.report.figures import save_charts, themed
 from fairline.report.html import read_table, settings, write_page
 from fairline.runs import Run
+from fairline.study.spec import StudySpec
 
 #: What a private inference is paid in: column, unit, and what a value is divided by.
 AXES = {"bytes": ("MB", 1e6), "rounds": ("rounds", 1.0), "seconds": ("seconds", 1.0)}
@@ -198,6 +202,76 @@ def cost_table(table: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
+def fixed_point_table(run: Run) -> list[dict[str, str]]:
+    """A row for each network and number of fraction bits: agreement of all groups, and of the one that agrees least."""
+    if not (run.folder / "fixed_point.parquet").exists():
+        return []
+    rows = []
+    table = read_table(run, "fixed_point.parquet")
+    for (network, bits), part in table.groupby(["network", "fraction_bits"], sort=False):
+        overall = part[part["group"] == OVERALL].iloc[0]
+        groups = part[part["group"] != OVERALL]
+        least = groups.loc[groups["agreement"].idxmin()]
+        change = 100 * (groups["accuracy_private"] - groups["accuracy_plain"])
+        rows.append(
+            {
+                "network": str(network),
+                "bits": str(bits),
+                "overall": f"{overall['agreement']:.1%}",
+                "least": f"{least['agreement']:.1%} [{least['low']:.1%}, {least['high']:.1%}] ({least['group']})",
+                "change": f"{change.min():+.1f} ({groups.loc[change.idxmin(), 'group']})",
+                "error": f"{overall['max_abs_error']:.1e}",
+            }
+        )
+    return rows
+
+
+def write_results(folder: str | Path, target: str | Path) -> Path:
+    """Write what is worth committing of a frontier run: tables, figures, and where they come from.
+
+    Args:
+        folder: Of the frontier run.
+        target: Folder to write: ``frontier.csv``, ``measured.csv`` and ``fixed_point.csv`` where there are such, PNG
+            figures and ``provenance.json``.
+
+    Returns:
+        The folder.
+    """
+    run = Run.read(folder, "frontier")
+    out = Path(target)
+    out.mkdir(parents=True, exist_ok=True)
+    table, _ = prepare(run)
+    measured = [Run.read(entry["folder"], "private-run") for entry in run.config["measured"]]
+    tables = {"frontier.csv": table}
+    if measured:
+        tables["measured.csv"] = pd.concat([read_table(each, "private.parquet") for each in measured])
+    if (run.folder / "fixed_point.parquet").exists():
+        tables["fixed_point.csv"] = read_table(run, "fixed_point.parquet")
+    for name, content in tables.items():
+        with atomic_path(out / name) as temporary:
+            content.to_csv(temporary, index=False, float_format="%.6g")
+    for file in save_charts(cost_figures(run), out):
+        if file.suffix != ".png":
+            file.unlink()
+    lineage = [Path(name) for name in run.config["lineage"]]
+    machines = [read_json(each / "environment.json") for each in [*lineage, *(r.folder for r in measured), run.folder]]
+    specs = {path for each in lineage if (path := each.parent.parent / "spec.json").exists()}
+    studies = [StudySpec.model_validate(read_json(path)) for path in sorted(specs)]
+    provenance = {
+        "studies": [{"name": s.name, "spec_hash": s.digest, "scale": s.scale, "seeds": s.seeds} for s in studies],
+        "seeds": sorted({int(config["seed"]) for config in run.config["lineage"].values()}),
+        "measured": [{**each.config, "networks": len(each.config["networks"])} for each in measured],
+        "commits": sorted({str(machine["commit"]) for machine in machines}),
+        "devices": sorted({machine["device"] for machine in machines}),
+        "platforms": sorted({machine["platform"] for machine in machines}),
+        "python": sorted({machine["python"] for machine in machines}),
+        "packages": machines[-1]["packages"],
+        "written": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    write_text(out / "provenance.json", json.dumps(provenance, indent=2) + "\n")
+    return out
+
+
 def panel(folder: str | Path, within: float, audit: Run | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the template ``costs.html.j2`` shows of a frontier run.
 
@@ -220,6 +294,7 @@ def panel(folder: str | Path, within: float, audit: Run | None = None) -> tuple[
     table, _ = prepare(run)
     charts = cost_figures(run)
     content = {
+        "fixed_point": fixed_point_table(run),
         "answers": answers(table, within),
         "charts": list(charts),
         "table": cost_table(table),

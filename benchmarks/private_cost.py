@@ -1,0 +1,232 @@
+"""The cost model of private inference against real two-party runs.
+
+By default it measures networks that no constant was fitted on, and prints predicted beside measured bytes, rounds and
+seconds; ``--out`` writes the table with its provenance. ``--calibrate`` measures one operation at a time, which is how
+the constants in ``fairline/private/cost.py`` were found, and prints what a constant would be now.
+
+    python benchmarks/private_cost.py [--repeats 3] [--out papers/results/private_cost] [--calibrate]
+
+Bytes do not depend on how busy the machine is; seconds do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from fairline._io import atomic_path, write_text
+from fairline.masking import mask_relus, masked_relus
+from fairline.models import build
+from fairline.private import PlainGraph, estimate, measure, to_graph
+from fairline.private.graph import Node
+from fairline.runs import environment
+
+SEED = 0
+
+
+class PooledNet(nn.Module):
+    """What the registry's networks have not: a strided stem, max pooling, grouped convolutions, concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 7, stride=2, padding=3), nn.ReLU(), nn.MaxPool2d(2))
+        self.left = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=2), nn.ReLU())
+        self.right = nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU())
+        self.head = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of (B, 3, 32, 32)."""
+        x = self.stem(x)
+        return self.head(torch.cat([self.left(x), self.right(x)], 1))
+
+
+def masked(model: nn.Module, share: float, surrogate: str = "identity") -> PlainGraph:
+    """Keep a share of each layer's ReLUs at random, of the third layer's none."""
+    example = torch.zeros(2, 3, 32, 32)
+    result = mask_relus(model.eval(), example, surrogate)
+    generator = torch.Generator().manual_seed(SEED)
+    for place, layer in enumerate(masked_relus(result).values()):
+        keep = 0.0 if place == 2 and share < 1 else share
+        layer.set_mask(torch.rand(layer.kept.shape, generator=generator) < keep)
+    return to_graph(result, example)
+
+
+def validation_networks() -> dict[str, PlainGraph]:
+    """Networks of several architectures, widths and masks; untrained, which costs the same."""
+    torch.manual_seed(SEED)
+    return {
+        "cnn, 100 %": masked(build("cnn", 5, 3, 32, width=8), 1.0),
+        "cnn, 10 %": masked(build("cnn", 5, 3, 32, width=8), 0.1),
+        "cnn, 10 %, quadratics": masked(build("cnn", 5, 3, 32, width=8), 0.1, "quadratic"),
+        "resnet18 width 4, 30 %": masked(build("resnet18", 5, 3, 32, width=4), 0.3),
+        "resnet18 width 6 with stem ReLU, 5 %": masked(build("resnet18", 10, 3, 32, width=6, stem_relu=True), 0.05),
+        "vgg19 width 4, 50 %": masked(build("vgg19", 5, 3, 32, width=4), 0.5),
+        "wide_resnet22_8 width 2, 20 %": masked(build("wide_resnet22_8", 5, 3, 32, width=2), 0.2),
+        "pooled net, 100 %": masked(PooledNet(), 1.0),
+    }
+
+
+def validate(repeats: int) -> pd.DataFrame:
+    """Predicted beside measured, for batches of 1 and 4."""
+    graphs = validation_networks()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(SEED))
+    rows = []
+    for size in (1, 4):
+        # A batch of four costs what it costs whichever network it is; three will do.
+        chosen = graphs if size == 1 else {name: graph for name, graph in graphs.items() if name.startswith("cnn")}
+        found = measure(chosen, images[:size], batch_sizes=[size], repeats=repeats, seed=SEED)
+        for row in found.table.to_dict("records"):
+            told = estimate(graphs[row["network"]], protocol=row["protocol"], batch_size=size, network="loopback")
+            rows.append(
+                {
+                    "network": row["network"],
+                    "protocol": row["protocol"],
+                    "batch_size": size,
+                    "relus": row["relus"],
+                    "measured_bytes": row["bytes"],
+                    "predicted_bytes": told.bytes,
+                    "measured_rounds": row["rounds"],
+                    "predicted_rounds": told.rounds,
+                    "measured_seconds": row["seconds"],
+                    "predicted_seconds": told.compute_seconds,
+                    "max_abs_error": row["max_abs_error"],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def one_operation(
+    op: str, shape: tuple[int, ...], output: tuple[int, ...], weights: dict[str, tuple[int, ...]], **options
+):
+    """A graph of one operation, and a reshape that makes logits of its output."""
+    size = 1
+    for side in output:
+        size *= side
+    nodes = [
+        Node(op, "op", "op", ("x",), output, tuple(weights), options.pop("mask", None), options),
+        Node("reshape", "flat", "flat", ("op",), (size,)),
+    ]
+    graph = PlainGraph(shape, nodes, dict(weights), {}, {})
+    generator = torch.Generator().manual_seed(SEED)
+    graph.weights = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in weights.items()}
+    return graph
+
+
+def conv(channels: int, outputs: int, side: int, kernel: int = 3) -> PlainGraph:
+    """A convolution that keeps its sides."""
+    return one_operation(
+        "conv2d",
+        (channels, side, side),
+        (outputs, side, side),
+        {"weight": (outputs, channels, kernel, kernel), "bias": (outputs,)},
+        stride=[1, 1],
+        padding=[kernel // 2] * 2,
+        dilation=[1, 1],
+        groups=1,
+    )
+
+
+def calibration_graphs() -> dict[str, dict[str, PlainGraph]]:
+    """Graphs of one operation; within a set all take images of one shape."""
+    elementwise: dict[str, dict[str, PlainGraph]] = {}
+    for side in (32, 64):
+        shape = (8, side, side)
+        quadratic = one_operation("quadratic", shape, shape, {"coefficients": (3, 8, 1, 1)}, mask="none")
+        quadratic.masks["none"] = torch.zeros(shape, dtype=torch.bool)
+        elementwise[f"elements {8 * side * side}"] = {
+            "relu": one_operation("relu", shape, shape, {}),
+            "scale": one_operation("scale", shape, shape, {}, factor=0.3),
+            "affine": one_operation("affine", shape, shape, {"scale": (8, 1, 1), "shift": (8, 1, 1)}),
+            "quadratic": quadratic,
+        }
+    products = {
+        f"conv {channels} at {side}": {f"to {outputs}": conv(channels, outputs, side) for outputs in (4, 16, 64)}
+        for channels, side in ((3, 32), (8, 32), (16, 16), (64, 8))
+    }
+    flat = {
+        f"to {outputs}": one_operation("linear", (256,), (outputs,), {"w": (outputs, 256), "b": (outputs,)})
+        for outputs in (5, 100)
+    }
+    for graph in flat.values():
+        # Images have three axes.
+        graph.input_shape = (256, 1, 1)
+        graph.nodes.insert(0, Node("reshape", "in", "in", ("x",), (256,)))
+        graph.nodes[1] = Node("linear", "op", "op", ("in",), graph.nodes[1].shape, ("w", "b"))
+    return {**elementwise, **products, "linear 256": flat}
+
+
+def calibrate(repeats: int) -> pd.DataFrame:
+    """Measured bytes, rounds and seconds of single operations, with what the model says."""
+    rows = []
+    for kind, graphs in calibration_graphs().items():
+        shape = next(iter(graphs.values())).input_shape
+        images = torch.randn(1, *shape, generator=torch.Generator().manual_seed(SEED))
+        for row in measure(graphs, images, repeats=repeats, seed=SEED).table.to_dict("records"):
+            graph = graphs[row["network"]]
+            told = estimate(graph, protocol=row["protocol"], network="loopback")
+            elements = graph.outputs
+            # What opening the result takes is known exactly.
+            opened = 8 * elements + 42
+            rows.append(
+                {
+                    "operation": f"{kind}: {row['network']}",
+                    "protocol": row["protocol"],
+                    "measured_bytes": row["bytes"] - opened,
+                    "predicted_bytes": told.bytes - opened,
+                    "bytes_an_element": (row["bytes"] - opened) / elements,
+                    "measured_rounds": row["rounds"] - 1,
+                    "predicted_rounds": told.rounds - 1,
+                    "measured_seconds": row["seconds"],
+                    "predicted_seconds": told.compute_seconds,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    table = calibrate(arguments.repeats) if arguments.calibrate else validate(arguments.repeats)
+    for what in ("bytes", "rounds", "seconds"):
+        table[f"{what}_ratio"] = table[f"predicted_{what}"] / table[f"measured_{what}"]
+    for protocol, part in table.groupby("protocol", sort=False):
+        print(f"{protocol}: predicted / measured")
+        for row in part.to_dict("records"):
+            name = row.get("network") or row["operation"]
+            batch = f", batch of {row['batch_size']}" if "batch_size" in row else ""
+            print(
+                f"  {name + batch:<52} bytes {row['bytes_ratio']:.3f}  rounds {row['rounds_ratio']:.2f}  "
+                f"seconds {row['seconds_ratio']:.2f}  ({row['measured_bytes'] / 1e6:.2f} MB, "
+                f"{row['measured_rounds']:.0f} rounds, {row['measured_seconds']:.2f} s)"
+            )
+        errors = (part["bytes_ratio"] - 1).abs()
+        print(f"  largest error in bytes: {errors.max():.1%}")
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        name = "calibration.csv" if arguments.calibrate else "validation.csv"
+        with atomic_path(arguments.out / name) as temporary:
+            table.to_csv(temporary, index=False, float_format="%.6g")
+        provenance = {
+            **environment(torch.device("cpu")),
+            "command": f"python benchmarks/private_cost.py{' --calibrate' if arguments.calibrate else ''}",
+            "seed": SEED,
+            "scale": "untrained networks of reduced width; both parties on two cores of one machine",
+            "repeats": arguments.repeats,
+            "written": time.strftime("%Y-%m-%d", time.gmtime()),
+        }
+        write_text(arguments.out / "provenance.json", json.dumps(provenance, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    # The parties are processes of their own and import this file's modules anew.
+    main()

@@ -1,0 +1,241 @@
+"""``fairline private …`` and ``fairline frontier``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from fairline.private.graph import PlainGraph
+from fairline.private.jobs import find_networks
+from tests.commands import fairline, ok
+
+HAS_SPU = importlib.util.find_spec("spu") is not None
+spu = pytest.mark.skipif(not HAS_SPU, reason="SPU is not installed")
+
+
+@pytest.fixture(scope="module")
+def networks(runs):
+    return sorted((runs / "students" / "networks").iterdir())
+
+
+@pytest.fixture(scope="module")
+def predicted(runs):
+    """A frontier whose costs are all predicted."""
+    ok("frontier", runs / "audit", "--protocol", "cheetah,delphi", "--within", "20", "--out", runs / "frontier")
+    return runs / "frontier"
+
+
+@pytest.fixture(scope="module")
+def measured(runs):
+    """A private run of the students on the faster protocol."""
+    ok("private", "run", runs / "students", "--protocol", "semi2k", "--repeats", "1", "--out", runs / "private")
+    return runs / "private"
+
+
+def test_estimate_tells_relus_bytes_rounds_and_its_sources(runs):
+    said = ok("private", "estimate", runs / "students", "--protocol", "cheetah,delphi", "--layers")
+    for word in (
+        "budget-224",
+        "MB of ReLUs",
+        "s over lan",
+        "s over wan",
+        "SPU 0.9.5",
+        "USENIX Security 2020",
+        "conv2d",
+    ):
+        assert word in said
+
+
+def test_one_network_or_all_of_a_run(runs, networks):
+    everything, _ = find_networks([runs / "students"])
+    single, run = find_networks([networks[0]])
+    assert len(everything) == len(networks) == 3
+    assert single[0].name == f"students/{networks[0].name}" in {network.name for network in everything}
+    assert run.command == "finetune"
+    assert [c.name for c in find_networks([runs / "base"])[0]] == ["base"]
+
+
+def test_the_frontier_predicts_what_was_not_measured(predicted, runs):
+    table = pd.read_parquet(predicted / "frontier.parquet")
+    audit = pd.read_parquet(runs / "audit" / "audit.parquet")
+    assert set(table["model"]) == set(audit["model"])
+    assert set(table["protocol"]) == {"cheetah", "delphi"}
+    assert (table["source"] == "predicted").all()
+    assert (table["seconds"].isna() == (table["protocol"] == "delphi")).all()
+    for _, part in table.groupby("protocol"):
+        ordered = part.sort_values("relus")
+        assert ordered["bytes"].is_monotonic_increasing
+    accuracy = audit[(audit["measure"] == "accuracy") & (audit["group"] != "overall")]
+    worst = accuracy.groupby("model")["value"].min()
+    assert table.set_index("model")["worst"].to_dict() == worst.to_dict()
+    page = (predicted / "frontier.html").read_text(encoding="utf-8")
+    assert "keeps every group within 20 %" in page
+    assert "cost_groups_delphi" in page
+
+
+def test_the_report_has_a_cost_panel(predicted, runs, tmp_path):
+    ok("report", runs / "audit", "--costs", predicted, "--within", "20", "--out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "What private inference costs" in page
+    assert "cost_frontier" in page
+    assert "What private inference costs" not in (runs / "audit" / "report.html").read_text(encoding="utf-8")
+    ok("report", predicted, "--out", tmp_path / "frontier.html", "--figures", tmp_path / "figures")
+    names = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert {"cost_frontier.png", "cost_frontier.svg", "cost_groups_cheetah.png"} <= names
+
+
+def test_export_writes_what_each_party_needs(networks, runs, tmp_path):
+    said = ok("private", "export", networks[0], "--onnx", "--out", tmp_path / "shared")
+    public = PlainGraph.load_public(tmp_path / "shared" / "public" / "graph.safetensors")
+    public.load_weights(tmp_path / "shared" / "weights.safetensors")
+    assert f"{public.relus:,} ReLUs" in said
+    prepared = json.loads((tmp_path / "shared" / "public" / "images.json").read_text())
+    assert prepared["shape"] == [1, 8, 8]
+    assert prepared["class_names"] == [str(digit) for digit in range(10)]
+    onnx = pytest.importorskip("onnxruntime")
+    session = onnx.InferenceSession(tmp_path / "shared" / "network.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape[1:] == [1, 8, 8]
+
+
+@spu
+def test_a_run_is_told_kept_and_put_on_the_frontier(measured, runs, tmp_path):
+    table = pd.read_parquet(measured / "private.parquet")
+    assert table["network"].tolist() == [f"students/{name}" for name in ("budget-224", "budget-45", "budget-20")]
+    assert (table["bytes"] / table["predicted_bytes"]).between(0.9, 1.1).all()
+    assert (table["agreement"] == 1).all()
+    assert len(pd.read_parquet(measured / "calls.parquet")) == 3
+    said = ok(
+        "frontier", runs / "audit", "--measured", measured, "--protocol", "semi2k", "--out", tmp_path / "frontier"
+    )
+    assert "measured" in said
+    front = pd.read_parquet(tmp_path / "frontier" / "frontier.parquet").set_index("model")
+    assert front["source"].to_dict() == {
+        "base": "predicted",
+        # The same masks before the finetune cost the same.
+        **{f"{run}/budget-{n}": "measured" for run in ("snl", "students") for n in (224, 45, 20)},
+    }
+    assert (front["seconds"] > 0).all()
+
+
+@spu
+def test_without_a_folder_nothing_is_kept(networks, tmp_path):
+    said = ok("private", "run", networks[0], "--protocol", "semi2k", "--repeats", "1", cwd=tmp_path)
+    assert "trusted dealer" in said
+    assert not list(tmp_path.iterdir())
+
+
+@spu
+def test_fixed_point_by_group(networks, tmp_path):
+    arguments = ["private", "fixed-point", networks[0], "--fraction-bits", "4,14", "--samples", "5", "--out"]
+    ok(*arguments, tmp_path / "bits")
+    table = pd.read_parquet(tmp_path / "bits" / "fixed_point.parquet")
+    assert set(table["fraction_bits"]) == {4, 14}
+    assert len(table) == 2 * 11
+    assert (table.loc[table["fraction_bits"] == 14, "agreement"] == 1).all()
+
+
+@spu
+def test_serve_and_query_between_two_commands(networks, tmp_path):
+    import subprocess
+
+    from fairline.private.spu import free_addresses
+    from tests.commands import ENVIRONMENT, command
+
+    ok("private", "export", networks[0], "--out", tmp_path / "shared")
+    model, image = free_addresses()
+    (tmp_path / "parties.yaml").write_text(f"model: {model}\nimage: {image}\n")
+    Image.fromarray(np.full((8, 8), 90, np.uint8)).save(tmp_path / "one.png")
+    parties = ["--parties", tmp_path / "parties.yaml", "--timeout", "20"]
+    server = subprocess.Popen(
+        command("private", "serve", tmp_path / "shared", *parties, "--sessions", "1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    try:
+        said = ok(
+            "private", "query", tmp_path / "shared" / "public", tmp_path / "one.png", *parties, "--protocol", "semi2k"
+        )
+        assert re.search(r"one\.png: \d \(logits", said)
+        assert "trusted dealer" in said
+        out, _ = server.communicate(timeout=60)
+        assert server.returncode == 0
+        assert "Session 1 is done" in out
+    finally:
+        server.kill()
+        server.wait()
+
+
+def refused(*arguments) -> str:
+    done = fairline(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("Error: "))
+    return line
+
+
+def test_bad_input_is_one_sentence(runs, networks, predicted, tmp_path):
+    students, out = runs / "students", ["--out", tmp_path / "out"]
+    for arguments, words in (
+        (["private", "estimate", students, "--protocol", "magic"], "no cost model of 'magic'"),
+        (["private", "estimate", students, "--network", "moon"], "Network 'moon' is not one of"),
+        (["private", "estimate", students, "--batch-size", "0"], "at least one image"),
+        (["private", "estimate", runs / "audit"], "holds a 'audit' run"),
+        (["private", "estimate", tmp_path], "not a run folder"),
+        (["private", "export", students, *out], "holds 3 networks"),
+        (["private", "serve", tmp_path, "--parties", tmp_path / "none.yaml"], "cannot be read"),
+        (["frontier", students, *out], "holds a 'finetune' run"),
+        (["frontier", runs / "audit", "--within", "-1", *out], "a percentage from 0 on"),
+        (["frontier", runs / "audit", "--protocol", "magic", *out], "no cost model of 'magic'"),
+        (["frontier", runs / "audit", "--measured", students, *out], "holds a 'finetune' run"),
+        (["report", predicted, "--costs", predicted], "belongs to the report of an audit"),
+    ):
+        assert words in refused(*arguments)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "parties.yaml").write_text("model: here\n")
+    assert "does not name two addresses" in refused(
+        "private", "serve", tmp_path, "--parties", tmp_path / "parties.yaml"
+    )
+    shutil.copytree(runs / "audit", tmp_path / "other")
+    assert "not of" in refused("report", tmp_path / "other", "--costs", predicted)
+
+
+@spu
+def test_bad_input_to_a_run_is_one_sentence(networks, tmp_path):
+    from fairline.private.spu import free_addresses
+
+    model, image = free_addresses()
+    (tmp_path / "parties.yaml").write_text(f"model: {model}\nimage: {image}\n")
+    (tmp_path / "wrong.yaml").write_text("model: here\nimage: there\n")
+    (tmp_path / "no.png").write_text("no image")
+    ok("private", "export", networks[0], "--out", tmp_path / "shared")
+    ok("private", "export", networks[1], "--out", tmp_path / "other")
+    public, parties = tmp_path / "shared" / "public", ["--parties", tmp_path / "parties.yaml"]
+    Image.fromarray(np.full((8, 8), 90, np.uint8)).save(tmp_path / "one.png")
+    out = ["--out", tmp_path / "out"]
+    for arguments, words in (
+        (["private", "run", networks[0], "--protocol", "delphi"], "no protocol 'delphi' to run"),
+        (["private", "run", networks[0], "--repeats", "0", *out], "one timed call"),
+        (["private", "run", networks[0], "--batch-sizes", "one", *out], "not whole numbers"),
+        (["private", "run", networks[0], "--images", "0", *out], "one image at least"),
+        (["private", "run", networks[0], "--fraction-bits", "40", *out], "do not fit into a ring of 64"),
+        (["private", "run", networks[0], "--ring-bits", "32", *out], "64 or 128 bits"),
+        (["private", "fixed-point", networks[0], "--protocol", "magic", *out], "no protocol 'magic'"),
+        (["private", "query", public, tmp_path / "no.png", *parties], "is not an image"),
+        (["private", "query", public, tmp_path / "gone.png", *parties], "is not an image"),
+        (["private", "query", tmp_path, tmp_path / "one.png", *parties], "graph.safetensors"),
+        (["private", "query", public, tmp_path / "one.png", "--parties", tmp_path / "wrong.yaml"], "form host:port"),
+        (["private", "query", public, tmp_path / "one.png", *parties, "--wait", "1"], "did not answer at"),
+    ):
+        assert words in refused(*arguments)
+    shutil.copy(tmp_path / "shared" / "weights.safetensors", tmp_path / "other" / "weights.safetensors")
+    (tmp_path / "other" / "weights.safetensors").write_bytes(b"cut short")
+    assert "weights.safetensors" in refused("private", "serve", tmp_path / "other", *parties)
