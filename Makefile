@@ -32,6 +32,7 @@ bench: install
 	$(BIN)/python benchmarks/coordinate_descent.py
 	$(BIN)/python benchmarks/objectives.py
 	$(BIN)/python benchmarks/explain.py
+	$(BIN)/python benchmarks/private_cost.py
 
 clean:
 	rm -rf .venv demo runs

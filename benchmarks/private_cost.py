@@ -224,7 +224,9 @@ def main() -> None:
             "repeats": arguments.repeats,
             "written": time.strftime("%Y-%m-%d", time.gmtime()),
         }
-        write_text(arguments.out / "provenance.json", json.dumps(provenance, indent=2) + "\n")
+        file = arguments.out / "provenance.json"
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        write_text(file, json.dumps({**kept, name: provenance}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,23 @@ def test_the_benchmark_of_explaining_prints_its_ratios():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["--calibrate"]], ids=["validate", "calibrate"])
+def test_the_cost_model_is_put_beside_measurements(arguments, tmp_path):
+    pytest.importorskip("spu")
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "private_cost.py"), "--repeats", "1", "--out", str(tmp_path), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    errors = [float(line.rsplit(" ", 1)[1].rstrip("%")) for line in done.stdout.splitlines() if "largest error" in line]
+    assert len(errors) == 2
+    assert all(error < 10 for error in errors)
+    assert (tmp_path / "provenance.json").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments", "lines"),
     [

@@ -484,3 +484,4 @@ def test_demo_from_images_to_report(tmp_path):
     text = ok("demo", "--width", "4", "--epochs", "2", "--finetune-epochs", "1", "--max-epochs", "2", "--out", tmp_path)
     assert "overall" in text
     assert (tmp_path / "report.html").stat().st_size > 100_000
+    assert "What private inference costs" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -38,10 +38,10 @@ def test_commands_and_options_in_the_documents_exist():
     for page in PAGES:
         for block in blocks(page, "sh"):
             for line in block.splitlines():
-                match = re.match(r"\s*(?:\.venv/bin/)?fairline ([\w-]+)(?: (run)(?= ))?(.*)", line.partition("#")[0])
+                match = re.match(r"\s*(?:\.venv/bin/)?fairline ([\w-]+)(?: ([\w-]+)(?= ))?(.*)", line.partition("#")[0])
                 if match:
                     described = group.commands[match[1]]
-                    if match[2]:
+                    if hasattr(described, "commands"):
                         described = described.commands[match[2]]
                     known = {option for parameter in described.params for option in parameter.opts}
                     known |= {option for parameter in described.params for option in parameter.secondary_opts}
@@ -81,6 +81,22 @@ def test_the_code_about_explaining_runs(capsys):
 def test_the_code_about_repairing_runs(capsys):
     exec(compile(blocks(ROOT / "docs" / "mitigate.md", "python")[0], "mitigate.md", "exec"), {})
     assert "relative_drop" in capsys.readouterr().out
+
+
+def test_the_code_about_private_inference_runs(capsys):
+    exec(compile(blocks(ROOT / "docs" / "private.md", "python")[0], "private.md", "exec"), {})
+    assert "cheetah" in capsys.readouterr().out
+
+
+def test_every_protocol_and_operator_is_documented():
+    from fairline.private import OPERATORS, PROTOCOL_COSTS
+
+    text = (ROOT / "docs" / "private.md").read_text(encoding="utf-8")
+    for name in PROTOCOL_COSTS:
+        assert f"| `{name}` |" in text
+    for name in OPERATORS:
+        assert f"`{name}`" in text
+    assert len(OPERATORS) == 12
 
 
 def test_every_objective_is_documented():

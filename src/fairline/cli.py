@@ -1063,11 +1063,12 @@ def demo(
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """Train, linearize, finetune, audit and report in one go, with settings for a short run on a CPU.
+    """Train, linearize, finetune, audit, predict costs and report in one go, with settings for a short run on a CPU.
 
     On digits it needs no files. On faces: fairline demo --data utkface:race --root FOLDER --width 8 --out faces
     """
     from fairline.demo import run_demo
+    from fairline.private.jobs import frontier_job
     from fairline.report.html import write_report
 
     spec = data_spec(data, root, groups, unbalanced, data_option, seed)
@@ -1085,8 +1086,17 @@ def demo(
             device=device,
             progress=progress,
         )
+        try:
+            costs = frontier_job(
+                run.folder, out / "frontier", protocols=["cheetah", "semi2k"], progress=progress
+            ).folder
+        except FairlineError as error:
+            # A network of the user's own may use what private inference does not know.
+            costs, reason = None, str(error)
     _print_audit(run)
-    path = write_report(run.folder, out / "report.html")
+    if costs is None:
+        err_console.print(f"No costs in the report: {reason}", markup=False, highlight=False, soft_wrap=True)
+    path = write_report(run.folder, out / "report.html", costs=costs)
     out_console.print(f"Report: {path.resolve()}", soft_wrap=True)
 
 

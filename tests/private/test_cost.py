@@ -106,7 +106,7 @@ def test_seconds_are_compute_and_network():
     graph = to_graph(model, EXAMPLE)
     free, slow = estimate(graph, network="loopback"), estimate(graph, network=Network("own", 0.1, 1e6))
     assert free.network_seconds == 0
-    assert slow.network_seconds == pytest.approx(8 * slow.bytes / 1e6 + 0.05 * slow.rounds)
+    assert slow.network_seconds == pytest.approx(4 * slow.bytes / 1e6 + 0.05 * slow.rounds)
     assert slow.seconds == pytest.approx(free.seconds + slow.network_seconds)
 
 
@@ -136,7 +136,7 @@ def test_the_committed_validation_holds():
     """Predicted within 10 % of measured, on six networks at least that no constant was fitted on."""
     table = pd.read_csv(RESULTS / "private_cost" / "validation.csv")
     provenance = json.loads((RESULTS / "private_cost" / "provenance.json").read_text(encoding="utf-8"))
-    assert {"commit", "packages", "device", "seed"} <= provenance.keys()
+    assert {"commit", "packages", "device", "seed", "scale"} <= provenance["validation.csv"].keys()
     for _, part in table.groupby("protocol"):
         assert part["network"].nunique() >= 6
         assert ((part["predicted_bytes"] / part["measured_bytes"] - 1).abs() < 0.1).all()

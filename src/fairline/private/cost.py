@@ -414,7 +414,6 @@ def estimate(
         offline_bytes=total.offline_bytes,
         rounds=total.rounds,
         compute_seconds=total.compute_seconds,
-        # Both directions share the bytes about evenly on a full-duplex line; the slower one counts, at most all.
         network_seconds=wire.seconds(total.bytes, total.rounds),
         setup_bytes=costs.setup.bytes,
         layers=pd.DataFrame(rows),

@@ -64,9 +64,9 @@ class PrivateRun:
         protocol: ``"cheetah"`` or ``"semi2k"``.
         seconds: Median wall time of a call, from the image in hand to the logits.
         setup_seconds: Before the first call: connection, keys, first oblivious transfers. Once a session.
-        bytes: Sent by both parties in a call, median.
+        bytes: Sent by both parties in a call that makes no new oblivious transfers.
         setup_bytes: Sent by both before the first call.
-        rounds: Messages that the busier party sends in a call.
+        rounds: Messages that the busier party sends in such a call: an upper bound of the trips that are waited for.
         max_abs_error: Largest difference from the plain logits.
         agreement: Share of images whose predicted class is the plain network's.
         engine_share: Of the wall time, spent inside SPU.
@@ -587,8 +587,9 @@ def summarise(plan: Plan, graphs: Mapping[str, PlainGraph], plain: Mapping[str, 
                 "seconds_low": part["seconds"].min(),
                 "seconds_high": part["seconds"].max(),
                 "calls": len(part),
-                "bytes": part["bytes"].median(),
-                "rounds": part["messages"].median(),
+                # Those of a call that makes no new oblivious transfers; else they are the same every time.
+                "bytes": part["bytes"].min(),
+                "rounds": part["messages"].min(),
                 "engine_share": part["engine_share"].median(),
                 "setup_seconds": setup["seconds"],
                 "setup_bytes": setup["bytes"],

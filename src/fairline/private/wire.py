@@ -31,8 +31,8 @@ class Network:
     bandwidth: float
 
     def seconds(self, num_bytes: float, one_way_trips: float) -> float:
-        """Time that the network adds: the bytes one after another, and the trips that must be waited for."""
-        return 8 * num_bytes / self.bandwidth + one_way_trips * self.rtt / 2
+        """Time that the network adds: the bytes, half of them each way, and the trips that must be waited for."""
+        return 8 * (num_bytes / 2) / self.bandwidth + one_way_trips * self.rtt / 2
 
 
 #: Profiles by name. The LAN and WAN are those of most papers on private inference.
