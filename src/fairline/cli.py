@@ -617,13 +617,14 @@ def study_run(
     results: Annotated[
         Path | None, typer.Option(help="Also write tables, figures and provenance there, under the study's name.")
     ] = None,
+    scale: Annotated[str | None, typer.Option(help="One of the scales that the file names, such as tiny.")] = None,
     device: Device = None,
 ) -> None:
     """Run a study, or go on with it."""
     from fairline.study.run import run_study, write_results
     from fairline.study.spec import load_spec
 
-    chosen = load_spec(spec)
+    chosen = load_spec(spec, scale)
     folder = root or os.environ.get("FAIRLINE_DATA")
     with progress_bars() as progress:
         runs = run_study(
@@ -728,23 +729,24 @@ def private_run(
             {
                 "ReLUs": part["relus"],
                 "seconds": part["seconds"],
-                "MB": part["bytes"] / 1e6,
-                "predicted MB": part["predicted_bytes"] / 1e6,
+                "MB (predicted)": [
+                    f"{found / 1e6:.2f} ({told / 1e6:.2f})"
+                    for found, told in part[["bytes", "predicted_bytes"]].to_numpy()
+                ],
                 "rounds": part["rounds"],
                 "error": part["max_abs_error"],
                 "same class": part["agreement"],
-                "in engine": part["engine_share"],
             }
         ).set_axis(part["network"])
         shown.index.name = "network"
-        formats = {"ReLUs": ",.0f", "seconds": ".2f", "MB": ".2f", "predicted MB": ".2f", "rounds": ".0f"}
-        formats |= {"error": ".1e", "same class": ".1%", "in engine": ".1%"}
+        formats = {"ReLUs": ",.0f", "seconds": ".2f", "rounds": ".0f", "error": ".1e", "same class": ".1%"}
         print_frame(shown, f"{name}, batch of {size}: one call", formats)
     for name in protocols:
         first = table[table["protocol"] == name].iloc[0]
         out_console.print(
             f"{CAVEATS[name]} Setup once a session: {first['setup_seconds']:.1f} s, "
-            f"{first['setup_bytes'] / 1e6:.1f} MB.",
+            f"{first['setup_bytes'] / 1e6:.1f} MB. Inside SPU: "
+            f"{table.loc[table['protocol'] == name, 'engine_share'].min():.1%} of the time, at least.",
             soft_wrap=True,
             highlight=False,
         )
@@ -962,7 +964,6 @@ def frontier(
                 "MB": part["bytes"] / 1e6,
                 "rounds": part["rounds"],
                 "seconds": part["seconds"],
-                "cost": part["source"],
                 "overall": part["overall"],
                 "worst group": part["worst"],
                 "drop, %": part["largest_drop"],
@@ -972,12 +973,25 @@ def frontier(
         shown.index.name = "network"
         formats = {"ReLUs": ",.0f", "MB": ".2f", "rounds": ".0f", "seconds": ".2f", "overall": ".1%"}
         print_frame(shown, f"{name} over {network}", formats | {"worst group": ".1%", "drop, %": "+.1f"})
+    predicted = list(dict.fromkeys(table.loc[table["source"] == "predicted", "model"]))
+    if predicted:
+        out_console.print(f"Costs predicted, not measured: {', '.join(predicted)}.", soft_wrap=True, highlight=False)
     for sentence in answers(table, within):
         out_console.print(sentence, soft_wrap=True, highlight=False)
     path = write_frontier(run.folder, within=within)
     out_console.print(f"Page: {path.resolve()}", soft_wrap=True)
     if results is not None:
         out_console.print(f"Results: {write_results(run.folder, results)}", soft_wrap=True)
+
+
+@study_app.command("status")
+def study_status(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that 'study run' writes.")],
+) -> None:
+    """Show how far a study is, and why cells failed."""
+    from fairline.study.run import status
+
+    print_frame(status(out).set_index("cell"), f"{out}: cells")
 
 
 @app.command()

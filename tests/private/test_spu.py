@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from fairline._io import save_tensors
 from fairline.errors import FairlineError
 from fairline.models import build
 from fairline.private import Network, agreement, estimate, measure, run, to_graph
@@ -220,6 +221,30 @@ def alone(tmp_path: Path, content: dict) -> str:
 
 
 @spu
+@pytest.mark.parametrize("survivor", [MODEL_OWNER, IMAGE_OWNER])
+def test_a_survivor_without_a_launcher_says_that_the_other_is_gone(tmp_path, survivor):
+    """As between two hosts: nobody but the link tells it."""
+    graph = to_graph(small(), IMAGES)
+    addresses = free_addresses()
+    plan = make_plan({"network": graph}, IMAGES, protocols=["semi2k"], batch_sizes=[2], repeats=2000)
+    save_tensors(tmp_path / "images.safetensors", {"images": IMAGES})
+    own = {IMAGE_OWNER: {"images": str(tmp_path / "images.safetensors"), "plan": plan.model_dump()}, MODEL_OWNER: {}}
+    jobs = [job(tmp_path, role, graph, addresses=addresses, **{**own[role], "connect_timeout": 60}) for role in (0, 1)]
+    with (
+        PartyProcess.start(0, tmp_path / "0", jobs[0]) as owner,
+        PartyProcess.start(1, tmp_path / "1", jobs[1]) as asker,
+    ):
+        left, other = (owner, asker) if survivor == MODEL_OWNER else (asker, owner)
+        while '"call"' not in (left.lines.get(timeout=60) or ""):
+            pass
+        other.process.kill()
+        name = "image" if survivor == MODEL_OWNER else "model"
+        with pytest.raises(SessionError, match=f"^The {name}'s owner stopped answering"):
+            wait_for([left], Session.empty(), quiet=60)
+        left.process.wait(10)
+
+
+@spu
 def test_nobody_at_the_other_end(tmp_path):
     addresses = free_addresses()
     said = alone(tmp_path, job(tmp_path, MODEL_OWNER, to_graph(small(), IMAGES), addresses=addresses))
@@ -255,8 +280,6 @@ def test_parties_with_different_masks_part_before_anything_is_sent(tmp_path):
     mine, theirs = to_graph(small(0.3), IMAGES), to_graph(small(0.4), IMAGES)
     addresses = free_addresses()
     plan = make_plan({"network": theirs}, IMAGES, protocols=["semi2k"], batch_sizes=[2])
-    from fairline._io import save_tensors
-
     save_tensors(tmp_path / "images.safetensors", {"images": IMAGES})
     jobs = [
         job(tmp_path, MODEL_OWNER, mine, addresses=addresses),
@@ -413,6 +436,16 @@ def test_the_digest_covers_masks_and_shapes_but_no_weights():
     graph = to_graph(small(0.3), IMAGES)
     assert graph_digest(graph) == graph_digest(graph.public())
     assert graph_digest(graph) != graph_digest(to_graph(small(0.4), IMAGES))
+
+
+def test_the_digest_is_of_what_is_computed_not_of_names():
+    """A network that keeps all its ReLUs costs what the unmasked one costs, whose ReLUs are called otherwise."""
+    torch.manual_seed(0)
+    model = settle(build("resnet18", 4, 3, 16, width=2))
+    example = torch.zeros(1, 3, 16, 16)
+    plain, kept = to_graph(model, example), to_graph(masked(model, example, 1.0), example)
+    assert [node.name for node in plain.nodes] != [node.name for node in kept.nodes]
+    assert graph_digest(plain) == graph_digest(kept)
 
 
 def test_without_spu_it_says_what_to_install(monkeypatch):

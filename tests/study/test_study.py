@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from fairline.errors import FairlineError
+from fairline.study.run import status
 from fairline.study.spec import load_spec
 from tests.commands import fairline, ok
 
@@ -83,3 +84,74 @@ def test_a_method_twice_needs_a_label(tmp_path):
     twice.write_text(SPEC.read_text() + "  - {objective: erm, options: {temperature: 1}, masks: [plain]}\n")
     with pytest.raises(FairlineError, match="method 'erm' is there twice for masks 'plain'; give one a label"):
         load_spec(twice)
+
+
+def test_a_study_may_extend_another_and_name_scales(tmp_path):
+    (tmp_path / "base.yaml").write_text(SPEC.read_text())
+    child = tmp_path / "child.yaml"
+    child.write_text(
+        "extends: base.yaml\nname: child\ntrain: {epochs: 7}\nmasks: {plain: {settings: {lam: 0.5}}}\n"
+        "scales:\n  tiny: {scale: shorter, train: {epochs: 1}, seeds: [5]}\n"
+    )
+    spec, tiny = load_spec(child), load_spec(child, "tiny")
+    assert (spec.name, spec.scale, spec.seeds) == ("child", "a test", [0, 1])
+    assert spec.train == {"epochs": 7, "lr": 0.05, "batch_size": 64}
+    assert spec.masks["plain"].settings == {"lr": 0.03, "lam": 0.5, "batch_size": 64, "max_epochs": 3}
+    assert (tiny.scale, tiny.seeds, tiny.train["epochs"]) == ("shorter", [5], 1)
+    assert len({load_spec(SPEC).digest, spec.digest, tiny.digest}) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "scale", "words"),
+    [
+        ("extends: base.yaml\nseedz: [0]\n", None, "child.yaml, line 2: seedz: Extra inputs"),
+        ("extends: base.yaml\nmasks:\n  plain:\n    budgets: [a]\n", None, "child.yaml, line 4: masks.plain.budgets.0"),
+        ("extends: broken.yaml\n", None, "broken.yaml, line 6: model.nome: Extra inputs"),
+        ("extends: child.yaml\n", None, "child.yaml extends itself"),
+        ("extends: gone.yaml\n", None, "gone.yaml cannot be read"),
+        ("extends: [a]\n", None, "line 1: extends names one file"),
+        ("extends: base.yaml\nscales:\n  tiny:\n    train: 5\n", "tiny", "child.yaml, line 4: train: Input should be"),
+        ("extends: base.yaml\nscales: {tiny: {}}\n", "paper", "has no scale 'paper'; it has tiny"),
+    ],
+)
+def test_an_error_names_file_line_and_field(tmp_path, text, scale, words):
+    (tmp_path / "base.yaml").write_text(SPEC.read_text())
+    (tmp_path / "broken.yaml").write_text(SPEC.read_text().replace("{name: cnn,", "{nome: cnn,"))
+    (tmp_path / "child.yaml").write_text(text)
+    with pytest.raises(FairlineError, match=r"^[^\n]*$") as refused:
+        load_spec(tmp_path / "child.yaml", scale)
+    assert words in str(refused.value)
+
+
+def test_what_yaml_merges_in_has_its_own_line(tmp_path):
+    spec = tmp_path / "merged.yaml"
+    text = SPEC.read_text().replace("  plain:\n    budgets: [1.0, 0.1]", "  plain: &p\n    budgets: [1.0, 0.1]")
+    spec.write_text(text.replace("finetune:", "  other: {<<: *p, budgets: [b]}\nfinetune:"))
+    with pytest.raises(FairlineError, match=r"line 12: masks\.other\.budgets"):
+        load_spec(spec)
+
+
+def test_every_scale_of_the_committed_studies_is_valid():
+    import yaml
+
+    for path in PAPERS.glob("*.yaml"):
+        for scale in yaml.safe_load(path.read_text()).get("scales", {}):
+            assert load_spec(path, scale).digest != load_spec(path).digest
+
+
+def test_status_tells_what_is_done_and_what_failed(study, tmp_path):
+    said = ok("study", "status", study / "out")
+    assert "digits-0" in said
+    table = status(study / "out")
+    assert table["state"].tolist() == ["finished", "finished"]
+    assert (table["finished"] == table["runs"]).all()
+    assert table["runs"].tolist() == [4, 4]
+    spec = tmp_path / "failing.yaml"
+    spec.write_text(SPEC.read_text().replace("seeds: [0, 1]", "seeds: [0]").replace("lr: 0.01", "lr: 1.0e+30"))
+    fairline("study", "run", str(spec), "--out", str(tmp_path / "out"))
+    (row,) = status(tmp_path / "out").to_dict("records")
+    assert (row["state"], row["finished"], row["runs"]) == ("failed", 2, 4)
+    assert row["error"].startswith("The loss became")
+    done = fairline("study", "status", str(tmp_path))
+    assert done.returncode == 2
+    assert "holds no study" in done.stderr

@@ -73,9 +73,26 @@ class Plan(BaseModel):
 
 
 def graph_digest(graph: PlainGraph) -> str:
-    """Digest of the public half of a graph."""
-    described = [graph.input_shape, [repr(node) for node in graph.nodes], sorted(graph.shapes.items())]
+    """Digest of the public half of a graph: what is computed, whatever its parts are called."""
+    values = {"x": 0} | {node.name: place for place, node in enumerate(graph.nodes, start=1)}
+    weights = {name: place for place, name in enumerate(graph.shapes)}
+    described = [
+        graph.input_shape,
+        list(graph.shapes.values()),
+        [
+            [
+                node.op,
+                [values[name] for name in node.inputs],
+                node.shape,
+                [weights[name] for name in node.weights],
+                node.mask is not None,
+                sorted(node.options.items()),
+            ]
+            for node in graph.nodes
+        ],
+    ]
     digest = hashlib.blake2b(json.dumps(described).encode(), digest_size=16)
-    for name in sorted(graph.masks):
-        digest.update(name.encode() + graph.masks[name].numpy().tobytes())
+    for node in graph.nodes:
+        if node.mask is not None:
+            digest.update(graph.masks[node.mask].numpy().tobytes())
     return digest.hexdigest()

@@ -32,6 +32,9 @@ from fairline.training import Progress, ProgressCallback
 
 logger = logging.getLogger(__name__)
 
+#: File of a cell that says why its last try failed.
+ERROR = "error.json"
+
 
 def run_study(
     spec: StudySpec,
@@ -91,6 +94,7 @@ def run_study(
                 if error is not None:
                     errors[cell] = str(error) or type(error).__name__
                     logger.error("cell %s: %s", cell, errors[cell])
+                    write_json(folder / cell / ERROR, {"error": errors[cell]})
             told()
     if errors:
         cell, reason = next(iter(errors.items()))
@@ -108,6 +112,38 @@ def run_study(
     }
 
 
+def status(out: str | Path) -> pd.DataFrame:
+    """How far a study is.
+
+    Args:
+        out: Folder of all its runs.
+
+    Returns:
+        A row for each cell: ``cell``, ``finished`` and ``runs``, ``state`` (``waiting``, ``unfinished``, ``failed`` or
+        ``finished``), and the ``error`` of the last try, if it failed.
+
+    Raises:
+        FairlineError: The folder holds no study.
+    """
+    folder = Path(out)
+    if not (folder / "spec.json").exists():
+        raise FairlineError(f"{folder} holds no study (there is no spec.json).")
+    spec = StudySpec.model_validate(read_json(folder / "spec.json"))
+    rows = []
+    for seed in spec.seeds:
+        for name in spec.data:
+            cell = folder / f"{name}-{seed}"
+            finished = sum(Run(file.parent).finished for file in cell.glob("*/status.json"))
+            error = str(read_json(cell / ERROR)["error"]) if (cell / ERROR).exists() else ""
+            state = "failed" if error else "unfinished" if cell.exists() else "waiting"
+            if finished == spec.runs_per_cell:
+                state = "finished"
+            rows.append(
+                {"cell": cell.name, "finished": finished, "runs": spec.runs_per_cell, "state": state, "error": error}
+            )
+    return pd.DataFrame(rows)
+
+
 def run_cell(
     spec: StudySpec, folder: Path, name: str, seed: int, root: str | None, device: str | None, threads: int
 ) -> None:
@@ -115,6 +151,7 @@ def run_cell(
     torch.set_num_threads(threads)
     source = spec.data[name]
     cell = folder / f"{name}-{seed}"
+    (cell / ERROR).unlink(missing_ok=True)
     common: dict[str, Any] = {"seed": seed, "device": device}
     train_job(
         cell / "base",

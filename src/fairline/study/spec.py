@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,23 +110,122 @@ class StudySpec(_Strict):
         return 1 + len(self.masks) + sum(len(m.masks) * (1 + m.last_layer) for m in self.methods)
 
 
-def load_spec(path: str | Path) -> StudySpec:
+def load_spec(path: str | Path, scale: str | None = None) -> StudySpec:
     """Read a study.
 
+    Two keys are for the file alone and are gone once it is read: ``extends``, another file, relative to this one, whose
+    fields hold where this one says nothing; and ``scales``, which names sets of fields that replace others, such as a
+    run of seconds to see that all works.
+
+    Args:
+        path: The file.
+        scale: One of its ``scales``.
+
     Raises:
-        FairlineError: The file is missing or no YAML, or a field is unknown, missing or of the wrong type.
+        FairlineError: A file is missing or no YAML, there is no such scale, or a field is unknown, missing or of the
+            wrong type; the sentence names file, line and field.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FairlineError(f"{path} cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise FairlineError(f"{path} is not valid YAML ({reason}).") from None
+    source = _read(Path(path), ())
+    content = source.content
+    scales = content.pop("scales", {}) if isinstance(content, dict) else {}
+    if scale is not None:
+        if not isinstance(scales, dict) or scale not in scales:
+            known = ", ".join(map(str, scales)) or "none"
+            raise FairlineError(f"{path} has no scale '{scale}'; it has {known}.")
+        inside = {where[2:]: line for where, line in source.lines.items() if where[:2] == ("scales", scale)}
+        source = source.replaced_by(_Source(scales[scale], inside))
+        content = source.content
     try:
         return StudySpec.model_validate(content)
     except ValidationError as error:
         # A misspelt field also leaves the right one missing; the misspelling is the cause.
         first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
         where = ".".join(map(str, first["loc"])) or "the study"
-        raise FairlineError(f"{path}: {where}: {first['msg']}.") from None
+        raise FairlineError(f"{source.line_of(first['loc'], str(path))}: {where}: {first['msg']}.") from None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a file says, and the file and line of each field.
+
+    Attributes:
+        content: As YAML gives it.
+        lines: ``"FILE, line N"`` by path of keys.
+    """
+
+    content: Any
+    lines: dict[tuple[Any, ...], str]
+
+    def replaced_by(self, other: _Source) -> _Source:
+        """The fields of another source where it has them, these elsewhere; mappings are joined key by key."""
+        lines = {
+            where: line
+            for where, line in self.lines.items()
+            if not any(
+                where[:n] in other.lines and not _is_mapping(other.content, where[:n]) for n in range(len(where))
+            )
+        }
+        return _Source(_merged(self.content, other.content), {**lines, **other.lines})
+
+    def line_of(self, location: Sequence[Any], default: str) -> str:
+        """File and line of a field, or of the nearest one that holds it."""
+        for length in range(len(location), 0, -1):
+            if tuple(location[:length]) in self.lines:
+                return self.lines[tuple(location[:length])]
+        return default
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if isinstance(below, dict) and isinstance(above, dict):
+        return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+    return above
+
+
+def _is_mapping(content: Any, where: tuple[Any, ...]) -> bool:
+    for key in where:
+        try:
+            content = content[key]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return isinstance(content, dict)
+
+
+def _read(path: Path, readers: tuple[Path, ...]) -> _Source:
+    """A file on top of the one that it extends."""
+    if path.resolve() in readers:
+        raise FairlineError(f"{path} extends itself.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise FairlineError(f"{path} cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise FairlineError(f"{path} is not valid YAML ({reason}).") from None
+    lines: dict[tuple[Any, ...], str] = {}
+    _note_lines(tree, (), str(path), lines)
+    source = _Source(content, lines)
+    if not isinstance(content, dict) or "extends" not in content:
+        return source
+    extended = content.pop("extends")
+    if not isinstance(extended, str):
+        raise FairlineError(f"{lines[('extends',)]}: extends names one file, not {extended!r}.")
+    return _read(path.parent / extended, (*readers, path.resolve())).replaced_by(source)
+
+
+def _note_lines(node: Any, where: tuple[Any, ...], path: str, lines: dict[tuple[Any, ...], str]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in sorted(node.value, key=lambda pair: pair[0].tag != "tag:yaml.org,2002:merge"):
+            if key.tag == "tag:yaml.org,2002:merge":
+                # What is merged in gives way to the mapping's own keys.
+                for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    _note_lines(merged, where, path, lines)
+                continue
+            name = yaml.SafeLoader("").construct_object(key)
+            lines[(*where, name)] = f"{path}, line {key.start_mark.line + 1}"
+            _note_lines(value, (*where, name), path, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for place, item in enumerate(node.value):
+            lines[(*where, place)] = f"{path}, line {item.start_mark.line + 1}"
+            _note_lines(item, (*where, place), path, lines)
