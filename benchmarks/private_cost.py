@@ -132,33 +132,52 @@ def conv(channels: int, outputs: int, side: int, kernel: int = 3) -> PlainGraph:
     )
 
 
+def after_conv(graph: PlainGraph, first: PlainGraph) -> PlainGraph:
+    """The operation behind a convolution: what it works on is then shared, not the image's owner's alone."""
+    nodes = [Node("conv2d", "first", "first", ("x",), first.nodes[0].shape, ("first.weight", "first.bias"))]
+    nodes[0] = Node(**{**vars(nodes[0]), "options": first.nodes[0].options})
+    nodes += [
+        Node(**{**vars(node), "inputs": tuple("first" if n == "x" else n for n in node.inputs)}) for node in graph.nodes
+    ]
+    weights = {f"first.{name}": value for name, value in first.weights.items()} | graph.weights
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    return PlainGraph(first.input_shape, nodes, shapes, graph.masks, weights)
+
+
 def calibration_graphs() -> dict[str, dict[str, PlainGraph]]:
     """Graphs of one operation; within a set all take images of one shape."""
     elementwise: dict[str, dict[str, PlainGraph]] = {}
     for side in (32, 64):
         shape = (8, side, side)
+        first = conv(3, 8, side, 1)
         quadratic = one_operation("quadratic", shape, shape, {"coefficients": (3, 8, 1, 1)}, mask="none")
         quadratic.masks["none"] = torch.zeros(shape, dtype=torch.bool)
-        elementwise[f"elements {8 * side * side}"] = {
+        operations = {
             "relu": one_operation("relu", shape, shape, {}),
             "scale": one_operation("scale", shape, shape, {}, factor=0.3),
             "affine": one_operation("affine", shape, shape, {"scale": (8, 1, 1), "shift": (8, 1, 1)}),
             "quadratic": quadratic,
         }
+        elementwise[f"elements {8 * side * side}"] = {BASELINE: first} | {
+            name: after_conv(graph, first) for name, graph in operations.items()
+        }
     products = {
         f"conv {channels} at {side}": {f"to {outputs}": conv(channels, outputs, side) for outputs in (4, 16, 64)}
         for channels, side in ((3, 32), (8, 32), (16, 16), (64, 8))
     }
-    flat = {
-        f"to {outputs}": one_operation("linear", (256,), (outputs,), {"w": (outputs, 256), "b": (outputs,)})
-        for outputs in (5, 100)
-    }
-    for graph in flat.values():
+    flat = {}
+    for outputs in (5, 100):
+        graph = one_operation("linear", (256,), (outputs,), {"w": (outputs, 256), "b": (outputs,)})
         # Images have three axes.
         graph.input_shape = (256, 1, 1)
         graph.nodes.insert(0, Node("reshape", "in", "in", ("x",), (256,)))
         graph.nodes[1] = Node("linear", "op", "op", ("in",), graph.nodes[1].shape, ("w", "b"))
+        flat[f"to {outputs}"] = graph
     return {**elementwise, **products, "linear 256": flat}
+
+
+#: The convolution that operations on single elements stand behind; theirs is the difference.
+BASELINE = "conv alone"
 
 
 def calibrate(repeats: int) -> pd.DataFrame:
@@ -167,25 +186,33 @@ def calibrate(repeats: int) -> pd.DataFrame:
     for kind, graphs in calibration_graphs().items():
         shape = next(iter(graphs.values())).input_shape
         images = torch.randn(1, *shape, generator=torch.Generator().manual_seed(SEED))
-        for row in measure(graphs, images, repeats=repeats, seed=SEED).table.to_dict("records"):
-            graph = graphs[row["network"]]
-            told = estimate(graph, protocol=row["protocol"], network="loopback")
-            elements = graph.outputs
-            # What opening the result takes is known exactly.
-            opened = 8 * elements + 42
-            rows.append(
-                {
-                    "operation": f"{kind}: {row['network']}",
-                    "protocol": row["protocol"],
+        found = measure(graphs, images, repeats=repeats, seed=SEED).table
+        for protocol, part in found.groupby("protocol", sort=False):
+            costs = {}
+            for row in part.to_dict("records"):
+                told = estimate(graphs[row["network"]], protocol=protocol, network="loopback")
+                # What opening the result takes is known exactly.
+                opened = 8 * graphs[row["network"]].outputs + 42
+                costs[row["network"]] = {
                     "measured_bytes": row["bytes"] - opened,
                     "predicted_bytes": told.bytes - opened,
-                    "bytes_an_element": (row["bytes"] - opened) / elements,
                     "measured_rounds": row["rounds"] - 1,
                     "predicted_rounds": told.rounds - 1,
                     "measured_seconds": row["seconds"],
                     "predicted_seconds": told.compute_seconds,
                 }
-            )
+            base = costs.pop(BASELINE, {})
+            for name, cost in costs.items():
+                own = {key: value - base.get(key, 0.0) for key, value in cost.items()}
+                elements = graphs[name].outputs
+                rows.append(
+                    {
+                        "operation": f"{kind}: {name}",
+                        "protocol": protocol,
+                        **own,
+                        "bytes_an_element": own["measured_bytes"] / elements,
+                    }
+                )
     return pd.DataFrame(rows)
 
 

@@ -115,7 +115,7 @@ class Cheetah(ProtocolCost):
     #: one takes 32 bytes.
     TRIPLE, USE_TRIPLE = 279.2, 32.1
     #: Seconds: product of ciphertext and plaintext, automorphism, ciphertext sent, matrix product, ReLU.
-    MULTIPLY, ROTATE, ENCRYPT, PRODUCT, RELU = 6.0e-4, 5.8e-4, 4.7e-3, 1.0e-2, 1.35e-5
+    MULTIPLY, ROTATE, ENCRYPT, PRODUCT, RELU = 1.2e-3, 1.15e-3, 9.4e-3, 1.0e-2, 2.6e-5
     ROUNDS_RELU, ROUNDS_MATMUL, ROUNDS_TRUNCATE, ROUNDS_PRIVATE, ROUNDS_PRODUCT = 20, 4, 2, 6, 2
 
     def relu(self, n: int) -> Cost:
@@ -207,20 +207,24 @@ class Semi2k(ProtocolCost):
     setup = Cost(bytes=1.215e6, rounds=19, compute_seconds=0.15)
 
     def relu(self, n: int) -> Cost:
-        return Cost(144 * n, rounds=8, compute_seconds=1.3e-6 * n)
+        return Cost(144 * n, rounds=8, compute_seconds=1e-2 + 2.5e-6 * n)
 
     def matmul(self, m: int, k: int, n: int) -> Cost:
         opened = m * k + k * n
-        return Cost(16 * opened + 8 * m * n, rounds=2, compute_seconds=4.4e-9 * m * k * n + 2.2e-7 * opened + 3e-3)
+        return Cost(16 * opened + 8 * m * n, rounds=2, compute_seconds=1e-8 * m * k * n + 4e-7 * opened + 5e-3)
+
+    def convolution(self, inputs: int, outputs: int, m: int, k: int, n: int) -> Cost:
+        # Unfolding the input takes longer than multiplying it.
+        return self.matmul(m, k, n) + Cost(compute_seconds=0.03)
 
     def truncate(self, n: int) -> Cost:
         return Cost(8 * n, rounds=1, compute_seconds=5e-8 * n)
 
     def product_with_private(self, n: int) -> Cost:
-        return Cost(40 * n, rounds=2, compute_seconds=1e-7 * n)
+        return Cost(40 * n, rounds=2, compute_seconds=5e-6 * n)
 
     def product(self, n: int) -> Cost:
-        return Cost(40 * n, rounds=2, compute_seconds=1e-7 * n)
+        return Cost(40 * n, rounds=2, compute_seconds=5e-6 * n)
 
 
 class Delphi(ProtocolCost):
