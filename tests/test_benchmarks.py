@@ -23,8 +23,13 @@ def test_the_benchmark_of_explaining_prints_its_ratios():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [[], ["--calibrate"]], ids=["validate", "calibrate"])
-def test_the_cost_model_is_put_beside_measurements(arguments, tmp_path):
+@pytest.mark.parametrize(
+    # Alone, an operation may find products of shared values that an earlier call left over.
+    ("arguments", "within"),
+    [([], 10), (["--calibrate"], 30)],
+    ids=["validate", "calibrate"],
+)
+def test_the_cost_model_is_put_beside_measurements(arguments, within, tmp_path):
     pytest.importorskip("spu")
     done = subprocess.run(
         [sys.executable, str(FOLDER / "private_cost.py"), "--repeats", "1", "--out", str(tmp_path), *arguments],
@@ -35,7 +40,7 @@ def test_the_cost_model_is_put_beside_measurements(arguments, tmp_path):
     assert done.returncode == 0, done.stderr
     errors = [float(line.rsplit(" ", 1)[1].rstrip("%")) for line in done.stdout.splitlines() if "largest error" in line]
     assert len(errors) == 2
-    assert all(error < 10 for error in errors)
+    assert all(error < within for error in errors)
     assert (tmp_path / "provenance.json").exists()
 
 

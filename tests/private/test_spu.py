@@ -234,7 +234,7 @@ def test_a_survivor_without_a_launcher_says_that_the_other_is_gone(tmp_path, sur
     plan = make_plan({"network": graph}, IMAGES, protocols=["semi2k"], batch_sizes=[2], repeats=2000)
     save_tensors(tmp_path / "images.safetensors", {"images": IMAGES})
     own = {IMAGE_OWNER: {"images": str(tmp_path / "images.safetensors"), "plan": plan.model_dump()}, MODEL_OWNER: {}}
-    jobs = [job(tmp_path, role, graph, addresses=addresses, **{**own[role], "connect_timeout": 60}) for role in (0, 1)]
+    jobs = [job(tmp_path, role, graph, addresses=addresses, **{**own[role], "connect_timeout": 90}) for role in (0, 1)]
     with (
         PartyProcess.start(0, tmp_path / "0", jobs[0]) as owner,
         PartyProcess.start(1, tmp_path / "1", jobs[1]) as asker,
@@ -287,7 +287,7 @@ def test_parties_with_different_masks_part_before_anything_is_sent(tmp_path):
     plan = make_plan({"network": theirs}, IMAGES, protocols=["semi2k"], batch_sizes=[2])
     save_tensors(tmp_path / "images.safetensors", {"images": IMAGES})
     jobs = [
-        job(tmp_path, MODEL_OWNER, mine, addresses=addresses),
+        job(tmp_path, MODEL_OWNER, mine, addresses=addresses, connect_timeout=90),
         job(
             tmp_path,
             IMAGE_OWNER,
@@ -295,6 +295,7 @@ def test_parties_with_different_masks_part_before_anything_is_sent(tmp_path):
             addresses=addresses,
             images=str(tmp_path / "images.safetensors"),
             plan=plan.model_dump(),
+            connect_timeout=90,
         ),
     ]
     with (
