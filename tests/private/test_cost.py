@@ -151,7 +151,7 @@ def test_the_constants_of_the_model_give_the_validated_predictions():
     networks = benchmark.validation_networks()
     for row in table.itertuples():
         told = estimate(networks[row.network], protocol=row.protocol, batch_size=row.batch_size)
-        assert told.bytes == pytest.approx(row.predicted_bytes, rel=1e-6)
+        assert told.bytes == pytest.approx(row.predicted_bytes, rel=1e-4)
 
 
 def test_setup_is_told_apart():

@@ -205,7 +205,8 @@ def job(tmp_path: Path, role: int, graph, **more) -> dict:
         "role": role,
         "folder": str(folder),
         "graphs": {"network": str(folder / "public.safetensors")},
-        "timeout": 5,
+        # SPU also gives up on a party that starts so much later.
+        "timeout": 40,
         "connect_timeout": 5,
         **more,
     }

@@ -97,6 +97,10 @@ def require_free(address: str) -> None:
         raise FairlineError(f"{address} cannot be listened on ({error.strerror or error}).") from None
 
 
+class Refused(FairlineError):
+    """The model's owner does not do what the image's owner asked for; both are told why."""
+
+
 class Party:
     """A party with its link to the other one."""
 
@@ -163,7 +167,7 @@ class Party:
             self.send(self.job.plan.model_dump())
             answer = self.receive()
             if answer.get("error"):
-                raise FairlineError(str(answer["error"]))
+                raise Refused(str(answer["error"]))
             return self.job.plan
         try:
             plan = Plan.model_validate(self.receive())
@@ -175,7 +179,7 @@ class Party:
         except (ValidationError, FairlineError) as error:
             sentence = str(error).replace("\n", " ")
             self.send({"error": sentence})
-            raise FairlineError(f"Refused what the image's owner asked for: {sentence}") from None
+            raise Refused(f"Refused what the image's owner asked for: {sentence}") from None
         self.send({"error": None})
         return plan
 
@@ -318,11 +322,17 @@ def _zeros(shape: tuple[int, ...]) -> Any:
 def take_part(job: Job) -> None:
     """A whole session, from connecting to the last call."""
     party = Party(job)
-    party.run(party.agree())
-    # So that neither closes the link while the other still reads.
+    refused = None
+    try:
+        party.run(party.agree())
+    except Refused as error:
+        refused = error
+    # So that neither closes the link while the other still reads or sends.
     party.send({"done": True})
     party.receive()
     party.link.stop_link()
+    if refused is not None:
+        raise refused
 
 
 def main() -> None:

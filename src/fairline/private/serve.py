@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 import torch
 import yaml
@@ -36,10 +37,12 @@ from fairline.private.jobs import Checkpoint
 from fairline.private.onnx_graph import write_onnx
 from fairline.private.party import require_free
 from fairline.private.plan import IMAGE_OWNER, MODEL_OWNER
-from fairline.private.spu import PartyProcess, Session, make_plan, require_spu, wait_for
+from fairline.private.spu import PartyProcess, Session, SessionError, make_plan, require_spu, wait_for
 from fairline.runs import DataSpec
 from fairline.training import ProgressCallback
 
+#: Exit code of a process whose link SPU gave up.
+GAVE_UP = 255
 #: The network's name in a session of two hosts.
 NAME = "network"
 
@@ -196,9 +199,17 @@ def serve(
             "timeout": timeout,
             "connect_timeout": wait,
         }
-        with PartyProcess.start(MODEL_OWNER, Path(temporary), job) as party:
-            wait_for([party], session, progress, quiet=wait + 5 * timeout)
-    return session
+        began = monotonic()
+        while True:
+            with PartyProcess.start(MODEL_OWNER, Path(temporary), job) as party:
+                try:
+                    wait_for([party], session, progress, quiet=wait + 5 * timeout)
+                    return session
+                except SessionError:
+                    # SPU ends a process that has waited for its timeout before anybody came.
+                    waiting = party.process.poll() == GAVE_UP and not session.setup[MODEL_OWNER]
+                    if not waiting or monotonic() - began > wait:
+                        raise
 
 
 @dataclass(frozen=True)
