@@ -37,12 +37,10 @@ from fairline.private.jobs import Checkpoint
 from fairline.private.onnx_graph import write_onnx
 from fairline.private.party import require_free
 from fairline.private.plan import IMAGE_OWNER, MODEL_OWNER
-from fairline.private.spu import PartyProcess, Session, SessionError, make_plan, require_spu, wait_for
+from fairline.private.spu import GAVE_UP, PartyProcess, Session, SessionError, make_plan, require_spu, wait_for
 from fairline.runs import DataSpec
 from fairline.training import ProgressCallback
 
-#: Exit code of a process whose link SPU gave up.
-GAVE_UP = 255
 #: The network's name in a session of two hosts.
 NAME = "network"
 

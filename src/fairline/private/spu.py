@@ -321,6 +321,10 @@ def require_bits(ring_bits: int, fraction_bits: int) -> None:
         )
 
 
+#: Exit code of a process whose link SPU has given up.
+GAVE_UP = 255
+
+
 class SessionError(FairlineError):
     """A session that had begun failed: a party ended, refused or fell silent."""
 
@@ -489,6 +493,9 @@ class PartyProcess:
         """Why the process ended, where it said nothing itself."""
         code = self.process.wait()
         name = f"The process that holds the {'weights' if self.rank == MODEL_OWNER else 'images'}"
+        if code == GAVE_UP:
+            other = "image" if self.rank == MODEL_OWNER else "model"
+            return f"The {other}'s owner stopped answering, and SPU gave the link up."
         if code < 0:
             return f"{name} was ended by {signal.Signals(-code).name}."
         last = [line for line in self.errors.read_text(errors="replace").splitlines() if line.strip()][-1:]
