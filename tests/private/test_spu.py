@@ -245,8 +245,12 @@ def test_a_survivor_without_a_launcher_says_that_the_other_is_gone(tmp_path, sur
             pass
         other.process.kill()
         name = "image" if survivor == MODEL_OWNER else "model"
-        with pytest.raises(SessionError, match=f"^The {name}'s owner stopped answering"):
-            wait_for([left], Session.empty(), quiet=60)
+        # SPU may tell, give up, or crash; each is one sentence, within the timeout.
+        with pytest.raises(
+            SessionError, match=f"^The {name}'s owner stopped answering|^[^\\n]* was ended by SIG"
+        ) as failed:
+            wait_for([left], Session.empty(), quiet=90)
+        assert "said nothing" not in str(failed.value)
         left.process.wait(10)
 
 
