@@ -307,9 +307,13 @@ def test_parties_with_different_masks_part_before_anything_is_sent(tmp_path):
         PartyProcess.start(0, tmp_path / "0", jobs[0]) as owner,
         PartyProcess.start(1, tmp_path / "1", jobs[1]) as asker,
     ):
+        told = []
         for party in (asker, owner):
-            with pytest.raises(SessionError, match="different architectures or masks of network 'network'"):
-                wait_for([party], Session.empty(), quiet=60)
+            with pytest.raises(SessionError) as failed:
+                wait_for([party], Session.empty(), quiet=90)
+            told.append(str(failed.value))
+    # SPU may drop the link of one of them meanwhile.
+    assert any("different architectures or masks of network 'network'" in sentence for sentence in told), told
 
 
 @spu
