@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -104,14 +105,22 @@ def test_a_study_may_extend_another_and_name_scales(tmp_path):
 @pytest.mark.parametrize(
     ("text", "scale", "words"),
     [
-        ("extends: base.yaml\nseedz: [0]\n", None, "child.yaml, line 2: seedz: Extra inputs"),
-        ("extends: base.yaml\nmasks:\n  plain:\n    budgets: [a]\n", None, "child.yaml, line 4: masks.plain.budgets.0"),
-        ("extends: broken.yaml\n", None, "broken.yaml, line 6: model.nome: Extra inputs"),
-        ("extends: child.yaml\n", None, "child.yaml extends itself"),
-        ("extends: gone.yaml\n", None, "gone.yaml cannot be read"),
-        ("extends: [a]\n", None, "line 1: extends names one file"),
-        ("extends: base.yaml\nscales:\n  tiny:\n    train: 5\n", "tiny", "child.yaml, line 4: train: Input should be"),
-        ("extends: base.yaml\nscales: {tiny: {}}\n", "paper", "has no scale 'paper'; it has tiny"),
+        ("extends: base.yaml\nseedz: [0]\n", None, r"child\.yaml: seedz: Extra inputs .* \(line 2\)\.$"),
+        (
+            "extends: base.yaml\nmasks:\n  plain:\n    budgets: [a]\n",
+            None,
+            r"child\.yaml: masks\.plain\.budgets\.0\b.* \(line 4\)\.$",
+        ),
+        ("extends: broken.yaml\n", None, r"broken\.yaml: model\.nome: Extra inputs .* \(line 6\)\.$"),
+        ("extends: child.yaml\n", None, r"child\.yaml extends itself\.$"),
+        ("extends: gone.yaml\n", None, r"gone\.yaml cannot be read"),
+        ("extends: [a]\n", None, r"child\.yaml: extends names one file, .* \(line 1\)\.$"),
+        (
+            "extends: base.yaml\nscales:\n  tiny:\n    train: 5\n",
+            "tiny",
+            r"child\.yaml: train: Input should be .* \(line 4\)\.$",
+        ),
+        ("extends: base.yaml\nscales: {tiny: {}}\n", "paper", r"has no scale 'paper'; it has tiny\.$"),
     ],
 )
 def test_an_error_names_file_line_and_field(tmp_path, text, scale, words):
@@ -120,14 +129,14 @@ def test_an_error_names_file_line_and_field(tmp_path, text, scale, words):
     (tmp_path / "child.yaml").write_text(text)
     with pytest.raises(FairlineError, match=r"^[^\n]*$") as refused:
         load_spec(tmp_path / "child.yaml", scale)
-    assert words in str(refused.value)
+    assert re.search(words, str(refused.value)), refused.value
 
 
 def test_what_yaml_merges_in_has_its_own_line(tmp_path):
     spec = tmp_path / "merged.yaml"
     text = SPEC.read_text().replace("  plain:\n    budgets: [1.0, 0.1]", "  plain: &p\n    budgets: [1.0, 0.1]")
     spec.write_text(text.replace("finetune:", "  other: {<<: *p, budgets: [b]}\nfinetune:"))
-    with pytest.raises(FairlineError, match=r"line 12: masks\.other\.budgets"):
+    with pytest.raises(FairlineError, match=r"masks\.other\.budgets.* \(line 12\)"):
         load_spec(spec)
 
 

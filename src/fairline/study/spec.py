@@ -141,7 +141,9 @@ def load_spec(path: str | Path, scale: str | None = None) -> StudySpec:
         # A misspelt field also leaves the right one missing; the misspelling is the cause.
         first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
         where = ".".join(map(str, first["loc"])) or "the study"
-        raise FairlineError(f"{source.line_of(first['loc'], str(path))}: {where}: {first['msg']}.") from None
+        file, line = source.place_of(first["loc"]) or (str(path), None)
+        behind = "" if line is None else f" (line {line})"
+        raise FairlineError(f"{file}: {where}: {first['msg']}{behind}.") from None
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,11 @@ class _Source:
 
     Attributes:
         content: As YAML gives it.
-        lines: ``"FILE, line N"`` by path of keys.
+        lines: File and line by path of keys.
     """
 
     content: Any
-    lines: dict[tuple[Any, ...], str]
+    lines: dict[tuple[Any, ...], tuple[str, int]]
 
     def replaced_by(self, other: _Source) -> _Source:
         """The fields of another source where it has them, these elsewhere; mappings are joined key by key."""
@@ -167,12 +169,12 @@ class _Source:
         }
         return _Source(_merged(self.content, other.content), {**lines, **other.lines})
 
-    def line_of(self, location: Sequence[Any], default: str) -> str:
+    def place_of(self, location: Sequence[Any]) -> tuple[str, int] | None:
         """File and line of a field, or of the nearest one that holds it."""
         for length in range(len(location), 0, -1):
             if tuple(location[:length]) in self.lines:
                 return self.lines[tuple(location[:length])]
-        return default
+        return None
 
 
 def _merged(below: Any, above: Any) -> Any:
@@ -203,18 +205,19 @@ def _read(path: Path, readers: tuple[Path, ...]) -> _Source:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise FairlineError(f"{path} is not valid YAML ({reason}).") from None
-    lines: dict[tuple[Any, ...], str] = {}
+    lines: dict[tuple[Any, ...], tuple[str, int]] = {}
     _note_lines(tree, (), str(path), lines)
     source = _Source(content, lines)
     if not isinstance(content, dict) or "extends" not in content:
         return source
     extended = content.pop("extends")
     if not isinstance(extended, str):
-        raise FairlineError(f"{lines[('extends',)]}: extends names one file, not {extended!r}.")
+        line = lines[("extends",)][1]
+        raise FairlineError(f"{path}: extends names one file, not {extended!r} (line {line}).")
     return _read(path.parent / extended, (*readers, path.resolve())).replaced_by(source)
 
 
-def _note_lines(node: Any, where: tuple[Any, ...], path: str, lines: dict[tuple[Any, ...], str]) -> None:
+def _note_lines(node: Any, where: tuple[Any, ...], path: str, lines: dict[tuple[Any, ...], tuple[str, int]]) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in sorted(node.value, key=lambda pair: pair[0].tag != "tag:yaml.org,2002:merge"):
             if key.tag == "tag:yaml.org,2002:merge":
@@ -223,9 +226,9 @@ def _note_lines(node: Any, where: tuple[Any, ...], path: str, lines: dict[tuple[
                     _note_lines(merged, where, path, lines)
                 continue
             name = yaml.SafeLoader("").construct_object(key)
-            lines[(*where, name)] = f"{path}, line {key.start_mark.line + 1}"
+            lines[(*where, name)] = (path, key.start_mark.line + 1)
             _note_lines(value, (*where, name), path, lines)
     elif isinstance(node, yaml.SequenceNode):
         for place, item in enumerate(node.value):
-            lines[(*where, place)] = f"{path}, line {item.start_mark.line + 1}"
+            lines[(*where, place)] = (path, item.start_mark.line + 1)
             _note_lines(item, (*where, place), path, lines)
