@@ -141,4 +141,4 @@ def test_emptied_layers_are_a_method_and_a_budget_may_be_one_method_s_alone(runs
     assert budgets["not finetuned"] == budgets["masks layers emptied, not finetuned"] == {224, 45, 20}
     assert budgets["random: not finetuned"] == {10}
     page = (tmp_path / "compare" / "comparison.html").read_text(encoding="utf-8")
-    assert "With 4.46 % of the ReLUs" in html.unescape(page)
+    assert "With 4.5 % of the ReLUs" in html.unescape(page)
