@@ -163,6 +163,10 @@ def parse_measure_options(pairs: list[str] | None) -> dict[str, dict[str, Any]]:
     return options
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _value(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -515,7 +519,7 @@ def audit(
         run = audit_job(
             sources,
             out,
-            measures=[name.strip() for name in measures.split(",") if name.strip()],
+            measures=_names(measures),
             options=parse_measure_options(option),
             explain=explain,
             split=split,
@@ -595,7 +599,7 @@ def ablate(
             source,
             out,
             key.strip(),
-            [_value(value.strip()) for value in values.split(",") if value.strip()],
+            [_value(value) for value in _names(values)],
             objective,
             parse_options(objective_option),
             **_drop_none(epochs=epochs, lr=lr, batch_size=batch_size),
@@ -660,10 +664,6 @@ Timeout = Annotated[float, typer.Option("--timeout", help="Seconds without a wor
 Parties = Annotated[
     Path, typer.Option("--parties", help="YAML file with the two addresses: 'model: HOST:PORT', 'image: HOST:PORT'.")
 ]
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _counts(text: str, what: str) -> list[int]:
@@ -841,8 +841,7 @@ def private_export(
     root: Root = None,
 ) -> None:
     """Write a network for private inference: a public folder for both parties, weights for its owner."""
-    from dataclasses import replace
-
+    from fairline.jobs import data_of
     from fairline.private.jobs import find_networks
     from fairline.private.serve import export_network
 
@@ -850,7 +849,7 @@ def private_export(
     if len(found) != 1:
         names = ", ".join(checkpoint.folder.name for checkpoint in found)
         raise FairlineError(f"{source} holds {len(found)} networks ({names}); name the folder of one.")
-    spec = run.data if root is None else replace(run.data, root=str(root))
+    spec = data_of(run, None if root is None else str(root))
     graph = export_network(found[0], spec, out, onnx=onnx)
     out_console.print(
         f"{graph.relus:,} ReLUs are evaluated. For both parties: {out / 'public'}; "
@@ -941,11 +940,11 @@ def frontier(
     """Accuracy against cost: Pareto front, and the cheapest network that keeps every group's accuracy."""
     import pandas as pd
 
+    from fairline.private.frontier import require_within
     from fairline.private.jobs import frontier_job
     from fairline.report.costs import answers, write_frontier, write_results
 
-    if not within >= 0:
-        raise FairlineError(f"The drop that a group may suffer is a percentage from 0 on, not {within:g}.")
+    require_within(within)
     with progress_bars() as progress:
         run = frontier_job(
             source,

@@ -156,7 +156,7 @@ def linearize_job(
     }
     with Run.write(out, "linearize", config, where) as run:
         if not run.finished:
-            _, parts = _data(parent, root).load()
+            _, parts = data_of(parent, root).load()
             rows: list[dict[str, float]] = []
             for cut in linearizer.linearize(
                 teacher,
@@ -228,7 +228,7 @@ def finetune_job(
     }
     with Run.write(out, "finetune", config, where) as run:
         if not run.finished:
-            _, parts = _data(parent, root).load()
+            _, parts = data_of(parent, root).load()
             teacher, _ = load_network(parent.base().networks()["base"])
             rows: list[dict[str, Any]] = []
             for position, (name, folder) in enumerate(parent.networks().items(), start=1):
@@ -282,7 +282,7 @@ def last_layer_job(
     }
     with Run.write(out, "last-layer", config, torch.device("cpu")) as run:
         if not run.finished:
-            _, parts = _data(parent, root).load()
+            _, parts = data_of(parent, root).load()
             rows = []
             networks = parent.networks()
             for position, (name, folder) in enumerate(networks.items(), start=1):
@@ -348,8 +348,7 @@ def audit_job(
     where = resolve_device(device)
     if not sources:
         raise FairlineError("An audit needs at least one run.")
-    if split not in ("train", "val", "test"):
-        raise FairlineError(f"The split is train, val or test, not '{split}'.")
+    require_split(split)
     runs = [Run.read(source, "train", *STUDENTS) for source in sources]
     base = runs[0].base()
     for run in runs[1:]:
@@ -369,7 +368,7 @@ def audit_job(
     }
     with Run.write(out, "audit", config, where) as run:
         if not run.finished:
-            _, parts = _data(base, root).load()
+            _, parts = data_of(base, root).load()
             network, _ = load_network(base.networks()["base"])
             reference = Subject(network, parts[split], None, where, seed, resamples, "base", progress)
             folders = {"base": base.networks()["base"]}
@@ -481,8 +480,7 @@ def compare_job(
     where = resolve_device(device)
     if not sources:
         raise FairlineError("A comparison needs at least one run.")
-    if split not in ("train", "val", "test"):
-        raise FairlineError(f"The split is train, val or test, not '{split}'.")
+    require_split(split)
     runs = [Run.read(source, *STUDENTS) for source in sources]
     families: dict[Path, list[Run]] = {}
     for run in runs:
@@ -510,7 +508,7 @@ def compare_job(
                 kept = [run.checkpoint / f"{position}.{part}.parquet" for part in ("predictions", "layers", "counts")]
                 networks = _labelled(base, family)
                 if not all(path.exists() for path in kept):
-                    _, parts = _data(base, root).load()
+                    _, parts = data_of(base, root).load()
                     data = parts[split]
                     found, masks = [], []
                     for (label, info), folder in networks:
@@ -723,7 +721,17 @@ def _measures(
     return chosen
 
 
-def _data(run: Run, root: str | None) -> DataSpec:
+def require_split(split: str) -> None:
+    """Refuse a part that data do not have.
+
+    Raises:
+        FairlineError: It is none of the three.
+    """
+    if split not in ("train", "val", "test"):
+        raise FairlineError(f"The split is train, val or test, not '{split}'.")
+
+
+def data_of(run: Run, root: str | None) -> DataSpec:
     """The run's data, from another folder if they have moved."""
     return run.data if root is None else replace(run.data, root=root)
 

@@ -425,6 +425,28 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def provenance(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Where results came from.
+
+    Args:
+        machines: The environments (:func:`environment`) of all runs behind them.
+
+    Returns:
+        ``commits``, ``devices``, ``platforms`` and ``python``, each sorted; ``packages``; and ``written``, the date.
+    """
+    packages: dict[str, str] = {}
+    for machine in machines:
+        packages |= machine["packages"]
+    return {
+        "commits": sorted({str(machine["commit"]) for machine in machines}),
+        "devices": sorted({machine["device"] for machine in machines}),
+        "platforms": sorted({machine["platform"] for machine in machines}),
+        "python": sorted({machine["python"] for machine in machines}),
+        "packages": packages,
+        "written": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
 def _commit() -> str | None:
     """Commit of the source tree that this package runs from, if it is one."""
     here = Path(__file__).resolve().parent

@@ -239,6 +239,8 @@ def test_bad_input_to_a_run_is_one_sentence(refused, networks, tmp_path):
         (["private", "run", networks[0], "--fraction-bits", "40", *out], "do not fit into a ring of 64"),
         (["private", "run", networks[0], "--ring-bits", "32", *out], "64 or 128 bits"),
         (["private", "fixed-point", networks[0], "--protocol", "magic", *out], "no protocol 'magic'"),
+        (["private", "fixed-point", networks[0], "--split", "all", *out], "The split is train, val or test"),
+        (["private", "run", networks[0], "--split", "all", *out], "The split is train, val or test"),
         (["private", "query", public, tmp_path / "no.png", *parties], "is not an image"),
         (["private", "query", public, tmp_path / "gone.png", *parties], "is not an image"),
         (["private", "query", tmp_path, tmp_path / "one.png", *parties], "graph.safetensors"),
@@ -246,6 +248,7 @@ def test_bad_input_to_a_run_is_one_sentence(refused, networks, tmp_path):
         (["private", "query", public, tmp_path / "one.png", *parties, "--wait", "1"], "did not answer at"),
     ):
         assert words in refused(*arguments)
+    assert not (tmp_path / "out").exists()
     shutil.copy(tmp_path / "shared" / "weights.safetensors", tmp_path / "other" / "weights.safetensors")
     (tmp_path / "other" / "weights.safetensors").write_bytes(b"cut short")
     assert "weights.safetensors" in refused("private", "serve", tmp_path / "other", *parties)

@@ -307,6 +307,16 @@ PROTOCOL_COSTS: dict[str, type[ProtocolCost]] = {
 }
 
 
+def require_cost_model(protocol: str) -> None:
+    """Refuse a protocol whose costs nobody has told.
+
+    Raises:
+        FairlineError: There is no such model.
+    """
+    if protocol not in PROTOCOL_COSTS:
+        raise FairlineError(f"There is no cost model of '{protocol}'; known are {', '.join(PROTOCOL_COSTS)}.")
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A predicted private inference.
@@ -385,8 +395,7 @@ def estimate(
     Raises:
         FairlineError: There is no such protocol or network, or the model cannot be exported.
     """
-    if protocol not in PROTOCOL_COSTS:
-        raise FairlineError(f"There is no cost model of '{protocol}'; known are {', '.join(PROTOCOL_COSTS)}.")
+    require_cost_model(protocol)
     if batch_size < 1:
         raise FairlineError("A batch holds at least one image.")
     if isinstance(model, PlainGraph):

@@ -77,6 +77,16 @@ def frontier(audit: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def require_within(within: float) -> None:
+    """Refuse a limit that is no percentage.
+
+    Raises:
+        FairlineError: It is negative or no finite number.
+    """
+    if not within >= 0 or math.isinf(within):
+        raise FairlineError(f"The drop that a group may suffer is a percentage from 0 on, not {within:g}.")
+
+
 def cheapest(table: pd.DataFrame, within: float, *, cost: str = "bytes", sure: bool = False) -> dict[str, Any] | None:
     """The cheapest network that keeps every group's accuracy.
 
@@ -94,8 +104,7 @@ def cheapest(table: pd.DataFrame, within: float, *, cost: str = "bytes", sure: b
     """
     if cost not in COSTS:
         raise FairlineError(f"A cost is one of {', '.join(COSTS)}, not '{cost}'.")
-    if not within >= 0 or math.isinf(within):
-        raise FairlineError(f"The drop that a group may suffer is a percentage from 0 on, not {within:g}.")
+    require_within(within)
     kept = table[(table["drop_high" if sure else "largest_drop"] <= within) & table[cost].notna()]
     if kept.empty:
         return None

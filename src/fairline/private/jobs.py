@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 
 from fairline._io import write_table
-from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.private.cost import PROTOCOL_COSTS, estimate
+from fairline.jobs import data_of, require_split
+from fairline.private.cost import estimate, require_cost_model
 from fairline.private.export import to_graph
 from fairline.private.fixed_point import IN_THE_CLEAR, agreement, check_request
 from fairline.private.frontier import frontier
@@ -83,14 +83,6 @@ def find_networks(sources: Sequence[str | Path]) -> tuple[list[Checkpoint], Run]
     return found, runs[0]
 
 
-def part_of(run: Run, split: str, root: str | None) -> GroupedData:
-    """A part of the data that a run used."""
-    if split not in ("train", "val", "test"):
-        raise FairlineError(f"The split is train, val or test, not '{split}'.")
-    spec = run.data if root is None else replace(run.data, root=root)
-    return spec.load()[1][split]
-
-
 def _graphs(found: Sequence[Checkpoint], progress: ProgressCallback | None) -> dict[str, PlainGraph]:
     graphs = {}
     for position, checkpoint in enumerate(found, start=1):
@@ -147,6 +139,7 @@ def private_job(
         FairlineError: The input is wrong, SPU is missing, or a party failed.
     """
     require_spu()
+    require_split(split)
     found, parent = find_networks(sources)
     wire = find_network(network)
     check_options(
@@ -173,7 +166,7 @@ def private_job(
     }
     with Run.write(out, "private-run", config, torch.device("cpu")) as run:
         if not run.finished:
-            data = part_of(parent, split, root)
+            data = data_of(parent, root).load()[1][split]
             index = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:images]
             chosen = data.normalized(index)
             graphs = _graphs(found, progress)
@@ -288,6 +281,7 @@ def fixed_point_job(
     resumes there.
     """
     check_request(protocol, fraction_bits, ring_bits, samples, batch_size)
+    require_split(split)
     found, parent = find_networks(sources)
     config = {
         "networks": _identity(found),
@@ -301,7 +295,7 @@ def fixed_point_job(
     }
     with Run.write(out, "fixed-point", config, torch.device("cpu")) as run:
         if not run.finished:
-            data = part_of(parent, split, root)
+            data = data_of(parent, root).load()[1][split]
             tables = []
             for position, checkpoint in enumerate(found):
                 graph = None
@@ -357,8 +351,7 @@ def frontier_job(
     source = Run.read(audit, "audit")
     wire = find_network(network)
     for protocol in protocols:
-        if protocol not in PROTOCOL_COSTS:
-            raise FairlineError(f"There is no cost model of '{protocol}'; known are {', '.join(PROTOCOL_COSTS)}.")
+        require_cost_model(protocol)
     privates = [Run.read(folder, "private-run") for folder in measured]
     bits = None if fixed_point is None else Run.read(fixed_point, "fixed-point")
     found, _ = find_networks([source.config["parent"]["folder"], *(s["folder"] for s in source.config["sources"])])
@@ -381,6 +374,7 @@ def frontier_job(
             rows = []
             for position, checkpoint in enumerate(found, start=1):
                 graph = checkpoint.graph()
+                name = graph_digest(graph)
                 for protocol in protocols:
                     told = estimate(graph, protocol=protocol, network=wire)
                     cost: dict[str, Any] = {
@@ -389,7 +383,7 @@ def frontier_job(
                         "seconds": told.seconds,
                         "source": "predicted",
                     }
-                    found_cost = known.get((graph_digest(graph), protocol))
+                    found_cost = known.get((name, protocol))
                     if found_cost is not None:
                         cost = {**found_cost, "source": "measured"}
                         if cost.pop("wire") != wire.name:

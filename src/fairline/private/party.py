@@ -20,11 +20,12 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fairline._io import load_tensors
 from fairline.errors import FairlineError
-from fairline.private.graph import PlainGraph
+from fairline.private.graph import Node, PlainGraph
 from fairline.private.plan import IMAGE_OWNER, MODEL_OWNER, Plan, graph_digest
 
 
@@ -226,8 +227,6 @@ class Party:
 
     def _prime(self, engine: Any) -> tuple[int, int, int]:
         """A product and a comparison, so that keys and oblivious transfers are ready: the price of a session."""
-        from fairline.private.graph import Node
-
         # Large enough that ciphertexts are packed and both threads compare: then all keys are exchanged.
         channels, side = 4, 32
         conv = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
@@ -238,7 +237,7 @@ class Party:
             Node("reshape", "flat", "flat", ("relu",), (channels * side * side,)),
         ]
         tiny = PlainGraph(shape, nodes, {"weight": (channels, channels, 3, 3), "bias": (channels,)}, {}, {})
-        tiny.weights = {name: _zeros(shape) for name, shape in tiny.shapes.items()}
+        tiny.weights = {name: torch.zeros(shape) for name, shape in tiny.shapes.items()}
         self._set_weights(engine, tiny)
         engine.set_private("x", np.zeros((1, *tiny.input_shape), np.float32), IMAGE_OWNER)
         stats = engine.run(self._compile(tiny, 1))
@@ -311,12 +310,6 @@ def unpack(message: bytes) -> tuple[bytes, list[bytes]]:
     if place != len(message) or len(parts) < 2:
         raise FairlineError("The model's owner sent a result that is not whole.")
     return parts[0], parts[1:]
-
-
-def _zeros(shape: tuple[int, ...]) -> Any:
-    import torch
-
-    return torch.zeros(shape)
 
 
 def take_part(job: Job) -> None:

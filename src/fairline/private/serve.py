@@ -195,10 +195,10 @@ def serve(
             "graphs": {NAME: str((source / "public" / "graph.safetensors").resolve())},
             "weights": {NAME: str((source / "weights.safetensors").resolve())},
             "timeout": timeout,
-            "connect_timeout": wait,
         }
         began = monotonic()
         while True:
+            job["connect_timeout"] = max(1.0, wait - (monotonic() - began))
             with PartyProcess.start(MODEL_OWNER, Path(temporary), job) as party:
                 try:
                     wait_for([party], session, progress, quiet=wait + 5 * timeout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ import pandas as pd
 from fairline._io import atomic_path, read_json, write_text
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
+from fairline.private.cost import PROTOCOL_COSTS
 from fairline.private.frontier import cheapest
+from fairline.private.plan import CAVEATS
 from fairline.report import figures
 from fairline.report.figures import save_charts, themed
 from fairline.report.html import read_table, settings, write_page
-from fairline.runs import Run
+from fairline.runs import Run, provenance
 from fairline.study.spec import StudySpec
 
 #: What a private inference is paid in: column, unit, and what a value is divided by.
@@ -248,9 +249,9 @@ def write_results(folder: str | Path, target: str | Path) -> Path:
         tables["measured.csv"] = pd.concat([read_table(each, "private.parquet") for each in measured])
     if (run.folder / "fixed_point.parquet").exists():
         tables["fixed_point.csv"] = read_table(run, "fixed_point.parquet")
-    for name, content in tables.items():
+    for name, rows in tables.items():
         with atomic_path(out / name) as temporary:
-            content.to_csv(temporary, index=False, float_format="%.6g")
+            rows.to_csv(temporary, index=False, float_format="%.6g")
     for file in save_charts(cost_figures(run), out):
         if file.suffix != ".png":
             file.unlink()
@@ -258,18 +259,13 @@ def write_results(folder: str | Path, target: str | Path) -> Path:
     machines = [read_json(each / "environment.json") for each in [*lineage, *(r.folder for r in measured), run.folder]]
     specs = {path for each in lineage if (path := each.parent.parent / "spec.json").exists()}
     studies = [StudySpec.model_validate(read_json(path)) for path in sorted(specs)]
-    provenance = {
+    content = {
         "studies": [{"name": s.name, "spec_hash": s.digest, "scale": s.scale, "seeds": s.seeds} for s in studies],
         "seeds": sorted({int(config["seed"]) for config in run.config["lineage"].values()}),
         "measured": [{**each.config, "networks": len(each.config["networks"])} for each in measured],
-        "commits": sorted({str(machine["commit"]) for machine in machines}),
-        "devices": sorted({machine["device"] for machine in machines}),
-        "platforms": sorted({machine["platform"] for machine in machines}),
-        "python": sorted({machine["python"] for machine in machines}),
-        "packages": machines[-1]["packages"],
-        "written": time.strftime("%Y-%m-%d", time.gmtime()),
+        **provenance(machines),
     }
-    write_text(out / "provenance.json", json.dumps(provenance, indent=2) + "\n")
+    write_text(out / "provenance.json", json.dumps(content, indent=2) + "\n")
     return out
 
 
@@ -307,9 +303,6 @@ def panel(folder: str | Path, within: float, audit: Run | None = None) -> tuple[
 
 
 def _caveats(protocols: Sequence[str]) -> list[str]:
-    from fairline.private.cost import PROTOCOL_COSTS
-    from fairline.private.plan import CAVEATS
-
     return [CAVEATS.get(name, f"{name}: predicted from {PROTOCOL_COSTS[name].source}.") for name in protocols]
 
 

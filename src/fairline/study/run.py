@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
@@ -26,7 +25,7 @@ import torch
 from fairline._io import atomic_path, read_json, write_json, write_text
 from fairline.errors import FairlineError
 from fairline.jobs import compare_job, finetune_job, last_layer_job, linearize_job, train_job
-from fairline.runs import DataSpec, Run
+from fairline.runs import DataSpec, Run, provenance
 from fairline.study.spec import Finetune, StudySpec
 from fairline.training import Progress, ProgressCallback
 
@@ -233,17 +232,12 @@ def write_results(spec: StudySpec, out: str | Path, results: str | Path) -> Path
                 file.unlink()
     machines = [read_json(file) for file in sorted(Path(out).glob("*-*/*/environment.json"))]
     machines += [read_json(file) for file in sorted(Path(out).glob("compare-*/environment.json"))]
-    provenance = {
+    content = {
         "study": spec.name,
         "scale": spec.scale,
         "spec_hash": spec.digest,
         "seeds": spec.seeds,
-        "commits": sorted({str(machine["commit"]) for machine in machines}),
-        "devices": sorted({machine["device"] for machine in machines}),
-        "platforms": sorted({machine["platform"] for machine in machines}),
-        "python": sorted({machine["python"] for machine in machines}),
-        "packages": json.loads(sorted({json.dumps(machine["packages"], sort_keys=True) for machine in machines})[-1]),
-        "written": time.strftime("%Y-%m-%d", time.gmtime()),
+        **provenance(machines),
     }
-    write_text(folder / "provenance.json", json.dumps(provenance, indent=2) + "\n")
+    write_text(folder / "provenance.json", json.dumps(content, indent=2) + "\n")
     return folder
