@@ -317,6 +317,7 @@ def audit_job(
     explain: bool = False,
     split: str = "test",
     resamples: int = 2000,
+    with_base: bool = True,
     root: str | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -334,6 +335,7 @@ def audit_job(
         explain: Also take every measure with which the paper explains the disparity.
         split: Part to measure on.
         resamples: Bootstrap resamples.
+        with_base: Whether the base network has rows of its own; it is what the others are compared with anyway.
         root: Where the data are now, if they have moved.
         seed: Of the bootstrap and of every other random choice.
         device: The accelerator if there is one, by default.
@@ -361,6 +363,7 @@ def audit_job(
         "measures": list(measures),
         **({"options": {name: dict(own) for name, own in options.items()}} if options else {}),
         **({"explain": True} if explain else {}),
+        **({} if with_base else {"with_base": False}),
         "split": split,
         "resamples": resamples,
         "seed": seed,
@@ -371,7 +374,7 @@ def audit_job(
             _, parts = data_of(base, root).load()
             network, _ = load_network(base.networks()["base"])
             reference = Subject(network, parts[split], None, where, seed, resamples, "base", progress)
-            folders = {"base": base.networks()["base"]}
+            folders = {"base": base.networks()["base"]} if with_base else {}
             for source in runs:
                 if source.command != "train":
                     folders |= {f"{source.folder.name}/{name}": path for name, path in source.networks().items()}

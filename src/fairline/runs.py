@@ -57,6 +57,20 @@ _PACKAGES = (
 )
 
 
+#: The three data sets loaded last, in processes that run many jobs on the same data.
+_kept: dict[str, tuple[DataSpec, dict[str, GroupedData]]] | None = None
+
+
+def keep_data() -> None:
+    """Keep the three data sets loaded last in memory from now on; for processes in which the files do not change."""
+    global _kept
+    _kept = {} if _kept is None else _kept
+
+
+class FolderInUse(FairlineError):
+    """Another process is at work in the run folder."""
+
+
 @dataclass(frozen=True)
 class DataSpec:
     """Which data a run uses, and how they are split. Later jobs of a chain use the first one's.
@@ -88,6 +102,11 @@ class DataSpec:
         Raises:
             FairlineError: The data are not those of the earlier job.
         """
+        key = json.dumps([self.name, self.root, dict(self.options), self.split_seed], sort_keys=True)
+        if key in (_kept or {}):
+            complete, parts = (_kept or {})[key]
+            self._require(complete)
+            return complete, dict(parts)
         whole = data_registry.load(self.name, self.root, **self.options)
         if whole.skipped:
             logger.warning(
@@ -104,12 +123,19 @@ class DataSpec:
                 content.update(tensor.numpy().tobytes())
         mean, std = parts["train"].normalization()
         complete = DataSpec(self.name, self.root, dict(self.options), self.split_seed, content.hexdigest(), mean, std)
+        self._require(complete)
+        if _kept is not None:
+            while len(_kept) > 2:
+                del _kept[next(iter(_kept))]
+            _kept[key] = complete, dict(parts)
+        return complete, parts
+
+    def _require(self, complete: DataSpec) -> None:
         if self.fingerprint and self.fingerprint != complete.fingerprint:
             raise FairlineError(
                 f"Data '{self.name}' at {self.root} are not those that the network was trained on; "
                 "their test part could hold training images."
             )
-        return complete, parts
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DataSpec:
@@ -272,7 +298,7 @@ class Run:
         if run.folder.exists() and not run.folder.is_dir():
             raise FairlineError(f"{folder} is a file, not a folder.")
         if config_file.exists():
-            different = _difference(read_json(config_file), wanted)
+            different = difference(read_json(config_file), wanted)
             if different:
                 raise FairlineError(
                     f"{folder} holds another run ({different}); choose another --out or delete the folder."
@@ -289,7 +315,7 @@ class Run:
                 # The kernel drops the lock with the process, however it dies.
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise FairlineError(f"{folder} is in use by another process.") from None
+                raise FolderInUse(f"{folder} is in use by another process.") from None
             if run.finished:
                 yield run
                 return
@@ -396,14 +422,14 @@ class Run:
         write_table(self.folder / "metrics.parquet", pd.DataFrame(list(rows)))
 
 
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
     """The first entry in which two configs differ, in words."""
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
         if before == after:
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            return _difference(before, after, f"{prefix}{key}.")
+            return difference(before, after, f"{prefix}{key}.")
         return f"{prefix}{key} is {before!r} there and {after!r} here"
     return ""
 

@@ -1,206 +1,254 @@
-"""Run a study: base network, masks and finetunes for every data set and seed, then a comparison for each data set.
+"""Run studies: every cell once, as soon as the cells that it is built on are finished.
 
-OUT/
-  spec.json
-  DATA-SEED/base, masks-NAME, NAME-METHOD, NAME-METHOD-last-layer    run folders
-  compare-DATA/                                                      the comparison over all seeds
-
-Every run is resumable, so a study is: the same command goes on where it was interrupted.
+Cells are resumable and named by what determines them, so a study is resumed by its own command, however it was ended;
+studies in one store share what they have in common, and so do several processes at work on the same study.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from fairline._io import atomic_path, read_json, write_json, write_text
 from fairline.errors import FairlineError
-from fairline.jobs import compare_job, finetune_job, last_layer_job, linearize_job, train_job
-from fairline.runs import DataSpec, Run, provenance
-from fairline.study.spec import Finetune, StudySpec
+from fairline.runs import FolderInUse, Run, difference, provenance
+from fairline.study.cells import Cell, cells_of, compute, require_known
+from fairline.study.executors import Executor, Local, WorkerLost
+from fairline.study.spec import StudySpec
+from fairline.study.storage import Storage
+from fairline.study.store import collect
 from fairline.training import Progress, ProgressCallback
 
 logger = logging.getLogger(__name__)
 
-#: File of a cell that says why its last try failed.
-ERROR = "error.json"
+#: Tries of a cell whose process is lost before it counts as failed.
+TRIES = 3
+#: What :func:`run_cell` answers.
+DONE, BUSY = "done", "busy"
 
 
 def run_study(
-    spec: StudySpec,
+    spec: StudySpec | Sequence[StudySpec],
     out: str | Path,
     *,
     root: str | None = None,
-    jobs: int = 1,
+    executor: Executor | None = None,
     device: str | None = None,
     progress: ProgressCallback | None = None,
-) -> dict[str, Run]:
-    """Run or resume a study.
+) -> dict[str, dict[str, Run]]:
+    """Run studies, or go on with them.
 
     Args:
-        spec: What to run.
-        out: Folder of all its runs.
+        spec: What to run; several studies share their common cells.
+        out: The store; see :mod:`fairline.study.storage`.
         root: Where the data are.
-        jobs: Cells (a data set and a seed each) at a time, in processes of their own that share the CPU's threads.
+        executor: Who runs the cells; one process of this machine by default. Closed at the end.
         device: Of every run; the accelerator if there is one, by default.
-        progress: Told how many runs are done.
+        progress: Told how many cells are done, and how far those at work are.
 
     Returns:
-        The compare run of each data set.
+        The compare run of each data set, by study.
 
     Raises:
-        FairlineError: ``out`` holds another study, or a cell failed; the other cells are finished first.
+        FairlineError: The store holds the study with another content, or a cell failed; all cells that do not need
+            the failed one are finished first.
     """
-    if jobs < 1:
-        raise FairlineError(f"A study needs one job at least, not {jobs}.")
-    folder = Path(out)
-    written = folder / "spec.json"
-    content = spec.model_dump(mode="json")
-    if written.exists() and read_json(written) != content:
-        raise FairlineError(f"{folder} holds the results of another study, or of this one before it was changed.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(written, content)
-    cells = [(name, seed) for seed in spec.seeds for name in spec.data]
-    total = len(cells) * spec.runs_per_cell
-
-    def told() -> None:
-        if progress is not None:
-            done = sum(1 for file in folder.glob("*-*/*/status.json") if '"finished"' in file.read_text())
-            progress(Progress(f"study {spec.name}", min(done, total), total, f"{done} of {total} runs"))
-
-    errors: dict[str, str] = {}
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    # Spawned: a forked process inherits the locks of torch's thread pool.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        waiting: dict[Future[None], str] = {
-            pool.submit(run_cell, spec, folder, name, seed, root, device, threads): f"{name}-{seed}"
-            for name, seed in cells
-        }
-        while waiting:
-            finished, _ = wait(waiting, timeout=1)
-            for future in finished:
-                cell = waiting.pop(future)
-                error = future.exception()
-                if error is not None:
-                    errors[cell] = str(error) or type(error).__name__
-                    logger.error("cell %s: %s", cell, errors[cell])
-                    write_json(folder / cell / ERROR, {"error": errors[cell]})
-            told()
+    specs = [spec] if isinstance(spec, StudySpec) else list(spec)
+    storage = Storage(str(out))
+    for one in specs:
+        require_known(one)
+    for one in specs:
+        _claim(one, storage)
+    by_study = {one.name: cells_of(one) for one in specs}
+    cells = list({cell.key: cell for own in by_study.values() for cell in own}.values())
+    runner = executor or Local()
+    try:
+        errors = _run_cells(cells, storage, runner, root, device, progress, "study " + ", ".join(by_study))
+    finally:
+        runner.close()
+    for name, own in by_study.items():
+        for cell in own:
+            if storage.finished(cell):
+                storage.link(name, cell)
     if errors:
-        cell, reason = next(iter(errors.items()))
-        raise FairlineError(f"{len(errors)} of {len(cells)} cells failed; {cell}: {reason}")
+        failed, reason = next(iter(errors.items()))
+        raise FairlineError(f"{len(errors)} of {len(cells)} cells failed; {failed}: {reason}")
+    for one in specs:
+        collect(one, storage)
     return {
-        name: compare_job(
-            [run for seed in spec.seeds for run in finetune_folders(spec, folder / f"{name}-{seed}")],
-            folder / f"compare-{name}",
-            baseline=spec.baseline,
-            root=root,
-            device=device,
-            progress=progress,
-        )
-        for name in spec.data
+        name: {
+            str(cell.about["data_label"]): Run.read(storage.fetch(cell), "compare")
+            for cell in own
+            if cell.kind == "compare"
+        }
+        for name, own in by_study.items()
     }
 
 
-def status(out: str | Path) -> pd.DataFrame:
-    """How far a study is.
+def _claim(spec: StudySpec, storage: Storage) -> None:
+    """Write what the study runs, or see that it is the same as before."""
+    content = spec.model_dump(mode="json")
+    name = f"{spec.name}/spec.json"
+    written = storage.read_json(name)
+    if written is None:
+        try:
+            storage.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise FairlineError(f"{storage.path} cannot be written ({error.strerror or error}).") from None
+    elif written != content:
+        raise FairlineError(
+            f"{storage.path} holds study '{spec.name}' before it was changed ({difference(written, content)}): give it "
+            f"another name, or remove {spec.name}/spec.json there; cells that are the same are used again either way."
+        )
 
-    Args:
-        out: Folder of all its runs.
+
+def _run_cells(
+    cells: Sequence[Cell],
+    storage: Storage,
+    executor: Executor,
+    root: str | None,
+    device: str | None,
+    progress: ProgressCallback | None,
+    title: str,
+) -> dict[str, str]:
+    """Run all cells; returns what failed, by name."""
+    waiting = {cell.key: cell for cell in cells if not storage.finished(cell)}
+    finished = {cell.key for cell in cells} - set(waiting)
+    working: dict[Future[str], Cell] = {}
+    later: dict[str, float] = {}
+    lost: dict[str, int] = {}
+    errors: dict[str, str] = {}
+    failed: set[str] = set()
+    while waiting or working:
+        for key, cell in list(waiting.items()):
+            blockers = [parent for parent in cell.parents if parent.key in failed]
+            if blockers:
+                # Told once, for the cell that failed.
+                failed.add(key)
+                del waiting[key]
+            elif all(parent.key in finished for parent in cell.parents) and time.monotonic() >= later.get(key, 0):
+                working[executor.submit(run_cell, cell, storage, root, device)] = cell
+                del waiting[key]
+        done, _ = wait(working, timeout=1, return_when=FIRST_COMPLETED)
+        if not working:
+            time.sleep(0.2)
+        for future in done:
+            cell = working.pop(future)
+            error = future.exception()
+            if isinstance(error, WorkerLost) and lost.get(cell.key, 0) + 1 < TRIES:
+                lost[cell.key] = lost.get(cell.key, 0) + 1
+                logger.warning("the process of cell %s was lost; it is tried again", cell.where)
+                waiting[cell.key] = cell
+            elif error is not None:
+                reason = _one_line(error)
+                logger.error("cell %s: %s", cell.where, reason)
+                storage.record_error(cell, reason)
+                errors[cell.where] = reason
+                failed.add(cell.key)
+            elif future.result() == BUSY:
+                waiting[cell.key] = cell
+                later[cell.key] = time.monotonic() + 1
+            else:
+                finished.add(cell.key)
+        if progress is not None:
+            count = len({cell.key for cell in cells} & finished)
+            at_work = ", ".join(filter(None, (_told(storage, cell) for cell in working.values())))
+            progress(Progress(title, count, len(cells), f"{count} of {len(cells)} cells; {at_work}"))
+    return errors
+
+
+def run_cell(cell: Cell, storage: Storage, root: str | None, device: str | None) -> str:
+    """Run a cell where it is called.
 
     Returns:
-        A row for each cell: ``cell``, ``finished`` and ``runs``, ``state`` (``waiting``, ``unfinished``, ``failed`` or
-        ``finished``), and the ``error`` of the last try, if it failed.
+        ``DONE``, or ``BUSY`` if another process is at work on the cell.
 
     Raises:
-        FairlineError: The folder holds no study.
+        FairlineError: The input is wrong.
     """
-    folder = Path(out)
-    if not (folder / "spec.json").exists():
-        raise FairlineError(f"{folder} holds no study (there is no spec.json).")
-    spec = StudySpec.model_validate(read_json(folder / "spec.json"))
+    if storage.finished(cell):
+        return DONE
+    folder = storage.folder(cell)
+    parents = [storage.fetch(parent) for parent in cell.parents]
+    resumed = folder.exists()
+    begun = last = time.monotonic()
+    note = folder / "checkpoint" / "progress.json"
+
+    def told(update: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last > 2:
+            last = time.monotonic()
+            write_json(note, {"stage": update.stage, "done": update.done, "total": update.total})
+
+    try:
+        compute(cell, folder, parents, root=root, device=device, progress=told)
+    except FolderInUse:
+        return BUSY
+    storage.publish(cell, time.monotonic() - begun, resumed)
+    return DONE
+
+
+def status(out: str | Path) -> pd.DataFrame:
+    """How far studies are.
+
+    Args:
+        out: The store.
+
+    Returns:
+        A row for each cell: ``study``, ``cell`` (its name), ``kind``, ``state`` (``waiting``, ``running``,
+        ``interrupted``, ``failed`` or ``finished``), ``note`` (how far it is, or the error) and ``key``.
+
+    Raises:
+        FairlineError: The store holds no study.
+    """
+    storage = Storage(str(out))
+    names = storage.studies()
+    if not names:
+        raise FairlineError(f"{out} holds no study (there is no */spec.json).")
     rows = []
-    for seed in spec.seeds:
-        for name in spec.data:
-            cell = folder / f"{name}-{seed}"
-            finished = sum(Run(file.parent).finished for file in cell.glob("*/status.json"))
-            error = str(read_json(cell / ERROR)["error"]) if (cell / ERROR).exists() else ""
-            state = "failed" if error else "unfinished" if cell.exists() else "waiting"
-            if finished == spec.runs_per_cell:
-                state = "finished"
+    for name in names:
+        for cell in cells_of(StudySpec.model_validate(storage.read_json(f"{name}/spec.json"))):
+            error = storage.error(cell)
+            if storage.finished(cell):
+                state, note = "finished", ""
+            elif storage.busy(cell):
+                state, note = "running", _told(storage, cell)
+            elif error:
+                state, note = "failed", error
+            else:
+                state, note = "interrupted" if storage.folder(cell).exists() else "waiting", ""
             rows.append(
-                {"cell": cell.name, "finished": finished, "runs": spec.runs_per_cell, "state": state, "error": error}
+                {"study": name, "cell": cell.where, "kind": cell.kind, "state": state, "note": note, "key": cell.key}
             )
     return pd.DataFrame(rows)
 
 
-def run_cell(
-    spec: StudySpec, folder: Path, name: str, seed: int, root: str | None, device: str | None, threads: int
-) -> None:
-    """All runs of one data set and seed, one after another."""
-    torch.set_num_threads(threads)
-    source = spec.data[name]
-    cell = folder / f"{name}-{seed}"
-    (cell / ERROR).unlink(missing_ok=True)
-    common: dict[str, Any] = {"seed": seed, "device": device}
-    train_job(
-        cell / "base",
-        DataSpec(source.name, root, source.options, seed),
-        spec.model.name,
-        spec.model.options,
-        **common,
-        **{"augment": False, **spec.train},
-    )
-    for masks, placement in spec.masks.items():
-        linearize_job(
-            cell / "base",
-            cell / f"masks-{masks}",
-            placement.budgets,
-            placement.method,
-            placement.objective,
-            placement.options,
-            **common,
-            **placement.settings,
-        )
-    for method, source_masks, out in finetunes(spec, cell):
-        finetune_job(
-            cell / f"masks-{source_masks}",
-            out,
-            method.objective,
-            method.options,
-            **common,
-            **{"augment": False, "select": "accuracy", **spec.finetune},
-        )
-        if method.last_layer:
-            last_layer_job(out, _last_layer(out), seed=seed)
+def _told(storage: Storage, cell: Cell) -> str:
+    """How far a cell is, as it says itself."""
+    file = storage.folder(cell) / "checkpoint" / "progress.json"
+    try:
+        note = read_json(file)
+    except FairlineError:
+        return cell.where
+    return f"{cell.where}: {note['stage']} {100 * note['done'] / max(note['total'], 1):.0f} %"
 
 
-def finetunes(spec: StudySpec, cell: Path) -> Iterator[tuple[Finetune, str, Path]]:
-    """Every finetune of a cell: its method, its masks and its folder."""
-    for method in spec.methods:
-        for masks in method.masks:
-            yield method, masks, cell / f"{masks}-{method.folder}"
-
-
-def finetune_folders(spec: StudySpec, cell: Path) -> list[Path]:
-    """Folders of a cell's finetuned networks."""
-    found = []
-    for method, _, out in finetunes(spec, cell):
-        found += [out, _last_layer(out)] if method.last_layer else [out]
-    return found
-
-
-def _last_layer(out: Path) -> Path:
-    return out.with_name(f"{out.name}-last-layer")
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, WorkerLost):
+        return f"its process was killed {TRIES} times (out of memory?)"
+    if isinstance(error, FairlineError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'} cannot be written or read ({error.strerror})"
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first}"
 
 
 def write_results(spec: StudySpec, out: str | Path, results: str | Path) -> Path:
@@ -208,7 +256,7 @@ def write_results(spec: StudySpec, out: str | Path, results: str | Path) -> Path
 
     Args:
         spec: The study.
-        out: Folder of its finished runs.
+        out: The store of its finished cells.
         results: Folder of all results; a subfolder named after the study is written.
 
     Returns:
@@ -216,10 +264,15 @@ def write_results(spec: StudySpec, out: str | Path, results: str | Path) -> Path
     """
     from fairline.report.comparison import write_comparison_figures
 
+    storage = Storage(str(out))
+    cells = cells_of(spec)
     folder = Path(results) / spec.name
     folder.mkdir(parents=True, exist_ok=True)
-    for name in spec.data:
-        run = Run.read(Path(out) / f"compare-{name}", "compare")
+    for cell in cells:
+        if cell.kind != "compare":
+            continue
+        name = cell.about["data_label"]
+        run = Run.read(storage.fetch(cell), "compare")
         table = pd.read_parquet(run.folder / "comparison.parquet")
         for column in ("value", "low", "high", "percent"):
             table[column] = table[column].map("{:.5g}".format)
@@ -230,8 +283,9 @@ def write_results(spec: StudySpec, out: str | Path, results: str | Path) -> Path
                 file.replace(folder / f"{name}_{file.name}")
             else:
                 file.unlink()
-    machines = [read_json(file) for file in sorted(Path(out).glob("*-*/*/environment.json"))]
-    machines += [read_json(file) for file in sorted(Path(out).glob("compare-*/environment.json"))]
+    with atomic_path(folder / "results.parquet") as temporary:
+        collect(spec, storage).to_parquet(temporary, index=False)
+    machines: list[dict[str, Any]] = [read_json(storage.fetch(cell) / "environment.json") for cell in cells]
     content = {
         "study": spec.name,
         "scale": spec.scale,

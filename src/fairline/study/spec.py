@@ -58,6 +58,16 @@ class Finetune(_Strict):
         return self.label or self.objective
 
 
+class Audit(_Strict):
+    """What is measured of every network, and what of the base networks besides; see :func:`fairline.audit`."""
+
+    measures: list[str] = Field(default_factory=lambda: ["accuracy"])
+    base: list[str] = Field(default_factory=list)
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    explain: bool = False
+    resamples: int = 2000
+
+
 class StudySpec(_Strict):
     """A study.
 
@@ -72,6 +82,7 @@ class StudySpec(_Strict):
         finetune: Settings of :func:`fairline.finetune`, the same for all.
         methods: The finetunes.
         baseline: Method that the others are compared with, as the comparison names it.
+        audit: What is measured of every network.
     """
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
@@ -84,6 +95,7 @@ class StudySpec(_Strict):
     finetune: dict[str, Any] = Field(default_factory=dict)
     methods: list[Finetune] = Field(min_length=1)
     baseline: str = "erm"
+    audit: Audit = Field(default_factory=Audit)
 
     @model_validator(mode="after")
     def _names_fit(self) -> StudySpec:
@@ -102,12 +114,11 @@ class StudySpec(_Strict):
     @property
     def digest(self) -> str:
         """Hash of the content, whatever the layout of the file."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
-
-    @property
-    def runs_per_cell(self) -> int:
-        """Training, linearize, finetune and last-layer runs for one data set and seed."""
-        return 1 + len(self.masks) + sum(len(m.masks) * (1 + m.last_layer) for m in self.methods)
+        content = self.model_dump(mode="json")
+        if self.audit == Audit():
+            # Studies of accuracy alone keep the hash under which their results are known.
+            del content["audit"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_spec(path: str | Path, scale: str | None = None) -> StudySpec:

@@ -1,0 +1,292 @@
+"""The cells of a study: what must be computed, each named by the hash of all that determines it.
+
+    train (a data set and a seed) ──► linearize (one run gives all budgets) ──► finetune ──► last-layer
+      └──► audit                                                                  └──► audit   └──► audit
+                                              all finetunes of a data set, over the seeds ──► compare
+
+Cells with equal hashes are the same work, within a study and between studies that share a store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fairline import data, jobs, linearize, models, objectives
+from fairline.audit import REGISTRY as MEASURES
+from fairline.errors import FairlineError
+from fairline.runs import DataSpec, Run
+from fairline.study.spec import Finetune, StudySpec
+from fairline.training import ProgressCallback, finetune, train
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        kind: The job: ``train``, ``linearize``, ``finetune``, ``last-layer``, ``audit`` or ``compare``.
+        arguments: What determines the result beside the parents; plain JSON.
+        parents: The cells that it is built on.
+        where: Its name for people, ``DATA-SEED/NAME``; not part of the hash.
+        about: What a table says of its networks: data, model, seed, masks, finetune; not part of the hash.
+    """
+
+    kind: str
+    arguments: Mapping[str, Any]
+    parents: tuple[Cell, ...] = ()
+    where: str = field(default="", compare=False)
+    about: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def key(self) -> str:
+        """Kind and hash: the name of its folder."""
+        text = json.dumps(self.content, sort_keys=True)
+        return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the hash is of."""
+        return {"kind": self.kind, "arguments": self.arguments, "parents": [parent.key for parent in self.parents]}
+
+    def ancestors(self) -> list[Cell]:
+        """Every cell that this one is built on, directly or not, each before its children."""
+        found: dict[str, Cell] = {}
+        for parent in self.parents:
+            for cell in (*parent.ancestors(), parent):
+                found.setdefault(cell.key, cell)
+        return list(found.values())
+
+
+def require_known(spec: StudySpec) -> None:
+    """Refuse what would fail after hours: names and options that nothing here knows.
+
+    Raises:
+        FairlineError: There is no such data set, model, measure, linearizer or objective, or it knows no such option.
+    """
+    for label, source in spec.data.items():
+        if source.name.partition(":")[0] not in data.REGISTRY:
+            raise FairlineError(
+                f"Study '{spec.name}', data.{label}: there is no data set '{source.name}'; choose one of "
+                f"{', '.join(data.REGISTRY)}."
+            )
+    named = [
+        f"audit.measures: there is no measure '{m}'"
+        for m in (*spec.audit.measures, *spec.audit.base)
+        if m not in MEASURES
+    ]
+    if named:
+        raise FairlineError(f"Study '{spec.name}', {named[0]}; choose among {', '.join(MEASURES)}.")
+    checks: list[tuple[str, Callable[[], object]]] = [
+        # Ten classes of small images: the smallest network that tells whether the options are known.
+        ("model", lambda: models.build(spec.model.name, 10, 3, 32, **spec.model.options))
+    ]
+    for name, masks in spec.masks.items():
+        fair = {} if masks.objective == "erm" and not masks.options else {"objective": objectives.build("erm")}
+        checks += [
+            (f"masks.{name}", partial(linearize.build, masks.method, **fair, **masks.settings)),
+            (f"masks.{name}", partial(objectives.build, masks.objective, **masks.options)),
+        ]
+    checks += [
+        (f"methods.{place}", partial(objectives.build, method.objective, **method.options))
+        for place, method in enumerate(spec.methods)
+    ]
+    for where, call in (("train", train), ("finetune", finetune)):
+        known = inspect.signature(call).parameters
+        for setting in getattr(spec, where):
+            if setting not in known:
+                raise FairlineError(f"Study '{spec.name}', {where}: there is no setting '{setting}'.")
+    for where, check in checks:
+        try:
+            check()
+        except FairlineError as error:
+            raise FairlineError(f"Study '{spec.name}', {where}: {error}") from None
+
+
+def cells_of(spec: StudySpec) -> list[Cell]:
+    """All cells of a study, parents before children, each once.
+
+    Args:
+        spec: The study.
+
+    Returns:
+        The cells; the work of a seed before that of the next.
+    """
+    cells: list[Cell] = []
+    finished: dict[str, list[Cell]] = {name: [] for name in spec.data}
+    for seed in spec.seeds:
+        for name in spec.data:
+            own, last = _of_one(spec, name, seed)
+            cells += own
+            finished[name] += last
+    for name, parents in finished.items():
+        cells.append(
+            Cell("compare", {"baseline": spec.baseline}, tuple(parents), f"compare-{name}", {"data_label": name})
+        )
+    return list({cell.key: cell for cell in cells}.values())
+
+
+def _of_one(spec: StudySpec, name: str, seed: int) -> tuple[list[Cell], list[Cell]]:
+    """Cells of one data set and seed, and those of them whose networks are compared."""
+    source = spec.data[name]
+    about = {
+        "data_label": name,
+        "data": source.name,
+        "data_options": source.options,
+        "model": spec.model.name,
+        "model_options": spec.model.options,
+        "seed": seed,
+        "masks": "",
+        "finetune": "",
+        "objective_options": {},
+    }
+    base = Cell(
+        "train",
+        {
+            "data": {"name": source.name, "options": source.options},
+            "model": spec.model.model_dump(mode="json"),
+            "settings": {"augment": False, **spec.train},
+            "seed": seed,
+        },
+        (),
+        f"{name}-{seed}/base",
+        about,
+    )
+
+    def audited(cell: Cell) -> Cell:
+        more = spec.audit.base if cell.kind == "train" else []
+        arguments = {
+            **spec.audit.model_dump(mode="json", exclude={"base"}),
+            "measures": [*spec.audit.measures, *more],
+            "seed": seed,
+        }
+        return Cell("audit", arguments, (cell,), f"{cell.where}-audit", cell.about)
+
+    cells, compared = [base, audited(base)], []
+    placements = {}
+    for masks, placement in spec.masks.items():
+        arguments = {**placement.model_dump(mode="json"), "seed": seed}
+        placements[masks] = Cell(
+            "linearize", arguments, (base,), f"{name}-{seed}/masks-{masks}", {**about, "masks": masks}
+        )
+        cells.append(placements[masks])
+    for method, masks in finetunes(spec):
+        what = {**about, "masks": masks, "finetune": method.folder, "objective_options": method.options}
+        cell = Cell(
+            "finetune",
+            {
+                "objective": method.objective,
+                "options": method.options,
+                "settings": {"augment": False, "select": "accuracy", **spec.finetune},
+                "seed": seed,
+            },
+            (placements[masks],),
+            f"{name}-{seed}/{masks}-{method.folder}",
+            what,
+        )
+        chain = [cell]
+        if method.last_layer:
+            retrained = {**what, "finetune": f"{method.folder}, last layer"}
+            chain.append(Cell("last-layer", {"seed": seed}, (cell,), f"{cell.where}-last-layer", retrained))
+        for made in chain:
+            cells += [made, audited(made)]
+        compared += chain
+    return cells, compared
+
+
+def finetunes(spec: StudySpec) -> Iterable[tuple[Finetune, str]]:
+    """Every finetune of a seed: its method, and the name of its masks."""
+    return ((method, masks) for method in spec.methods for masks in method.masks)
+
+
+def compute(
+    cell: Cell,
+    folder: Path,
+    parents: Sequence[Path],
+    *,
+    root: str | None = None,
+    device: str | None = None,
+    progress: ProgressCallback | None = None,
+) -> Run:
+    """Run a cell, or go on with it.
+
+    Args:
+        cell: Which.
+        folder: Its run folder.
+        parents: The finished run folders of its parents.
+        root: Where the data are.
+        device: The accelerator if there is one, by default.
+        progress: Told how far it is.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        FairlineError: The input is wrong, or another process is at work on the cell.
+    """
+    if Run(folder).finished:
+        return Run(folder)
+    given = cell.arguments
+    common: dict[str, Any] = {"device": device, "progress": progress}
+    match cell.kind:
+        case "train":
+            source, model = given["data"], given["model"]
+            spec = DataSpec(source["name"], root, source["options"], given["seed"])
+            return jobs.train_job(
+                folder, spec, model["name"], model["options"], seed=given["seed"], **common, **given["settings"]
+            )
+        case "linearize":
+            return jobs.linearize_job(
+                parents[0],
+                folder,
+                given["budgets"],
+                given["method"],
+                given["objective"],
+                given["options"],
+                root=root,
+                seed=given["seed"],
+                **common,
+                **given["settings"],
+            )
+        case "finetune":
+            return jobs.finetune_job(
+                parents[0],
+                folder,
+                given["objective"],
+                given["options"],
+                root=root,
+                seed=given["seed"],
+                **common,
+                **given["settings"],
+            )
+        case "last-layer":
+            return jobs.last_layer_job(parents[0], folder, root=root, seed=given["seed"], progress=progress)
+        case "audit":
+            return jobs.audit_job(
+                parents,
+                folder,
+                measures=given["measures"],
+                options=given["options"],
+                explain=given["explain"],
+                resamples=given["resamples"],
+                with_base=cell.parents[0].kind == "train",
+                root=root,
+                seed=given["seed"],
+                **common,
+            )
+        case "compare":
+            return jobs.compare_job(parents, folder, baseline=given["baseline"], root=root, **common)
+    raise AssertionError(cell.kind)
+
+
+def limit_threads(count: int) -> None:
+    """Let PyTorch use so many threads in this process."""
+    torch.set_num_threads(count)

@@ -1,0 +1,187 @@
+"""One tidy table of all that a study measured: a row a network, group and measure, with where it comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fairline._io import read_json, write_table
+from fairline.errors import FairlineError
+from fairline.study.cells import cells_of
+from fairline.study.spec import StudySpec
+from fairline.study.storage import Storage
+
+#: Columns of the table, in their order.
+COLUMNS = (
+    "study",
+    "scale",
+    "data",
+    "data_label",
+    "data_options",
+    "model",
+    "model_options",
+    "seed",
+    "stage",
+    "method",
+    "masks",
+    "placement",
+    "surrogate",
+    "objective",
+    "objective_options",
+    "finetune",
+    "relus",
+    "total_relus",
+    "asked",
+    "percent",
+    "reached",
+    "split",
+    "group",
+    "measure",
+    "value",
+    "low",
+    "high",
+    "n",
+    "train_n",
+    "spec_hash",
+    "cell",
+    "commit",
+    "device",
+    "versions",
+    "started",
+)
+
+
+def collect(spec: StudySpec, storage: Storage) -> pd.DataFrame:
+    """Gather the audits of a study, and write them to ``STUDY/results.parquet`` in its store.
+
+    Args:
+        spec: The study.
+        storage: Where its cells are; those that are not finished are left out.
+
+    Returns:
+        The table, with the columns :data:`COLUMNS`. ``value``, ``low`` and ``high`` (95 % limits, missing where a
+        measure has none) have the unit of the measure; ``n`` counts images measured, ``train_n`` training images;
+        ``asked`` is the ReLU count that the network was made for, ``relus`` what it has; options and ``versions`` are
+        JSON; ``cell`` names the audit in the store, ``commit``, ``device``, ``versions``
+        and ``started`` are those of the run that made the network.
+
+    Raises:
+        FairlineError: No audit is finished, or a file is broken.
+    """
+    tables = []
+    for cell in cells_of(spec):
+        if cell.kind != "audit" or not storage.finished(cell):
+            continue
+        folder = storage.fetch(cell)
+        table = _read(folder / "audit.parquet")
+        counts = _read(folder / "counts.parquet")
+        made = read_json(storage.fetch(cell.parents[0]) / "environment.json")
+        sizes = counts[counts["part"] == "train"].set_index("group")["n"]
+        known = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in cell.about.items()}
+        tables.append(
+            table.drop(columns=["model", "seed"]).assign(
+                study=spec.name,
+                scale=spec.scale,
+                spec_hash=spec.digest,
+                cell=cell.key,
+                asked=_asked(table),
+                percent=100 * table["relus"] / table["total_relus"],
+                train_n=table["group"].map(sizes).fillna(sizes.sum()).astype(int),
+                commit=made["commit"],
+                device=made["device"],
+                versions=json.dumps(made["packages"]),
+                started=made["started"],
+                **known,
+            )
+        )
+    if not tables:
+        raise FairlineError(f"{storage.path}: no audit of study '{spec.name}' is finished.")
+    table = pd.concat(tables, ignore_index=True)[list(COLUMNS)]
+    target = storage.local / spec.name / "results.parquet"
+    write_table(target, table)
+    storage.upload(target, f"{spec.name}/results.parquet")
+    return table
+
+
+def _asked(table: pd.DataFrame) -> pd.Series[Any]:
+    """The budget that each network was made for, by the name of its folder."""
+    budget = table["model"].str.extract(r"budget-(\d+)$")[0].astype(float)
+    return budget.fillna(table["total_relus"]).astype(int)
+
+
+def read_results(sources: Sequence[str | Path]) -> pd.DataFrame:
+    """Read the tables of studies.
+
+    Args:
+        sources: Stores, folders of results (such as ``papers/results``), or ``results.parquet`` files.
+
+    Returns:
+        All rows.
+
+    Raises:
+        FairlineError: There is nothing, or a file is broken or of something else.
+    """
+    tables = []
+    for source in sources:
+        tables += _tables(str(source))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _tables(source: str) -> list[pd.DataFrame]:
+    path = Path(source)
+    if "://" in source or (path / "cells").is_dir():
+        storage = Storage(source)
+        specs = [StudySpec.model_validate(storage.read_json(f"{name}/spec.json")) for name in storage.studies()]
+        if not specs:
+            raise FairlineError(f"{source} holds no study (there is no */spec.json).")
+        return [collect(spec, storage) for spec in specs if _begun(spec, storage)]
+    files = (
+        [path] if path.is_file() else [*sorted(path.glob("results.parquet")), *sorted(path.glob("*/results.parquet"))]
+    )
+    if not files:
+        raise FairlineError(f"{source} holds no results of a study (no results.parquet, there or one folder down).")
+    return [_checked(file) for file in files]
+
+
+def _begun(spec: StudySpec, storage: Storage) -> bool:
+    return any(cell.kind == "audit" and storage.finished(cell) for cell in cells_of(spec))
+
+
+def _checked(file: Path) -> pd.DataFrame:
+    table = _read(file)
+    missing = [name for name in COLUMNS if name not in table]
+    if missing:
+        raise FairlineError(f"{file} is not the table of a study: it has no column '{missing[0]}'.")
+    return table
+
+
+def _read(file: Path) -> pd.DataFrame:
+    """Read a table.
+
+    Raises:
+        FairlineError: It is missing or cut short; says what to do.
+    """
+    import pyarrow
+
+    try:
+        return pd.read_parquet(file)
+    except FileNotFoundError:
+        raise FairlineError(f"{file} does not exist; remove the folder {file.parent} to compute it again.") from None
+    except (OSError, pyarrow.ArrowException):
+        raise FairlineError(
+            f"{file} is cut short or broken; remove the folder {file.parent} to compute it again."
+        ) from None
+
+
+def described(table: pd.DataFrame) -> dict[str, Any]:
+    """What figures and pages say of their source: studies, scales, seeds and hashes."""
+    studies = table[["study", "scale", "spec_hash"]].drop_duplicates()
+    seeds = table.groupby("study")["seed"].nunique()
+    return {
+        str(row.study): {"scale": str(row.scale), "spec_hash": str(row.spec_hash), "seeds": int(seeds[row.study])}
+        for row in studies.itertuples(index=False)
+    }

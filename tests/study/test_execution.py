@@ -1,0 +1,286 @@
+"""Studies that are killed, shared, run on a cluster or in another kind of store give the same table."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from pandas.testing import assert_frame_equal
+
+from fairline.errors import FairlineError
+from fairline.study.cells import Cell, cells_of, require_known
+from fairline.study.executors import Local, RayCluster, WorkerLost
+from fairline.study.run import run_study, status
+from fairline.study.spec import load_spec
+from fairline.study.storage import Storage
+from fairline.study.store import COLUMNS, read_results
+from tests.commands import ENVIRONMENT, command, fairline, ok
+
+SPEC = Path(__file__).parent / "digits.yaml"
+#: What may differ between two runs of the same cells.
+WHEN_AND_WHERE = ["commit", "device", "versions", "started"]
+
+
+def measured(source: Path) -> pd.DataFrame:
+    return read_results([source]).drop(columns=WHEN_AND_WHERE)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> pd.DataFrame:
+    out = tmp_path_factory.mktemp("undisturbed") / "store"
+    ok("study", "run", SPEC, "--out", out)
+    return measured(out)
+
+
+def start(*arguments: str | Path, **more) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("study", "run", SPEC, *arguments),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        **more,
+    )
+
+
+def processes(*words: str) -> list[int]:
+    """Processes of this machine whose command line has all the words."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if all(word in line for word in words):
+                found.append(int(entry.name))
+    return found
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+            if parent == pid and "spawn_main" in (entry / "cmdline").read_text():
+                found.append(int(entry.name))
+    return found
+
+
+def kill_and_go_on(out: Path, kills: int, seed: int) -> None:
+    """Kill the study, or one of its workers, at random moments until it has been killed so often; then let it end."""
+    chance = random.Random(seed)
+    killed = 0
+    while killed < kills:
+        process = start("--out", out, "--jobs", "2")
+        time.sleep(chance.uniform(2, 12))
+        workers = children(process.pid)
+        if chance.random() < 0.3 and workers:
+            os.kill(chance.choice(workers), signal.SIGKILL)
+            time.sleep(1)
+        process.kill()
+        process.communicate()
+        killed += 1
+        deadline = time.monotonic() + 20
+        while any(Path(f"/proc/{worker}").exists() for worker in workers):
+            assert time.monotonic() < deadline, "a worker outlives its study"
+            time.sleep(0.1)
+    ok("study", "run", SPEC, "--out", out, "--jobs", "2")
+
+
+def test_killed_at_random_moments_it_gives_the_same_table(undisturbed, tmp_path):
+    kill_and_go_on(tmp_path / "store", 3, 0)
+    assert_frame_equal(measured(tmp_path / "store"), undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_it_gives_the_same_table(undisturbed, tmp_path):
+    kill_and_go_on(tmp_path / "store", 20, 1)
+    assert_frame_equal(measured(tmp_path / "store"), undisturbed)
+
+
+def test_a_lost_worker_costs_nothing_but_time(undisturbed, tmp_path):
+    process = start("--out", tmp_path / "store")
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "store" / "cells").glob("linearize-*/status.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for worker in children(process.pid):
+        os.kill(worker, signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert_frame_equal(measured(tmp_path / "store"), undisturbed)
+
+
+def test_two_processes_share_a_study(undisturbed, tmp_path):
+    both = [start("--out", tmp_path / "store") for _ in range(2)]
+    for process in both:
+        _, said = process.communicate(timeout=180)
+        assert process.returncode == 0, said
+    assert_frame_equal(measured(tmp_path / "store"), undisturbed)
+
+
+def test_studies_share_their_cells(tmp_path):
+    base = load_spec(SPEC).model_copy(update={"seeds": [0]})
+    more = base.model_copy(update={"name": "more", "methods": base.methods[:1]})
+    own, other = ({cell.key for cell in cells_of(spec)} for spec in (base, more))
+    assert len(other - own) == 1  # the comparison
+    other_seed = {cell.key for cell in cells_of(base.model_copy(update={"seeds": [1]}))}
+    assert not own & other_seed
+    longer = base.model_copy(update={"finetune": {**base.finetune, "epochs": 3}})
+    kinds = {cell.kind for cell in cells_of(longer) if cell.key in own}
+    assert kinds == {"train", "linearize", "audit"}
+
+
+def test_the_hash_is_of_all_that_determines_a_cell():
+    parent = Cell("train", {"seed": 0})
+    assert Cell("finetune", {"a": 1}, (parent,)).key != Cell("finetune", {"a": 1}, (Cell("train", {"seed": 1}),)).key
+    assert Cell("finetune", {"a": 1}).key != Cell("finetune", {"a": 2}).key
+    assert Cell("finetune", {"a": 1}).key != Cell("audit", {"a": 1}).key
+    assert Cell("finetune", {"a": 1, "b": 2}, where="here").key == Cell("finetune", {"b": 2, "a": 1}, where="there").key
+
+
+def test_another_kind_of_store_gives_the_same_table(undisturbed, tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    monkeypatch.setenv("FAIRLINE_SCRATCH", str(scratch))
+    path = f"file://{tmp_path}/bucket"
+    runs = run_study(load_spec(SPEC), path)
+    assert (runs["digits_tiny"]["digits"].folder / "comparison.parquet").exists()
+    assert Storage(path).local.is_relative_to(scratch)
+    assert_frame_equal(measured(path), undisturbed)
+    # A machine that has nothing yet finds all of it in the store.
+    monkeypatch.setenv("FAIRLINE_SCRATCH", str(tmp_path / "elsewhere"))
+    assert set(status(path)["state"]) == {"finished"}
+    assert_frame_equal(measured(path), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_that_loses_a_worker_gives_the_same_table(undisturbed, tmp_path):
+    pytest.importorskip("ray")
+    process = start("--out", tmp_path / "store", "--ray", "local")
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "store" / "cells").glob("linearize-*/status.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    workers = processes("ray::_task")
+    assert workers
+    os.kill(workers[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert_frame_equal(measured(tmp_path / "store"), undisturbed)
+
+
+def test_a_cluster_that_is_not_there_is_told():
+    pytest.importorskip("ray")
+    with pytest.raises(FairlineError, match=r"^No Ray cluster at '127\.0\.0\.1:1': .*\.$"):
+        RayCluster("127.0.0.1:1")
+
+
+def _end(_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_told_apart_from_a_cell_that_fails():
+    pool = Local(1)
+    try:
+        assert isinstance(pool.submit(_end, None).exception(60), WorkerLost)
+        assert pool.submit(len, "abc").result(60) == 3
+        assert isinstance(pool.submit(len, 1).exception(60), TypeError)
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": {"x": {"name": "mnist"}}}, "data.x: there is no data set 'mnist'; choose one of digits"),
+        ({"model": {"name": "lenet"}}, "model: There is no model 'lenet'"),
+        ({"model": {"name": "cnn", "options": {"depth": 3}}}, "model: Model 'cnn' knows no option 'depth'"),
+        ({"train": {"epoch": 3}}, "train: there is no setting 'epoch'"),
+        ({"finetune": {"lrr": 3}}, "finetune: there is no setting 'lrr'"),
+        ({"masks": {"plain": {"budgets": [0.1], "method": "snip"}}}, "masks.plain: There is no linearizer 'snip'"),
+        ({"masks": {"plain": {"budgets": [0.1], "settings": {"lamb": 1}}}}, "masks.plain: Linearizer 'snl': "),
+        ({"methods": [{"objective": "fair", "masks": ["plain"]}]}, "methods.0: There is no objective 'fair'"),
+        ({"audit": {"measures": ["speed"]}}, "audit.measures: there is no measure 'speed'"),
+    ],
+)
+def test_what_nothing_knows_is_refused_before_anything_runs(tmp_path, change, words):
+    spec = type(load_spec(SPEC)).model_validate({**load_spec(SPEC).model_dump(), **change})
+    with pytest.raises(FairlineError) as refused:
+        run_study(spec, tmp_path / "store")
+    assert f"Study 'digits_tiny', {words}" in str(refused.value)
+    assert not (tmp_path / "store").exists()
+    require_known(load_spec(SPEC))
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(undisturbed, tmp_path):
+    """A limit on the size of files stands for the full disk: writing fails midway."""
+    store = tmp_path / "store"
+    limited = " ".join(map(str, ["ulimit -f 8;", *command("study", "run", SPEC, "--out", store)]))
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "cells failed; " in done.stderr
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {"failed", "waiting"} <= set(status(store)["state"])
+    ok("study", "run", SPEC, "--out", store)
+    assert_frame_equal(measured(store), undisturbed)
+
+
+def test_a_table_cut_short_is_told_and_can_be_computed_again(undisturbed, tmp_path):
+    store = tmp_path / "store"
+    ok("study", "run", SPEC, "--out", store)
+    (audit,) = (store / "digits_tiny" / "digits-0" / "base-audit").resolve().glob("audit.parquet")
+    audit.write_bytes(audit.read_bytes()[:-100])
+    done = fairline("study", "run", SPEC, "--out", store)
+    assert done.returncode == 2
+    sentence = f"{audit} is cut short or broken; remove the folder {audit.parent} to compute it again."
+    assert sentence in " ".join(done.stderr.split())
+    import shutil
+
+    shutil.rmtree(audit.parent)
+    ok("study", "run", SPEC, "--out", store)
+    assert_frame_equal(measured(store), undisturbed)
+
+
+def test_the_table_says_where_every_row_comes_from(undisturbed, tmp_path):
+    assert list(undisturbed.columns) == [name for name in COLUMNS if name not in WHEN_AND_WHERE]
+    assert (undisturbed["spec_hash"] == load_spec(SPEC).digest).all()
+    accuracy = undisturbed[undisturbed["measure"] == "accuracy"]
+    assert not accuracy.duplicated(["seed", "stage", "finetune", "asked", "group"]).any()
+    # Two seeds; the base network, and two finetunes at two budgets; ten groups and all images.
+    assert len(accuracy) == 2 * 5 * 11
+    assert set(accuracy.loc[accuracy["stage"] == "finetuned", "asked"]) == {448, 45}
+    assert (accuracy["relus"] <= accuracy["asked"]).all()
+    (tmp_path / "results.parquet").write_bytes(b"PAR1")
+    with pytest.raises(FairlineError, match="cut short or broken"):
+        read_results([tmp_path])
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "results.parquet")
+    with pytest.raises(FairlineError, match="has no column 'study'"):
+        read_results([tmp_path])
+    with pytest.raises(FairlineError, match="holds no results of a study"):
+        read_results([tmp_path / "nowhere"])
+
+
+def test_a_dry_run_estimates_from_steps_and_then_from_what_was_run(tmp_path):
+    said = ok("study", "run", SPEC, "--out", tmp_path / "store", "--dry-run")
+    assert "reckoned" in said
+    assert "at a time, at most" in said
+    assert not (tmp_path / "store").exists()
+    one = tmp_path / "one.yaml"
+    one.write_text(SPEC.read_text().replace("seeds: [0, 1]", "seeds: [0]").replace("digits_tiny", "one_seed"))
+    ok("study", "run", one, "--out", tmp_path / "store")
+    said = ok("study", "run", SPEC, "--out", tmp_path / "store", "--dry-run")
+    (train,) = (line for line in said.splitlines() if "train" in line)
+    assert train.replace("│", " ").split()[:4] == ["train", "2", "1", "1"]
+    assert "measured" in train
