@@ -138,7 +138,8 @@ def bars(frame: pd.DataFrame, measure: str, title: str, axis: alt.Axis, referenc
         x=x, xOffset=offset, y=alt.Y("low:Q"), y2="high:Q", tooltip=tooltip
     )
     top = rows.groupby("group", as_index=False).agg(n=("train_n", "max"), high=("high", "max"), value=("value", "max"))
-    top["y"] = top[["high", "value"]].max(axis=1)
+    # Above the axis where bars hang from it or there is none.
+    top["y"] = top[["high", "value"]].max(axis=1).fillna(0).clip(lower=0)
     sizes = (
         alt.Chart(top)
         .mark_text(dy=-8, fontSize=11, color="#444")

@@ -1,0 +1,376 @@
+"""The empirical figures of the paper, one function each, from the table of a study (:mod:`fairline.study.store`).
+
+Each takes all rows and returns an Altair chart, or None where no study holds what it shows; panels that are missing
+are left out. Means and Student's 95 % intervals over seeds; with one seed, the audit's own interval. Figures 2 and 10
+are of theory and in :mod:`fairline.theory.figures`.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from fairline._io import atomic_path
+from fairline.data.grouped import OVERALL
+from fairline.errors import FairlineError
+from fairline.report.figures import PALETTE, bars, budget_order, group_order, themed
+from fairline.report.panels import (
+    AGE,
+    CIFAR,
+    DR,
+    R18,
+    R34,
+    RACE,
+    SNL,
+    SVHN,
+    VGG,
+    WRN,
+    Panel,
+    finetuned,
+    mitigation_drop,
+    over_seeds,
+    rows_of,
+    variants_of_mu,
+)
+
+#: Data of which the paper shows the two most and the two least represented classes of the test part.
+_EXTREMES = frozenset({SVHN, CIFAR})
+_GROUP_AXIS = "group (training images above the bars)"
+
+
+def _shown_groups(rows: pd.DataFrame, data: str) -> pd.DataFrame:
+    if data not in _EXTREMES:
+        return rows
+    sizes = rows[rows["group"] != OVERALL].groupby("group")["n"].max().sort_values(ascending=False, kind="stable")
+    names = list(sizes.index)
+    return rows[rows["group"].isin([OVERALL, *names[:2], *names[-2:]])]
+
+
+def _group_bars(rows: pd.DataFrame, panel: Panel, measure: str, title: str, axis: alt.Axis | None = None) -> Any:
+    """Bars of a measure, groups along x and a shade a budget."""
+    shown = over_seeds(_shown_groups(rows[rows["measure"] == measure], panel.data))
+    chart = bars(shown, measure, title, axis or alt.Axis(), _GROUP_AXIS, 460)
+    return chart.properties(height=200, title=alt.TitleParams(panel.title, fontSize=12, fontWeight="normal"))
+
+
+def _arranged(charts: Sequence[Any], columns: int, title: str, rows: pd.DataFrame) -> Any:
+    """Panels side by side under one title that says what they are of."""
+    seeds = rows.groupby(["data", "model"])["seed"].nunique()
+    count = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
+    scales = " / ".join(dict.fromkeys(rows["scale"]))
+    interval = "mean and 95 % interval over seeds" if seeds.max() > 1 else "95 % interval of the images"
+    words = f"{scales} {count} seed{'' if count == '1' else 's'}; {interval}."
+    subtitle = textwrap.wrap(words, 62 * min(columns, len(charts)) + 28)
+    whole = alt.concat(*charts, columns=columns, spacing=28).resolve_scale(color="independent")
+    return themed(
+        whole.properties(title=alt.TitleParams(title, subtitle=subtitle, subtitleColor="#555", anchor="start"))
+    )
+
+
+def _by_group(
+    table: pd.DataFrame,
+    wanted: Sequence[Panel],
+    title: str,
+    measure: str,
+    axis_title: str,
+    *,
+    columns: int = 2,
+    pick: Callable[[pd.DataFrame], pd.DataFrame] = finetuned,
+    with_base: bool = False,
+    axis: Callable[[], alt.Axis] = alt.Axis,
+) -> Any:
+    """A figure of group bars, a panel each; None if no study holds any."""
+    charts, used = [], []
+    for panel in wanted:
+        rows = rows_of(table, panel)
+        own = pick(rows) if len(rows) else rows
+        if len(own) and with_base:
+            own = pd.concat([rows[rows["stage"] == "base"], own])
+        if not len(own) or measure not in set(own["measure"]):
+            continue
+        charts.append(_group_bars(own, panel, measure, axis_title, axis()))
+        used.append(rows)
+    return _arranged(charts, columns, title, pd.concat(used)) if charts else None
+
+
+def _percent_axis() -> alt.Axis:
+    return alt.Axis(format="%")
+
+
+DROP = "relative accuracy drop, %"
+MITIGATION_DROP = "drop after mitigation, % (below 0: helped)"
+
+
+def figure_1(table: pd.DataFrame) -> Any:
+    """Accuracy of each race at each budget; ResNet-18, SNL."""
+    return _by_group(
+        table,
+        [Panel(RACE)],
+        "Figure 1: accuracy by group",
+        "accuracy",
+        "accuracy",
+        with_base=True,
+        axis=_percent_axis,
+    )
+
+
+def figure_3(table: pd.DataFrame) -> Any:
+    """Group gradient norms ‖∇J(θ̃; Sᵃ)‖ at each budget; races, ResNet-18, SNL."""
+    return _by_group(
+        table, [Panel(RACE)], "Figure 3: gradient norms by group", "gradient_norm", "gradient norm", with_base=True
+    )
+
+
+def figure_4(table: pd.DataFrame) -> Any:
+    """Largest Hessian eigenvalue of each race for the base network; ResNet-18."""
+
+    def base(rows: pd.DataFrame) -> pd.DataFrame:
+        return rows[rows["stage"] == "base"]
+
+    return _by_group(
+        table,
+        [Panel(RACE)],
+        "Figure 4: largest Hessian eigenvalue by group, base network",
+        "hessian_max",
+        "λ_max of the group Hessian",
+        pick=base,
+    )
+
+
+def figure_5(table: pd.DataFrame) -> Any:
+    """Overall accuracy at each budget, and the base network's as a red line; ages, ResNet-18, SNL and DeepReDuce."""
+    charts, used = [], []
+    for panel in (Panel(AGE), Panel(AGE, method=DR)):
+        rows = rows_of(table, panel)
+        rows = rows[(rows["measure"] == "accuracy") & (rows["group"] == OVERALL)]
+        if not len(rows):
+            continue
+        base = over_seeds(rows[rows["stage"] == "base"])
+        own = over_seeds(finetuned(rows))
+        line = alt.Chart(base).mark_rule(color="#C00000", strokeWidth=2).encode(y="value:Q")
+        x = alt.X("budget:N", sort=budget_order(own), title="ReLUs kept", axis=alt.Axis(labelAngle=0))
+        boxes = alt.Chart(own).mark_bar(color="#8bb8da", stroke="#1f4e79", strokeWidth=0.5, width=34)
+        whiskers = alt.Chart(own).mark_rule(color="#222").encode(x=x, y="low:Q", y2="high:Q")
+        y = alt.Y("value:Q", title="overall accuracy", axis=_percent_axis())
+        charts.append(
+            alt.layer(boxes.encode(x=x, y=y), whiskers, line).properties(
+                width=alt.Step(64),
+                height=200,
+                title=alt.TitleParams(panel.title, fontSize=12, fontWeight="normal"),
+            )
+        )
+        used.append(rows)
+    title = "Figure 5: overall accuracy by budget (red: all ReLUs, not finetuned)"
+    return _arranged(charts, 2, title, pd.concat(used)) if charts else None
+
+
+def figure_6(table: pd.DataFrame) -> Any:
+    """Relative accuracy drop: data sets, models and methods, in the paper's two rows of four."""
+    wanted = [
+        Panel(SVHN),
+        Panel(AGE),
+        Panel(AGE, R34),
+        Panel(AGE, method=DR),
+        Panel(CIFAR),
+        Panel(RACE),
+        Panel(RACE, R34),
+        Panel(RACE, method=DR),
+    ]
+    held = [panel for panel in wanted if len(rows_of(table, panel))]
+    top = sum(panel in wanted[:4] for panel in held)
+    # The paper's columns stand only where both rows are whole.
+    columns = 4 if top == len(held) - top == 4 else 2
+    return _by_group(table, held, "Figure 6: relative accuracy drop", "relative_drop", DROP, columns=columns)
+
+
+def figure_7(table: pd.DataFrame) -> Any:
+    """Relative accuracy drop of VGG-19 and WRN-22-8, races and ages, SNL."""
+    wanted = [Panel(data, model) for model in (VGG, WRN) for data in (RACE, AGE)]
+    return _by_group(table, wanted, "Figure 7: VGG-19 and WRN-22-8", "relative_drop", DROP)
+
+
+def figure_8(table: pd.DataFrame) -> Any:
+    """‖θ̃ʳ − θ‖ against the budget; group accuracy against gradient norm and margin at the lowest budget."""
+    panel = Panel(RACE)
+    rows = rows_of(table, panel)
+    if not len(rows):
+        return None
+    own = over_seeds(finetuned(rows))
+    charts = []
+    distance = own[(own["measure"] == "parameter_distance") & (own["percent"] > 0)]
+    if len(distance):
+        x = alt.X(
+            "percent:Q",
+            scale=alt.Scale(type="log", domain=[distance["percent"].min() / 1.3, 125]),
+            axis=alt.Axis(values=sorted(distance["percent"]), labelExpr="format(datum.value, '.2~g') + ' %'"),
+            title="ReLUs kept (logarithmic)",
+        )
+        y = alt.Y("value:Q", title="‖θ̃ − θ‖", scale=alt.Scale(zero=False))
+        drawn = alt.Chart(distance)
+        charts.append(
+            alt.layer(
+                drawn.mark_line(color=PALETTE[0]).encode(x=x, y=y),
+                drawn.mark_rule(color=PALETTE[0]).encode(x=x, y="low:Q", y2="high:Q"),
+                drawn.mark_point(filled=True, size=60, color=PALETTE[0], opacity=1).encode(x=x, y=y),
+            ).properties(width=240, height=220)
+        )
+    lowest = own[(own["percent"] == own["percent"].min()) & (own["group"] != OVERALL)]
+    for measure, title in (("gradient_norm", "gradient norm"), ("margin", "softmax margin p₁ − p₂")):
+        if measure in set(lowest["measure"]):
+            charts.append(_scatter(lowest, measure, f"{title}, {lowest['budget'].iloc[0]} of the ReLUs"))
+    title = f"Figure 8: distance of the weights, gradient norms and margins ({panel.title})"
+    return _arranged(charts, 3, title, rows) if charts else None
+
+
+def _scatter(rows: pd.DataFrame, measure: str, title: str) -> Any:
+    """Group accuracy against a measure, with both intervals."""
+    wide = rows[rows["measure"] == "accuracy"].merge(
+        rows.loc[rows["measure"] == measure, ["group", "value", "low", "high"]], on="group", suffixes=("", "_x")
+    )
+    order = group_order(rows)
+    x = alt.X("value_x:Q", title=title, scale=alt.Scale(zero=False, padding=24))
+    y = alt.Y("value:Q", title="group accuracy", axis=_percent_axis(), scale=alt.Scale(padding=14))
+    colour = alt.Color("group:N", sort=order, scale=alt.Scale(domain=order, range=PALETTE[: len(order)]), title="group")
+    drawn = alt.Chart(wide)
+    return alt.layer(
+        drawn.mark_rule(opacity=0.5).encode(x=x, y="low:Q", y2="high:Q", color=colour),
+        drawn.mark_rule(opacity=0.5).encode(x=alt.X("low_x:Q"), x2="high_x:Q", y=y, color=colour),
+        drawn.mark_point(filled=True, size=90, opacity=1).encode(
+            x=x, y=y, color=colour, tooltip=["group:N", "value_x:Q", "value:Q", "train_n:Q"]
+        ),
+    ).properties(width=240, height=220)
+
+
+def figure_9(table: pd.DataFrame) -> Any:
+    """What Algorithm 1 changes: ages and races, SNL and DeepReDuce, ResNet-18."""
+    wanted = [Panel(data, method=method) for data in (AGE, RACE) for method in (SNL, DR)]
+    return _by_group(table, wanted, "Figure 9: mitigation", "mitigation_drop", MITIGATION_DROP, pick=mitigation_drop)
+
+
+def figure_11(table: pd.DataFrame) -> Any:
+    """Relative accuracy drop on CIFAR-10 and SVHN, ResNet-18 and -34, SNL."""
+    wanted = [Panel(data, model) for model in (R18, R34) for data in (CIFAR, SVHN)]
+    return _by_group(table, wanted, "Figure 11: CIFAR-10 and SVHN", "relative_drop", DROP)
+
+
+def figure_12(table: pd.DataFrame) -> Any:
+    """What Algorithm 1 changes: ResNet-34 on ages, races and CIFAR-10, ResNet-18 on CIFAR-10; SNL."""
+    wanted = [Panel(AGE, R34), Panel(RACE, R34), Panel(CIFAR, R34), Panel(CIFAR)]
+    return _by_group(
+        table, wanted, "Figure 12: mitigation, more networks", "mitigation_drop", MITIGATION_DROP, pick=mitigation_drop
+    )
+
+
+def figure_13(table: pd.DataFrame) -> Any:
+    """Accuracy, and gradient norms (of which the paper's text speaks there), without and with Algorithm 1; ages."""
+    return _without_and_with(
+        table,
+        "Figure 13: accuracy and gradient norms, without (left) and with mitigation (right)",
+        [("accuracy", "accuracy", _percent_axis), ("gradient_norm", "gradient norm", alt.Axis)],
+    )
+
+
+def figure_14(table: pd.DataFrame) -> Any:
+    """Normalized distance to the decision boundary, without and with Algorithm 1; ages, ResNet-18, SNL."""
+    return _without_and_with(
+        table,
+        "Figure 14: normalized margin, without (left) and with mitigation (right)",
+        [("margin_normalized", "margin, largest group = 1", alt.Axis)],
+    )
+
+
+def _without_and_with(
+    table: pd.DataFrame, title: str, measures: Sequence[tuple[str, str, Callable[[], alt.Axis]]]
+) -> Any:
+    panel = Panel(AGE)
+    rows = rows_of(table, panel)
+    if not len(rows) or not len(finetuned(rows, "lagrangian")):
+        return None
+    charts = []
+    for measure, axis_title, axis in measures:
+        pair = [finetuned(rows), finetuned(rows, "lagrangian")]
+        if any(measure not in set(own["measure"]) for own in pair):
+            continue
+        charts.append(
+            alt.hconcat(*(_group_bars(own, panel, measure, axis_title, axis()) for own in pair)).resolve_scale(
+                y="shared"
+            )
+        )
+    return _arranged(charts, 1, title, rows) if charts else None
+
+
+def figure_15(table: pd.DataFrame) -> Any:
+    """What Algorithm 1 changes under each μ; races, ResNet-18, SNL."""
+    rows = rows_of(table, Panel(RACE))
+    charts = []
+    for mu, finetune in variants_of_mu(rows):
+        drops = over_seeds(mitigation_drop(rows, finetune))
+        chart = bars(drops, "mitigation_drop", MITIGATION_DROP, alt.Axis(), _GROUP_AXIS, 460)
+        charts.append(
+            chart.properties(height=200, title=alt.TitleParams(f"μ = {mu:g}", fontSize=12, fontWeight="normal"))
+        )
+    if not charts:
+        return None
+    shared = alt.hconcat(*charts).resolve_scale(y="shared")
+    return _arranged([shared], 1, f"Figure 15: the step μ of the multipliers ({Panel(RACE).title})", rows)
+
+
+#: Every empirical figure, by its number in the paper.
+FIGURES: dict[int, Callable[[pd.DataFrame], Any]] = {
+    1: figure_1,
+    3: figure_3,
+    4: figure_4,
+    5: figure_5,
+    6: figure_6,
+    7: figure_7,
+    8: figure_8,
+    9: figure_9,
+    11: figure_11,
+    12: figure_12,
+    13: figure_13,
+    14: figure_14,
+    15: figure_15,
+}
+
+
+def draw(table: pd.DataFrame, numbers: Sequence[int] | None = None) -> dict[int, Any]:
+    """Draw figures.
+
+    Args:
+        table: The table of one or more studies.
+        numbers: Which; all that the table allows, by default.
+
+    Returns:
+        The charts by number.
+
+    Raises:
+        FairlineError: The paper has no such empirical figure, or the table does not hold what one shows.
+    """
+    for number in numbers or ():
+        if number not in FIGURES:
+            raise FairlineError(f"The paper has no empirical figure {number}; it has {', '.join(map(str, FIGURES))}.")
+    drawn = {number: FIGURES[number](table) for number in numbers or FIGURES}
+    missing = [number for number, chart in drawn.items() if chart is None]
+    if numbers and missing:
+        raise FairlineError(f"No study here holds what figure {missing[0]} shows.")
+    made = {number: chart for number, chart in drawn.items() if chart is not None}
+    if not made:
+        raise FairlineError("No study here holds what any figure of the paper shows.")
+    return made
+
+
+def save(drawn: dict[int, Any], folder: Path, formats: Sequence[str] = ("png", "svg", "pdf")) -> list[Path]:
+    """Write figures as ``figure_NN.FORMAT``; returns the files."""
+    files = []
+    for number, chart in drawn.items():
+        for suffix in formats:
+            file = folder / f"figure_{number:02d}.{suffix}"
+            with atomic_path(file) as temporary:
+                chart.save(str(temporary), format=suffix, **({"scale_factor": 2} if suffix == "png" else {}))
+            files.append(file)
+    return files

@@ -1,0 +1,129 @@
+"""Each claim is told from its opposite, and what cannot be told is left undecided."""
+
+from __future__ import annotations
+
+import html
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy import stats
+
+from fairline.errors import FairlineError
+from fairline.report.claims import CLAIMS, FAILS, HOLDS, UNDECIDED, Finding, findings, judge, summary, write_claims
+from tests.report.study_table import study_table
+
+#: Planted effects, by claim, for which it holds and for which it does not.
+PLANTED = {
+    1: ({"slope": 4}, {"slope": -4}),
+    2: ({"ratio": 2}, {"ratio": 0.5}),
+    3: ({"ratio": 2}, {"ratio": 0.5}),
+    4: ({"ratio": 2}, {"ratio": 0.5}),
+    5: ({"distance": 0.5}, {"distance": -0.5}),
+    6: ({"loss": 0.1}, {"loss": 1.0}),
+    8: ({"gain": 3}, {"gain": {"large": -3, "middle": 3, "small": 3}}),
+    9: ({"mus": (0.1, 0.2, 0.3)}, {"mus": (0.1, 0.2, 0.3), "mu_effect": 3}),
+    10: ({"slope": 4, "model": "vgg19"}, {"slope": -4, "model": "vgg19"}),
+}
+
+
+def verdicts(table: pd.DataFrame, claim: int) -> list[str]:
+    found = findings(table)
+    return found.loc[found["claim"] == claim, "verdict"].tolist()
+
+
+@pytest.mark.parametrize("claim", PLANTED)
+def test_a_claim_is_told_from_its_opposite(claim):
+    for effects, verdict in zip(PLANTED[claim], (HOLDS, FAILS), strict=True):
+        assert verdicts(study_table(**effects), claim)[0] == verdict
+        # Nothing can be said of one seed.
+        assert verdicts(study_table(seeds=(0,), **effects), claim)[0] == UNDECIDED
+
+
+def test_deepreduce_against_snl():
+    for worse, verdict in ((8, HOLDS), (1, FAILS), (4, UNDECIDED)):
+        table = pd.concat([study_table(), study_table(study="b", method="deepreduce", slope=worse, noise=0.3)])
+        assert verdicts(table, 7) == [verdict]
+    assert verdicts(study_table(), 7) == []
+
+
+def test_the_effects_are_those_that_were_planted():
+    found = findings(study_table(slope=4, ratio=3, distance=0.7, loss=0.3, gain=2, noise=0)).set_index("claim")
+    first = found[~found.index.duplicated()]["effect"]
+    assert first[1] == pytest.approx(4)
+    assert first[2] == pytest.approx(3)
+    assert first[3] == pytest.approx(3)
+    assert first[4] == pytest.approx(1 / 3 - 1)
+    assert first[5] == pytest.approx(0.7)
+    assert first[6] == pytest.approx(-0.3 * math.log2(50))
+    assert first[8] == pytest.approx(2)
+
+
+def test_mitigation_must_help_every_group():
+    table = study_table(gain={"large": 0.0, "middle": 3, "small": 3})
+    assert verdicts(table, 8) == [UNDECIDED, HOLDS]
+    note = findings(table).query("claim == 8")["note"].iloc[0]
+    assert note.startswith("large, which gains least of 3 groups")
+
+
+@given(
+    values=st.lists(st.floats(-5, 5), min_size=2, max_size=12),
+    above=st.floats(-1, 1),
+    sign=st.sampled_from([1, -1]),
+)
+def test_the_verdict_is_that_of_one_sided_t_tests(values, above, sign):
+    assume(np.std(values) > 1e-3)
+    finding = judge(1, "here", values, above, sign=sign)
+    sides = ("greater", "less") if sign > 0 else ("less", "greater")
+    own, against = (stats.ttest_1samp(values, above, alternative=side).pvalue for side in sides)
+    # A two-sided interval of 95 % leaves 2.5 % on either side.
+    assume(min(abs(own - 0.025), abs(against - 0.025)) > 1e-6)
+    assert finding.verdict == (HOLDS if own < 0.025 else FAILS if against < 0.025 else UNDECIDED)
+    low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+    assert (finding.low, finding.high) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_what_is_not_finite_is_left_out():
+    finding = judge(1, "here", [1.0, 1.1, math.nan, math.inf])
+    assert (finding.seeds, finding.effect) == (2, pytest.approx(1.05))
+    assert judge(1, "here", []).verdict == UNDECIDED
+
+
+def test_a_group_that_was_never_right_breaks_nothing():
+    table = study_table()
+    table.loc[(table["group"] == "small") & (table["measure"] == "relative_drop"), "value"] = math.nan
+    assert 1 not in set(findings(table)["claim"])
+    assert summary(findings(table))[1] == "not tested"
+
+
+def test_a_verdict_over_several_panels():
+    table = pd.concat([study_table(), study_table(study="b", data="utkface:age", slope=-4)])
+    words = summary(findings(table))
+    assert words[1] == "holds in 1, does not hold in 1"
+    assert words[2] == HOLDS
+    assert words[10] == "not tested"
+    assert set(words) == set(CLAIMS)
+
+
+def test_two_studies_of_one_panel_are_not_mixed():
+    table = pd.concat([study_table(), study_table(study="again")])
+    with pytest.raises(FairlineError, match="is in the studies planted and again; choose one"):
+        findings(table)
+
+
+def test_the_page_says_scale_claims_and_sources(tmp_path):
+    page = html.unescape(write_claims(study_table(), tmp_path / "claims.html").read_text(encoding="utf-8"))
+    assert "Scale of what follows: Planted: numbers of a test." in page
+    for claim in CLAIMS.values():
+        assert claim.text in page
+    assert "ccccccccc" in page
+    assert "0123456789abcdef" in page
+    assert 'id="figure_1"' in page
+    assert "Not drawn, as no study here holds what they show: 5, 7, 11, 12, 13, 14." in page
+
+
+def test_findings_have_the_fields_that_they_promise():
+    assert list(findings(study_table()).columns) == list(Finding.__dataclass_fields__)

@@ -1,0 +1,162 @@
+"""The figures show the numbers of the table, in the paper's arrangement."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from fairline.errors import FairlineError
+from fairline.report.panels import Panel, finetuned, mitigation_drop, over_seeds, rows_of, variants_of_mu
+from fairline.report.paper_figures import FIGURES, draw, save
+from tests.report.study_table import BUDGETS, GROUPS, study_table
+
+DIGITS = {str(digit): 1000 - 90 * digit for digit in range(10)}
+RACE = Panel("utkface:race")
+
+
+@pytest.fixture(scope="module")
+def everything() -> pd.DataFrame:
+    """All panels of the paper."""
+    parts = []
+    for data in ("utkface:race", "utkface:age", "svhn", "cifar10"):
+        groups = DIGITS if data in ("svhn", "cifar10") else GROUPS
+        for model in ("resnet18", "resnet34", "vgg19", "wide_resnet22_8"):
+            for method in ("snl", "deepreduce"):
+                several = (data, model, method) == ("utkface:race", "resnet18", "snl")
+                parts.append(
+                    study_table(
+                        study=f"{data}_{model}_{method}",
+                        data=data,
+                        model=model,
+                        method=method,
+                        groups=groups,
+                        mus=(0.005, 0.0005, 0.01) if several else (0.005,),
+                        seeds=(0, 1),
+                    )
+                )
+    return pd.concat(parts, ignore_index=True)
+
+
+def contents(chart) -> list[dict]:
+    """The data of a chart that have a measure."""
+    specification = json.loads(chart.to_json())
+    return [row for rows in specification["datasets"].values() for row in rows if "measure" in row]
+
+
+@pytest.mark.parametrize(
+    ("number", "titles"),
+    [
+        (1, ["UTKFace, race · ResNet-18 · SNL"]),
+        (
+            6,
+            [
+                "SVHN · ResNet-18 · SNL",
+                "UTKFace, age · ResNet-18 · SNL",
+                "UTKFace, age · ResNet-34 · SNL",
+                "UTKFace, age · ResNet-18 · DeepReDuce",
+                "CIFAR-10 · ResNet-18 · SNL",
+                "UTKFace, race · ResNet-18 · SNL",
+                "UTKFace, race · ResNet-34 · SNL",
+                "UTKFace, race · ResNet-18 · DeepReDuce",
+            ],
+        ),
+        (7, [f"UTKFace, {g} · {m} · SNL" for m in ("VGG-19", "WRN-22-8") for g in ("race", "age")]),
+        (9, [f"UTKFace, {g} · ResNet-18 · {m}" for g in ("age", "race") for m in ("SNL", "DeepReDuce")]),
+        (11, [f"{d} · {m} · SNL" for m in ("ResNet-18", "ResNet-34") for d in ("CIFAR-10", "SVHN")]),
+        (15, ["μ = 0.0005", "μ = 0.005", "μ = 0.01"]),
+    ],
+)
+def test_panels_stand_as_in_the_paper(everything, number, titles):
+    specification = json.loads(draw(everything, [number])[number].to_json())
+    panels = specification["concat"]
+    if number == 15:
+        panels = panels[0]["hconcat"]
+    assert [panel["title"]["text"] for panel in panels] == titles
+    if number == 6:
+        assert specification["columns"] == 4
+
+
+def test_every_figure_is_drawn_and_says_its_scale(everything):
+    drawn = draw(everything)
+    assert list(drawn) == list(FIGURES) == [1, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15]
+    for number, chart in drawn.items():
+        title = json.loads(chart.to_json())["title"]
+        assert title["text"].startswith(f"Figure {number}:")
+        assert "Planted: numbers of a test. 2 seeds; mean and 95 % interval over seeds." in " ".join(title["subtitle"])
+
+
+def test_figure_1_shows_means_and_intervals_over_seeds():
+    table = study_table(seeds=(0, 1, 2))
+    rows = contents(draw(table, [1])[1])
+    accuracy = table[(table["measure"] == "accuracy") & table["finetune"].isin(["", "erm"])]
+    for group in GROUPS:
+        for percent in BUDGETS:
+            own = accuracy.loc[(accuracy["group"] == group) & (accuracy["percent"] == percent), "value"].to_numpy()
+            assert len(own) == 3
+            (shown,) = (row for row in rows if (row["group"], row["percent"]) == (group, percent))
+            assert shown["value"] == pytest.approx(own.mean())
+            assert shown["train_n"] == GROUPS[group]
+            if percent < 100:
+                low, high = stats.t.interval(0.95, 2, own.mean(), stats.sem(own))
+                assert (shown["low"], shown["high"]) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_one_seed_has_the_limits_of_the_audit():
+    own = over_seeds(finetuned(rows_of(study_table(seeds=(0,)), RACE)))
+    own = own[own["measure"] == "accuracy"]
+    np.testing.assert_allclose(own["high"] - own["low"], 0.02)
+
+
+def test_of_ten_classes_the_extremes_of_the_test_part_are_shown(everything):
+    rows = contents(draw(everything, [11])[11])
+    assert {row["group"] for row in rows} == {"0", "1", "8", "9"}
+
+
+def test_the_mitigation_drop_is_the_papers_formula():
+    table = study_table(gain=5, noise=0)
+    drops = mitigation_drop(rows_of(table, RACE))
+    accuracy = table[table["measure"] == "accuracy"].set_index(["seed", "percent", "group", "finetune"])["value"]
+    for row in drops.itertuples():
+        before, after = (accuracy[row.seed, row.percent, row.group, name] for name in ("erm", "lagrangian"))
+        assert row.value == pytest.approx((before - after) / before * 100)
+    assert (drops.loc[drops["group"] != "overall", "value"] < 0).all()
+    assert len(drops) == 4 * 3 * 4
+    never = table.copy()
+    never.loc[(never["group"] == "small") & (never["finetune"] == "erm"), "value"] = 0.0
+    assert "small" not in set(mitigation_drop(rows_of(never, RACE))["group"])
+
+
+def test_seeds_that_keep_different_counts_are_one_budget():
+    table = study_table(method="deepreduce", seeds=(0, 1))
+    table.loc[(table["seed"] == 1) & (table["asked"] == 1000), ["relus", "percent"]] = [800, 8.0]
+    own = over_seeds(finetuned(rows_of(table, Panel("utkface:race", method="deepreduce"))))
+    assert set(own["budget"]) == {"50 %", "9 %", "2 %"}
+    assert set(own["seeds"]) == {2}
+
+
+def test_the_plain_mitigation_is_told_from_its_variants():
+    rows = rows_of(study_table(mus=(0.005, 0.0005)), RACE)
+    assert set(finetuned(rows, "lagrangian")["finetune"]) == {"lagrangian"}
+    assert variants_of_mu(rows) == [(0.0005, "lagrangian-1"), (0.005, "lagrangian")]
+
+
+def test_what_is_not_held_is_said():
+    table = study_table()
+    with pytest.raises(FairlineError, match="holds what figure 7 shows"):
+        draw(table, [7])
+    with pytest.raises(FairlineError, match="has no empirical figure 2; it has 1, 3"):
+        draw(table, [2])
+    with pytest.raises(FairlineError, match="what any figure of the paper shows"):
+        draw(study_table(data="digits"))
+
+
+def test_files_of_three_formats(tmp_path):
+    files = save(draw(study_table(), [1, 8]), tmp_path)
+    assert [file.name for file in files] == [f"figure_{n}.{f}" for n in ("01", "08") for f in ("png", "svg", "pdf")]
+    assert files[0].read_bytes()[:4] == b"\x89PNG"
+    assert b"<svg" in files[1].read_bytes()[:200]
+    assert files[2].read_bytes()[:4] == b"%PDF"
