@@ -365,7 +365,8 @@ def test_agreement_on_the_real_protocol_is_close_to_that_in_the_clear():
 
 
 @spu
-def test_serve_and_query(tmp_path):
+@pytest.mark.parametrize(("late", "timeout"), [(0, 20), (20, 5)], ids=["at once", "after SPU gave the link up"])
+def test_serve_and_query(tmp_path, late, timeout):
     from PIL import Image
 
     from fairline.private.serve import Addresses, Preprocessing, query, read_images, serve
@@ -387,12 +388,13 @@ def test_serve_and_query(tmp_path):
 
     def be_served():
         try:
-            serve(tmp_path, addresses, timeout=20)
+            serve(tmp_path, addresses, timeout=timeout)
         except BaseException as error:
             failed.append(error)
 
     thread = threading.Thread(target=be_served)
     thread.start()
+    time.sleep(late)
     answer = query(tmp_path / "public", addresses, files, protocol="semi2k", timeout=20)
     thread.join(60)
     assert not thread.is_alive()

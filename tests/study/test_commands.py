@@ -68,6 +68,8 @@ def test_claims_by_the_command_are_drawn_in_a_browser(results, tmp_path):
     ],
 )
 def test_bad_input_is_one_sentence(results, tmp_path, arguments, words):
+    if "--ray" in arguments:
+        pytest.importorskip("ray")
     spec = Path(__file__).parent / "digits.yaml"
     done = fairline("study", *(text.format(results=results, spec=spec) for text in arguments), cwd=tmp_path)
     assert done.returncode == 2
