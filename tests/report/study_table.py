@@ -67,6 +67,8 @@ def study_table(
                     "seed": seed,
                     "stage": "finetuned" if finetune else "base",
                     "method": method if finetune else "",
+                    "masks": method if finetune else "",
+                    "surrogate": "identity",
                     "objective": finetune.partition("-")[0],
                     "objective_options": json.dumps(options),
                     "finetune": finetune,

@@ -160,3 +160,11 @@ def test_files_of_three_formats(tmp_path):
     assert files[0].read_bytes()[:4] == b"\x89PNG"
     assert b"<svg" in files[1].read_bytes()[:200]
     assert files[2].read_bytes()[:4] == b"%PDF"
+
+
+def test_other_masks_of_the_method_are_left_out_and_a_second_plain_one_is_refused():
+    table = study_table(seeds=(0, 1))
+    fair = table[table["stage"] == "finetuned"].assign(placement="lagrangian", masks="fair", value=0.0)
+    assert len(rows_of(pd.concat([table, fair]), RACE)) == len(table)
+    with pytest.raises(FairlineError, match="has the masks snl and again in study planted"):
+        rows_of(pd.concat([table, fair.assign(placement="", masks="again")]), RACE)

@@ -37,12 +37,14 @@ class Panel:
 
 def panels(table: pd.DataFrame) -> list[Panel]:
     """Every combination of data, model and linearizer that was finetuned."""
-    own = table[table["stage"] == "finetuned"][["data", "model", "method"]].drop_duplicates()
+    own = table[_plain(table)][["data", "model", "method"]].drop_duplicates()
     return [Panel(*row) for row in own.itertuples(index=False, name=None)]
 
 
 def rows_of(table: pd.DataFrame, panel: Panel) -> pd.DataFrame:
-    """The base networks of a panel and all that was made of them, each row once.
+    """The base networks of a panel and all that was made of them by the method alone.
+
+    Masks that were learned under another objective, that empty layers or that have a surrogate are another method's.
 
     Args:
         table: All rows.
@@ -52,20 +54,29 @@ def rows_of(table: pd.DataFrame, panel: Panel) -> pd.DataFrame:
         Its rows with ``budget``, a label of the share of ReLUs kept; empty if there are none.
 
     Raises:
-        FairlineError: Two studies hold the panel, so that its numbers would be of two recipes.
+        FairlineError: Two studies, or two masks of one, hold the panel, so that its numbers would be of two recipes.
     """
     fits = (table["data"] == panel.data) & (table["model"] == panel.model)
-    made = table[fits & (table["method"] == panel.method) & (table["stage"] == "finetuned")]
+    made = table[fits & (table["method"] == panel.method) & _plain(table)]
     studies = list(made["study"].unique())
     if len(studies) > 1:
         names = " and ".join(studies)
         raise FairlineError(f"{panel.title} is in the studies {names}; choose one, as with --study {studies[0]}.")
+    masks = list(made["masks"].unique())
+    if len(masks) > 1:
+        raise FairlineError(
+            f"{panel.title} has the masks {' and '.join(masks)} in study {studies[0]}, and none is the panel."
+        )
     base = table[fits & (table["stage"] == "base") & table["study"].isin(studies)]
     rows = pd.concat([base, made], ignore_index=True)
     # Where a method keeps what it can, as DeepReDuce does, seeds differ; the budget asked for is the same.
     asked = rows.groupby("asked")["percent"].mean()
     labels = budget_labels(asked.unique())
     return rows.assign(percent=rows["asked"].map(asked), budget=rows["asked"].map(asked).map(labels))
+
+
+def _plain(table: pd.DataFrame) -> pd.Series[bool]:
+    return (table["stage"] == "finetuned") & (table["placement"] == "") & (table["surrogate"] == "identity")
 
 
 def finetuned(rows: pd.DataFrame, objective: str = "erm") -> pd.DataFrame:
@@ -131,7 +142,6 @@ def mitigation_drop(rows: pd.DataFrame, finetune: str = "lagrangian") -> pd.Data
 def variants_of_mu(rows: pd.DataFrame) -> list[tuple[float, str]]:
     """Each μ that Algorithm 1 was run with, smallest first, and the finetune's name."""
     own = rows[rows["objective"] == "lagrangian"][["objective_options", "finetune"]].drop_duplicates()
-
     return sorted(
         (float(json.loads(text).get("mu", 0)), str(name)) for text, name in own.itertuples(index=False, name=None)
     )

@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fairline._io import read_json, write_json
+from fairline._io import read_json, write_json, write_text
 from fairline.errors import FairlineError
 from fairline.runs import Run
 from fairline.study.cells import Cell
@@ -147,8 +147,6 @@ class Storage:
     def write_text(self, name: str, text: str) -> None:
         """Write a small file of the store."""
         if not self.remote:
-            from fairline._io import write_text
-
             write_text(self.local / name, text)
             return
         target = self._at(name)
