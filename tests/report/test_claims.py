@@ -27,6 +27,7 @@ PLANTED = {
     8: ({"gain": 3}, {"gain": {"large": -3, "middle": 3, "small": 3}}),
     9: ({"mus": (0.1, 0.2, 0.3)}, {"mus": (0.1, 0.2, 0.3), "mu_effect": 3}),
     10: ({"slope": 4, "model": "vgg19"}, {"slope": -4, "model": "vgg19"}),
+    11: ({"gain": 3}, {"gain": {"large": 3, "middle": 3, "small": -3}}),
 }
 
 
@@ -64,7 +65,7 @@ def test_the_effects_are_those_that_were_planted():
 
 def test_mitigation_must_help_every_group():
     table = study_table(gain={"large": 0.0, "middle": 3, "small": 3})
-    assert verdicts(table, 8) == [UNDECIDED, HOLDS]
+    assert (verdicts(table, 8), verdicts(table, 11)) == ([UNDECIDED], [HOLDS])
     note = findings(table).query("claim == 8")["note"].iloc[0]
     assert note.startswith("large, which gains least of 3 groups")
 
