@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -32,10 +33,15 @@ def measured(source: Path) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> pd.DataFrame:
+def finished(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "store"
     ok("study", "run", SPEC, "--out", out)
-    return measured(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished) -> pd.DataFrame:
+    return measured(finished)
 
 
 def start(*arguments: str | Path, **more) -> subprocess.Popen[str]:
@@ -98,7 +104,7 @@ def kill_and_go_on(out: Path, kills: int, seed: int) -> None:
 
 
 def test_killed_at_random_moments_it_gives_the_same_table(undisturbed, tmp_path):
-    kill_and_go_on(tmp_path / "store", 3, 0)
+    kill_and_go_on(tmp_path / "store", 2, 0)
     assert_frame_equal(measured(tmp_path / "store"), undisturbed)
 
 
@@ -237,17 +243,14 @@ def test_a_full_disk_is_told_and_nothing_is_lost(undisturbed, tmp_path):
     assert_frame_equal(measured(store), undisturbed)
 
 
-def test_a_table_cut_short_is_told_and_can_be_computed_again(undisturbed, tmp_path):
-    store = tmp_path / "store"
-    ok("study", "run", SPEC, "--out", store)
+def test_a_table_cut_short_is_told_and_can_be_computed_again(finished, undisturbed, tmp_path):
+    store = shutil.copytree(finished, tmp_path / "store", symlinks=True)
     (audit,) = (store / "digits_tiny" / "digits-0" / "base-audit").resolve().glob("audit.parquet")
     audit.write_bytes(audit.read_bytes()[:-100])
     done = fairline("study", "run", SPEC, "--out", store)
     assert done.returncode == 2
     sentence = f"{audit} is cut short or broken; remove the folder {audit.parent} to compute it again."
     assert sentence in " ".join(done.stderr.split())
-    import shutil
-
     shutil.rmtree(audit.parent)
     ok("study", "run", SPEC, "--out", store)
     assert_frame_equal(measured(store), undisturbed)
@@ -272,15 +275,15 @@ def test_the_table_says_where_every_row_comes_from(undisturbed, tmp_path):
         read_results([tmp_path / "nowhere"])
 
 
-def test_a_dry_run_estimates_from_steps_and_then_from_what_was_run(tmp_path):
+def test_a_dry_run_estimates_from_steps_and_then_from_what_was_run(finished, tmp_path):
     said = ok("study", "run", SPEC, "--out", tmp_path / "store", "--dry-run")
     assert "reckoned" in said
     assert "at a time, at most" in said
     assert not (tmp_path / "store").exists()
-    one = tmp_path / "one.yaml"
-    one.write_text(SPEC.read_text().replace("seeds: [0, 1]", "seeds: [0]").replace("digits_tiny", "one_seed"))
-    ok("study", "run", one, "--out", tmp_path / "store")
-    said = ok("study", "run", SPEC, "--out", tmp_path / "store", "--dry-run")
+    store = shutil.copytree(finished, tmp_path / "store", symlinks=True)
+    more = tmp_path / "more.yaml"
+    more.write_text(SPEC.read_text().replace("seeds: [0, 1]", "seeds: [1, 2]").replace("digits_tiny", "more_seeds"))
+    said = ok("study", "run", more, "--out", store, "--dry-run")
     (train,) = (line for line in said.splitlines() if "train" in line)
     assert train.replace("│", " ").split()[:4] == ["train", "2", "1", "1"]
     assert "measured" in train
