@@ -68,11 +68,11 @@ def find_networks(sources: Sequence[str | Path]) -> tuple[list[Checkpoint], Run]
     runs: list[Run] = []
     for source in map(Path, sources):
         single = (source / "network.json").exists()
-        run = Run.read(source.resolve().parent.parent if single else source, *WITH_NETWORKS)
+        run = Run.read(source.absolute().parent.parent if single else source, *WITH_NETWORKS)
         runs.append(run)
-        folders = {source.resolve().name: source} if single else run.networks()
+        folders = {source.absolute().name: source} if single else run.networks()
         for name, folder in folders.items():
-            full = "base" if run.command == "train" else f"{run.folder.resolve().name}/{name}"
+            full = "base" if run.command == "train" else f"{run.folder.absolute().name}/{name}"
             if full not in {checkpoint.name for checkpoint in found}:
                 found.append(Checkpoint(full, folder, load_info(folder)))
             elif folder.resolve() not in {checkpoint.folder.resolve() for checkpoint in found}:
