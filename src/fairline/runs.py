@@ -413,9 +413,10 @@ class Run:
         return self.lineage()[0]
 
     def parent_entry(self) -> dict[str, str]:
-        """How a following job names this one: its folder, and a digest of its networks."""
+        """How a following job names this one: its folder, as it was given, and a digest of its networks."""
         files = [file for folder in self.networks().values() for file in sorted(folder.iterdir())]
-        return {"folder": str(self.folder.resolve()), "digest": digest(files)}
+        # Links stay: a study's networks are known by them.
+        return {"folder": str(self.folder.absolute()), "digest": digest(files)}
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write one row an epoch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -287,3 +288,13 @@ def test_a_dry_run_estimates_from_steps_and_then_from_what_was_run(finished, tmp
     (train,) = (line for line in said.splitlines() if "train" in line)
     assert train.replace("│", " ").split()[:4] == ["train", "2", "1", "1"]
     assert "measured" in train
+
+
+def test_a_frontier_of_a_study_names_its_networks_and_the_study(finished, tmp_path):
+    networks = finished / "digits_tiny" / "digits-0"
+    ok("audit", networks / "plain-erm", networks / "plain-lagrangian", "--resamples", "50", "--out", tmp_path / "audit")
+    ok("frontier", tmp_path / "audit", "--out", tmp_path / "frontier", "--results", tmp_path / "results")
+    table = pd.read_csv(tmp_path / "results" / "frontier.csv")
+    assert {name.partition("/")[0] for name in table["model"]} == {"base", "plain-erm", "plain-lagrangian"}
+    (study,) = json.loads((tmp_path / "results" / "provenance.json").read_text())["studies"]
+    assert (study["name"], study["spec_hash"]) == ("digits_tiny", load_spec(SPEC).digest)

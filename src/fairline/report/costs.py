@@ -20,7 +20,9 @@ from fairline.report import figures
 from fairline.report.figures import save_charts, themed
 from fairline.report.html import read_table, settings, write_page
 from fairline.runs import Run, provenance
+from fairline.study.cells import cells_of
 from fairline.study.spec import StudySpec
+from fairline.study.storage import Storage
 
 #: What a private inference is paid in: column, unit, and what a value is divided by.
 AXES = {"bytes": ("MB", 1e6), "rounds": ("rounds", 1.0), "seconds": ("seconds", 1.0)}
@@ -257,8 +259,7 @@ def write_results(folder: str | Path, target: str | Path) -> Path:
             file.unlink()
     lineage = [Path(name) for name in run.config["lineage"]]
     machines = [read_json(each / "environment.json") for each in [*lineage, *(r.folder for r in measured), run.folder]]
-    specs = {path for each in lineage if (path := each.parent.parent / "spec.json").exists()}
-    studies = [StudySpec.model_validate(read_json(path)) for path in sorted(specs)]
+    studies = _studies(lineage)
     content = {
         "studies": [{"name": s.name, "spec_hash": s.digest, "scale": s.scale, "seeds": s.seeds} for s in studies],
         "seeds": sorted({int(config["seed"]) for config in run.config["lineage"].values()}),
@@ -267,6 +268,18 @@ def write_results(folder: str | Path, target: str | Path) -> Path:
     }
     write_text(out / "provenance.json", json.dumps(content, indent=2) + "\n")
     return out
+
+
+def _studies(lineage: Sequence[Path]) -> list[StudySpec]:
+    """The studies that some of these runs are cells of."""
+    found = []
+    for store in sorted({each.parent.parent for each in lineage if (each / "cell.json").exists()}):
+        storage = Storage(str(store))
+        for name in storage.studies():
+            spec = StudySpec.model_validate(storage.read_json(f"{name}/spec.json"))
+            if {cell.key for cell in cells_of(spec)} & {each.name for each in lineage}:
+                found.append(spec)
+    return found
 
 
 def panel(folder: str | Path, within: float, audit: Run | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
