@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -67,6 +68,11 @@ def read_json(path: str | Path) -> Any:
         raise FairlineError(f"{path} does not exist.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FairlineError(f"{path} is not valid JSON ({error}).") from None
+
+
+def json_digest(value: Any) -> str:
+    """Hash of a plain JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_table(path: str | Path, table: pd.DataFrame) -> None:

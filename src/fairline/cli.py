@@ -666,12 +666,9 @@ def study_run(
 
 
 def _print_estimate(specs: list[Any], out: str, root: str | None, jobs: int, device: str | None) -> None:
-    from fairline.study.cells import require_known
     from fairline.study.estimate import estimate
     from fairline.study.storage import Storage
 
-    for spec in specs:
-        require_known(spec)
     table = estimate(specs, Storage(out), root=root, jobs=jobs, device=device)
     total = table["seconds"].sum()
     print_frame(table.set_index("kind"), "cells; seconds of those left, one after another", {"seconds": ",.0f"})
@@ -1071,14 +1068,15 @@ def study_figures(
     formats: Annotated[str, typer.Option("--format", help="Comma-separated: png, svg, pdf.")] = "png,svg,pdf",
 ) -> None:
     """Draw the empirical figures of the paper (1, 3–9, 11–15) from what studies measured."""
-    from fairline.report.paper_figures import FIGURES, draw, save
+    from fairline.report.figures import save_charts
+    from fairline.report.paper_figures import FIGURES, draw
 
     wanted = _names(formats)
     for name in wanted:
         if name not in ("png", "svg", "pdf"):
             raise FairlineError(f"The format is png, svg or pdf, not '{name}'.")
     drawn = draw(_chosen_results(sources, study), None if only is None else _counts(only, "Figures"))
-    files = save(drawn, to, wanted)
+    files = save_charts({f"figure_{number:02d}": chart for number, chart in drawn.items()}, to, wanted)
     out_console.print(f"Figures {', '.join(map(str, drawn))}: {len(files)} files in {to}", soft_wrap=True)
     missing = [str(number) for number in FIGURES if number not in drawn]
     if missing and only is None:
@@ -1103,7 +1101,7 @@ def study_report(
     if table is not None:
         write_text(table, found.to_csv(index=False, float_format="%.5g"))
         out_console.print(f"Findings: {table.resolve()}", soft_wrap=True)
-    out_console.print(f"Page: {write_claims(rows, out).resolve()}", soft_wrap=True)
+    out_console.print(f"Page: {write_claims(rows, found, out).resolve()}", soft_wrap=True)
 
 
 @app.command()

@@ -103,8 +103,8 @@ class DataSpec:
             FairlineError: The data are not those of the earlier job.
         """
         key = json.dumps([self.name, self.root, dict(self.options), self.split_seed], sort_keys=True)
-        if key in (_kept or {}):
-            complete, parts = (_kept or {})[key]
+        if _kept is not None and key in _kept:
+            complete, parts = _kept[key]
             self._require(complete)
             return complete, dict(parts)
         whole = data_registry.load(self.name, self.root, **self.options)

@@ -116,7 +116,9 @@ def test_two_studies_of_one_panel_are_not_mixed():
 
 
 def test_the_page_says_scale_claims_and_sources(tmp_path):
-    page = html.unescape(write_claims(study_table(), tmp_path / "claims.html").read_text(encoding="utf-8"))
+    table = study_table()
+    target = write_claims(table, findings(table), tmp_path / "claims.html")
+    page = html.unescape(target.read_text(encoding="utf-8"))
     assert "Scale of what follows: Planted: numbers of a test." in page
     for claim in CLAIMS.values():
         assert claim.text in page

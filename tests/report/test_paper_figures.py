@@ -10,8 +10,9 @@ import pytest
 from scipy import stats
 
 from fairline.errors import FairlineError
+from fairline.report.figures import save_charts
 from fairline.report.panels import Panel, finetuned, mitigation_drop, over_seeds, rows_of, variants_of_mu
-from fairline.report.paper_figures import FIGURES, draw, save
+from fairline.report.paper_figures import FIGURES, draw
 from tests.report.study_table import BUDGETS, GROUPS, study_table
 
 DIGITS = {str(digit): 1000 - 90 * digit for digit in range(10)}
@@ -155,7 +156,8 @@ def test_what_is_not_held_is_said():
 
 
 def test_files_of_three_formats(tmp_path):
-    files = save(draw(study_table(), [1, 8]), tmp_path)
+    drawn = {f"figure_{number:02d}": chart for number, chart in draw(study_table(), [1, 8]).items()}
+    files = save_charts(drawn, tmp_path, ("png", "svg", "pdf"))
     assert [file.name for file in files] == [f"figure_{n}.{f}" for n in ("01", "08") for f in ("png", "svg", "pdf")]
     assert files[0].read_bytes()[:4] == b"\x89PNG"
     assert b"<svg" in files[1].read_bytes()[:200]

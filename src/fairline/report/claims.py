@@ -408,11 +408,12 @@ def summary(found: pd.DataFrame) -> dict[int, str]:
     return words
 
 
-def write_claims(table: pd.DataFrame, target: Path) -> Path:
+def write_claims(table: pd.DataFrame, found: pd.DataFrame, target: Path) -> Path:
     """Write the page: each claim beside what was measured, then the figures.
 
     Args:
         table: The table of one or more studies.
+        found: Its :func:`findings`.
         target: The HTML file.
 
     Returns:
@@ -424,7 +425,6 @@ def write_claims(table: pd.DataFrame, target: Path) -> Path:
     from fairline.report.html import write_page
     from fairline.report.paper_figures import FIGURES
 
-    found = findings(table)
     drawn = {f"figure_{number}": figure(table) for number, figure in FIGURES.items()}
     words = summary(found)
     claims = []

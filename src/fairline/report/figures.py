@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,12 +233,13 @@ def themed(chart: Any) -> Any:
     )
 
 
-def save_charts(charts: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write each chart as SVG and PNG; returns the files."""
+def save_charts(charts: Mapping[str, Any], folder: Path, formats: Sequence[str] = ("svg", "png")) -> list[Path]:
+    """Write each chart in each format (svg, png or pdf); returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, chart in charts.items():
-        for suffix, options in (("svg", {}), ("png", {"scale_factor": 2})):
+        for suffix in formats:
+            options = {"scale_factor": 2} if suffix == "png" else {}
             files.append(folder / f"{name}.{suffix}")
             with atomic_path(files[-1]) as temporary:
                 chart.save(str(temporary), format=suffix, **options)

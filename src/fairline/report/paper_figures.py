@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import altair as alt
 import pandas as pd
 
-from fairline._io import atomic_path
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 from fairline.report.figures import PALETTE, bars, budget_order, group_order, themed
@@ -51,11 +49,19 @@ def _shown_groups(rows: pd.DataFrame, data: str) -> pd.DataFrame:
     return rows[rows["group"].isin([OVERALL, *names[:2], *names[-2:]])]
 
 
-def _group_bars(rows: pd.DataFrame, panel: Panel, measure: str, title: str, axis: alt.Axis | None = None) -> Any:
-    """Bars of a measure, groups along x and a shade a budget."""
-    shown = over_seeds(_shown_groups(rows[rows["measure"] == measure], panel.data))
-    chart = bars(shown, measure, title, axis or alt.Axis(), _GROUP_AXIS, 460)
-    return chart.properties(height=200, title=alt.TitleParams(panel.title, fontSize=12, fontWeight="normal"))
+def _panel_title(text: str) -> alt.TitleParams:
+    return alt.TitleParams(text, fontSize=12, fontWeight="normal")
+
+
+def _drawn(means: pd.DataFrame, measure: str, axis_title: str, title: str, axis: alt.Axis | None = None) -> Any:
+    """Bars of means over seeds, groups along x and a shade a budget."""
+    chart = bars(means, measure, axis_title, axis or alt.Axis(), _GROUP_AXIS, 460)
+    return chart.properties(height=200, title=_panel_title(title))
+
+
+def _group_bars(rows: pd.DataFrame, panel: Panel, measure: str, axis_title: str, axis: alt.Axis) -> Any:
+    means = over_seeds(_shown_groups(rows[rows["measure"] == measure], panel.data))
+    return _drawn(means, measure, axis_title, panel.title, axis)
 
 
 def _arranged(charts: Sequence[Any], columns: int, title: str, rows: pd.DataFrame) -> Any:
@@ -161,7 +167,7 @@ def figure_5(table: pd.DataFrame) -> Any:
             alt.layer(boxes.encode(x=x, y=y), whiskers, line).properties(
                 width=alt.Step(64),
                 height=200,
-                title=alt.TitleParams(panel.title, fontSize=12, fontWeight="normal"),
+                title=_panel_title(panel.title),
             )
         )
         used.append(rows)
@@ -310,10 +316,7 @@ def figure_15(table: pd.DataFrame) -> Any:
     charts = []
     for mu, finetune in variants_of_mu(rows):
         drops = over_seeds(mitigation_drop(rows, finetune))
-        chart = bars(drops, "mitigation_drop", MITIGATION_DROP, alt.Axis(), _GROUP_AXIS, 460)
-        charts.append(
-            chart.properties(height=200, title=alt.TitleParams(f"μ = {mu:g}", fontSize=12, fontWeight="normal"))
-        )
+        charts.append(_drawn(drops, "mitigation_drop", MITIGATION_DROP, f"μ = {mu:g}"))
     if not charts:
         return None
     shared = alt.hconcat(*charts).resolve_scale(y="shared")
@@ -362,15 +365,3 @@ def draw(table: pd.DataFrame, numbers: Sequence[int] | None = None) -> dict[int,
     if not made:
         raise FairlineError("No study here holds what any figure of the paper shows.")
     return made
-
-
-def save(drawn: dict[int, Any], folder: Path, formats: Sequence[str] = ("png", "svg", "pdf")) -> list[Path]:
-    """Write figures as ``figure_NN.FORMAT``; returns the files."""
-    files = []
-    for number, chart in drawn.items():
-        for suffix in formats:
-            file = folder / f"figure_{number:02d}.{suffix}"
-            with atomic_path(file) as temporary:
-                chart.save(str(temporary), format=suffix, **({"scale_factor": 2} if suffix == "png" else {}))
-            files.append(file)
-    return files

@@ -9,18 +9,15 @@ Cells with equal hashes are the same work, within a study and between studies th
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fairline import data, jobs, linearize, models, objectives
+from fairline._io import json_digest
 from fairline.audit import REGISTRY as MEASURES
 from fairline.errors import FairlineError
 from fairline.runs import DataSpec, Run
@@ -49,8 +46,7 @@ class Cell:
     @cached_property
     def key(self) -> str:
         """Kind and hash: the name of its folder."""
-        text = json.dumps(self.content, sort_keys=True)
-        return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return f"{self.kind}-{json_digest(self.content)}"
 
     @property
     def content(self) -> dict[str, Any]:
@@ -285,8 +281,3 @@ def compute(
         case "compare":
             return jobs.compare_job(parents, folder, baseline=given["baseline"], root=root, **common)
     raise AssertionError(cell.kind)
-
-
-def limit_threads(count: int) -> None:
-    """Let PyTorch use so many threads in this process."""
-    torch.set_num_threads(count)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import time
@@ -14,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from fairline import linearize, models
-from fairline._io import resolve_device
+from fairline._io import json_digest, resolve_device
 from fairline.runs import DataSpec
-from fairline.study.cells import Cell, cells_of
+from fairline.study.cells import Cell, cells_of, require_known
 from fairline.study.spec import StudySpec
 from fairline.study.storage import Storage
 from fairline.training import finetune, train
@@ -48,8 +47,10 @@ def estimate(
         epochs, images and the speed of training steps, at most; ``unknown`` counts as nothing).
 
     Raises:
-        FairlineError: The data cannot be loaded, or there is no such model.
+        FairlineError: A study names what nothing here knows, or the data cannot be loaded.
     """
+    for spec in specs:
+        require_known(spec)
     cells = list({cell.key: cell for spec in specs for cell in cells_of(spec)}.values())
     before = _measured(storage)
     speeds: dict[str, tuple[float, int]] = {}
@@ -83,28 +84,19 @@ def estimate(
 
 def _measured(storage: Storage) -> dict[str, list[float]]:
     """Seconds of finished cells, by signature."""
-    known = {f"{entry['kind']}-{_digest(_content(entry))}": entry for entry in storage.seconds()}
-    contents = {key: _content(entry) for key, entry in known.items()}
+    known = storage.notes()
     found: dict[str, list[float]] = {}
-    for entry in known.values():
-        if not entry["resumed"]:
-            found.setdefault(_signature(_content(entry), contents), []).append(float(entry["seconds"]))
+    for note in known.values():
+        if not note["resumed"]:
+            found.setdefault(_signature(note, known), []).append(float(note["seconds"]))
     return found
-
-
-def _content(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: entry[name] for name in ("kind", "arguments", "parents")}
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _signature(content: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> str:
     """What a cell is, apart from seeds."""
     arguments = {name: value for name, value in content["arguments"].items() if name != "seed"}
     parents = [_signature(known[key], known) if key in known else key for key in content["parents"]]
-    return _digest({"kind": content["kind"], "arguments": arguments, "parents": parents})
+    return json_digest({"kind": content["kind"], "arguments": arguments, "parents": parents})
 
 
 def _epochs(cell: Cell) -> float | None:

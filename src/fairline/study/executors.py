@@ -12,10 +12,10 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import Any, Protocol
 
+import torch
+
 from fairline.errors import FairlineError
 from fairline.runs import keep_data
-
-logger = logging.getLogger(__name__)
 
 
 class Executor(Protocol):
@@ -112,7 +112,6 @@ class RayCluster:
             except (ConnectionError, ValueError, RuntimeError) as error:
                 reason = str(error).strip().splitlines()[0].rstrip(".")
                 raise FairlineError(f"No Ray cluster at '{address}': {reason}.") from None
-        available = ray.cluster_resources()
         for name, wanted in (("CPU", cpus), ("GPU", gpus)):
             largest = max((node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]), default=0)
             if wanted > largest:
@@ -120,7 +119,6 @@ class RayCluster:
                 raise FairlineError(
                     f"A cell asks for {wanted:g} {name}s, and no machine of the cluster has more than {largest:g}."
                 )
-        logger.info("Ray cluster with %s", available)
         self._cpus, self._gpus = cpus, gpus
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -152,9 +150,7 @@ def _require_listening(address: str) -> None:
 
 def prepare(threads: int) -> None:
     """Make a worker: its threads, data kept between cells, and an end when its parent ends."""
-    from fairline.study.cells import limit_threads
-
-    limit_threads(threads)
+    torch.set_num_threads(threads)
     keep_data()
     parent = parent_process()
     if parent is not None:

@@ -16,14 +16,14 @@ from typing import Any
 
 import pandas as pd
 
-from fairline._io import atomic_path, read_json, write_json, write_text
+from fairline._io import atomic_path, read_json, write_json, write_table, write_text
 from fairline.errors import FairlineError
 from fairline.runs import FolderInUse, Run, difference, provenance
 from fairline.study.cells import Cell, cells_of, compute, require_known
 from fairline.study.executors import Executor, Local, WorkerLost
 from fairline.study.spec import StudySpec
 from fairline.study.storage import Storage
-from fairline.study.store import collect
+from fairline.study.store import keep
 from fairline.training import Progress, ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def run_study(
         failed, reason = next(iter(errors.items()))
         raise FairlineError(f"{len(errors)} of {len(cells)} cells failed; {failed}: {reason}")
     for one in specs:
-        collect(one, storage)
+        keep(one, storage)
     return {
         name: {
             str(cell.about["data_label"]): Run.read(storage.fetch(cell), "compare")
@@ -158,8 +158,8 @@ def _run_cells(
             else:
                 finished.add(cell.key)
         if progress is not None:
-            count = len({cell.key for cell in cells} & finished)
-            at_work = ", ".join(filter(None, (_told(storage, cell) for cell in working.values())))
+            count = len(finished)
+            at_work = ", ".join(_told(storage, cell) for cell in working.values())
             progress(Progress(title, count, len(cells), f"{count} of {len(cells)} cells; {at_work}"))
     return errors
 
@@ -215,12 +215,11 @@ def status(out: str | Path) -> pd.DataFrame:
     rows = []
     for name in names:
         for cell in cells_of(StudySpec.model_validate(storage.read_json(f"{name}/spec.json"))):
-            error = storage.error(cell)
             if storage.finished(cell):
                 state, note = "finished", ""
             elif storage.busy(cell):
                 state, note = "running", _told(storage, cell)
-            elif error:
+            elif error := storage.error(cell):
                 state, note = "failed", error
             else:
                 state, note = "interrupted" if storage.folder(cell).exists() else "waiting", ""
@@ -283,8 +282,7 @@ def write_results(spec: StudySpec, out: str | Path, results: str | Path) -> Path
                 file.replace(folder / f"{name}_{file.name}")
             else:
                 file.unlink()
-    with atomic_path(folder / "results.parquet") as temporary:
-        collect(spec, storage).to_parquet(temporary, index=False)
+    write_table(folder / "results.parquet", keep(spec, storage))
     machines: list[dict[str, Any]] = [read_json(storage.fetch(cell) / "environment.json") for cell in cells]
     content = {
         "study": spec.name,

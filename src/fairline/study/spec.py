@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fairline._io import json_digest
 from fairline.errors import FairlineError
 
 
@@ -118,7 +117,7 @@ class StudySpec(_Strict):
         if self.audit == Audit():
             # Studies of accuracy alone keep the hash under which their results are known.
             del content["audit"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return json_digest(content)
 
 
 def load_spec(path: str | Path, scale: str | None = None) -> StudySpec:

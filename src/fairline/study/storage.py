@@ -98,9 +98,7 @@ class Storage:
         if self.remote and not self.finished(cell):
             files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")]
             for file in sorted(files, key=lambda file: file.name == "status.json"):
-                target = self._at(f"cells/{cell.key}/{file.relative_to(folder)}")
-                self._system.makedirs(target.rpartition("/")[0], exist_ok=True)
-                self._system.put_file(str(file), target)
+                self.upload(file, f"cells/{cell.key}/{file.relative_to(folder)}")
         self.clear_error(cell)
 
     def busy(self, cell: Cell) -> bool:
@@ -133,9 +131,9 @@ class Storage:
         elif self._exists(f"errors/{cell.key}.json"):
             self._system.rm_file(self._at(f"errors/{cell.key}.json"))
 
-    def seconds(self) -> list[dict[str, Any]]:
-        """What is known of the cells that are done on this machine: ``cell.json`` of each."""
-        return [read_json(file) for file in sorted((self.local / "cells").glob("*/cell.json"))]
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """What is known of the cells that are done on this machine: ``cell.json`` of each, by key."""
+        return {file.parent.name: read_json(file) for file in sorted((self.local / "cells").glob("*/cell.json"))}
 
     def studies(self) -> list[str]:
         """Names of the studies."""
@@ -149,9 +147,7 @@ class Storage:
         if not self.remote:
             write_text(self.local / name, text)
             return
-        target = self._at(name)
-        self._system.makedirs(target.rpartition("/")[0], exist_ok=True)
-        self._system.pipe_file(target, text.encode())
+        self._system.pipe_file(self._target(name), text.encode())
 
     def read_json(self, name: str) -> Any:
         """Read a small file of the store; None if it is not there.
@@ -171,9 +167,7 @@ class Storage:
     def upload(self, file: Path, name: str) -> None:
         """Copy a local file into a remote store; a local one holds it already."""
         if self.remote:
-            target = self._at(name)
-            self._system.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self._system.put_file(str(file), target)
+            self._system.put_file(str(file), self._target(name))
 
     def link(self, study: str, cell: Cell) -> None:
         """Give a cell its name for people."""
@@ -189,18 +183,28 @@ class Storage:
         temporary.replace(link)
 
     @cached_property
-    def _system(self) -> Any:
+    def _place(self) -> tuple[Any, str]:
+        """The file system, and the store's path on it."""
         import fsspec
 
         try:
-            return fsspec.core.url_to_fs(self.path)[0]
+            system, path = fsspec.core.url_to_fs(self.path)
         except (ValueError, ImportError) as error:
             raise FairlineError(f"{self.path} cannot be used as a store: {error}.") from None
+        return system, str(path).rstrip("/")
+
+    @property
+    def _system(self) -> Any:
+        return self._place[0]
 
     def _at(self, name: str) -> str:
-        import fsspec
+        return f"{self._place[1]}/{name}"
 
-        return f"{str(fsspec.core.url_to_fs(self.path)[1]).rstrip('/')}/{name}"
+    def _target(self, name: str) -> str:
+        """Where a file will be written; its folder is there."""
+        path = self._at(name)
+        self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
+        return path
 
     def _exists(self, name: str) -> bool:
         # Other machines write; what was listed a while ago does not count.

@@ -56,21 +56,21 @@ COLUMNS = (
 
 
 def collect(spec: StudySpec, storage: Storage) -> pd.DataFrame:
-    """Gather the audits of a study, and write them to ``STUDY/results.parquet`` in its store.
+    """Gather the audits of a study.
 
     Args:
         spec: The study.
         storage: Where its cells are; those that are not finished are left out.
 
     Returns:
-        The table, with the columns :data:`COLUMNS`. ``value``, ``low`` and ``high`` (95 % limits, missing where a
-        measure has none) have the unit of the measure; ``n`` counts images measured, ``train_n`` training images;
-        ``asked`` is the ReLU count that the network was made for, ``relus`` what it has; options and ``versions`` are
-        JSON; ``cell`` names the audit in the store, ``commit``, ``device``, ``versions``
+        The table, empty if no audit is finished, with the columns :data:`COLUMNS`. ``value``, ``low`` and ``high``
+        (95 % limits, missing where a measure has none) have the unit of the measure; ``n`` counts images measured,
+        ``train_n`` training images; ``asked`` is the ReLU count that the network was made for, ``relus`` what it has;
+        options and ``versions`` are JSON; ``cell`` names the audit in the store, ``commit``, ``device``, ``versions``
         and ``started`` are those of the run that made the network.
 
     Raises:
-        FairlineError: No audit is finished, or a file is broken.
+        FairlineError: A file is broken.
     """
     tables = []
     for cell in cells_of(spec):
@@ -99,8 +99,13 @@ def collect(spec: StudySpec, storage: Storage) -> pd.DataFrame:
             )
         )
     if not tables:
-        raise FairlineError(f"{storage.path}: no audit of study '{spec.name}' is finished.")
-    table = pd.concat(tables, ignore_index=True)[list(COLUMNS)]
+        return pd.DataFrame(columns=list(COLUMNS))
+    return pd.concat(tables, ignore_index=True)[list(COLUMNS)]
+
+
+def keep(spec: StudySpec, storage: Storage) -> pd.DataFrame:
+    """:func:`collect` a study and write the table to ``STUDY/results.parquet`` in its store."""
+    table = collect(spec, storage)
     target = storage.local / spec.name / "results.parquet"
     write_table(target, table)
     storage.upload(target, f"{spec.name}/results.parquet")
@@ -138,17 +143,16 @@ def _tables(source: str) -> list[pd.DataFrame]:
         specs = [StudySpec.model_validate(storage.read_json(f"{name}/spec.json")) for name in storage.studies()]
         if not specs:
             raise FairlineError(f"{source} holds no study (there is no */spec.json).")
-        return [collect(spec, storage) for spec in specs if _begun(spec, storage)]
+        tables = [table for spec in specs if len(table := collect(spec, storage))]
+        if not tables:
+            raise FairlineError(f"{source}: no network of a study is measured yet.")
+        return tables
     files = (
         [path] if path.is_file() else [*sorted(path.glob("results.parquet")), *sorted(path.glob("*/results.parquet"))]
     )
     if not files:
         raise FairlineError(f"{source} holds no results of a study (no results.parquet, there or one folder down).")
     return [_checked(file) for file in files]
-
-
-def _begun(spec: StudySpec, storage: Storage) -> bool:
-    return any(cell.kind == "audit" and storage.finished(cell) for cell in cells_of(spec))
 
 
 def _checked(file: Path) -> pd.DataFrame:
@@ -175,13 +179,3 @@ def _read(file: Path) -> pd.DataFrame:
         raise FairlineError(
             f"{file} is cut short or broken; remove the folder {file.parent} to compute it again."
         ) from None
-
-
-def described(table: pd.DataFrame) -> dict[str, Any]:
-    """What figures and pages say of their source: studies, scales, seeds and hashes."""
-    studies = table[["study", "scale", "spec_hash"]].drop_duplicates()
-    seeds = table.groupby("study")["seed"].nunique()
-    return {
-        str(row.study): {"scale": str(row.scale), "spec_hash": str(row.spec_hash), "seeds": int(seeds[row.study])}
-        for row in studies.itertuples(index=False)
-    }
