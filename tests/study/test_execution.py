@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pandas as pd
@@ -134,6 +136,35 @@ def test_two_processes_share_a_study(undisturbed, tmp_path):
         _, said = process.communicate(timeout=180)
         assert process.returncode == 0, said
     assert_frame_equal(measured(tmp_path / "store"), undisturbed)
+
+
+class Recording:
+    """Runs nothing; keeps what it was given."""
+
+    slots = 1
+
+    def __init__(self) -> None:
+        self.given: list[Cell] = []
+
+    def submit(self, _: object, cell: Cell, *__: object) -> Future[str]:
+        self.given.append(cell)
+        future: Future[str] = Future()
+        future.set_result("done")
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_first_seed_of_every_study_comes_before_the_second_of_any(tmp_path):
+    first = load_spec(SPEC)
+    second = first.model_copy(update={"name": "wider", "model": first.model.model_copy(update={"options": {}})})
+    executor = Recording()
+    with pytest.raises(FairlineError):  # there is nothing to read in the end
+        run_study([first, second], tmp_path / "store", executor=executor)
+    seeds = [cell.about.get("seed", math.inf) for cell in executor.given]
+    assert seeds == sorted(seeds)
+    assert {cell.key for cell in executor.given} == {cell.key for spec in (first, second) for cell in cells_of(spec)}
 
 
 def test_studies_share_their_cells(tmp_path):

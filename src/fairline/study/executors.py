@@ -21,6 +21,11 @@ from fairline.runs import keep_data
 class Executor(Protocol):
     """Runs functions elsewhere."""
 
+    @property
+    def slots(self) -> int | None:
+        """How many run at a time; None where it queues them itself."""
+        ...
+
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Run a function; the future fails with :class:`WorkerLost` where its process was lost."""
         ...
@@ -48,7 +53,7 @@ class Local:
     def __init__(self, jobs: int = 1, threads: int | None = None) -> None:
         if jobs < 1:
             raise FairlineError(f"A study needs one job at least, not {jobs}.")
-        self.jobs = jobs
+        self.slots = jobs
         self.threads = threads or max(1, (os.cpu_count() or 1) // jobs)
         self._pool: ProcessPoolExecutor | None = None
 
@@ -59,7 +64,7 @@ class Local:
             if self._pool is None:
                 # Spawned: a forked process inherits the locks of torch's thread pool.
                 self._pool = ProcessPoolExecutor(
-                    self.jobs, mp_context=get_context("spawn"), initializer=prepare, initargs=(self.threads,)
+                    self.slots, mp_context=get_context("spawn"), initializer=prepare, initargs=(self.threads,)
                 )
             try:
                 self._pool.submit(work, *arguments).add_done_callback(lambda done: _pass_on(done, told))
@@ -92,6 +97,8 @@ class RayCluster:
     Raises:
         FairlineError: Ray is not installed, or the cluster cannot be reached.
     """
+
+    slots: int | None = None
 
     def __init__(self, address: str = "auto", cpus: float = 1, gpus: float = 0) -> None:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ def run_study(
     """Run studies, or go on with them.
 
     Args:
-        spec: What to run; several studies share their common cells.
+        spec: What to run; several studies share their common cells, and the first seed of all comes before the second
+            of any.
         out: The store; see :mod:`fairline.study.storage`.
         root: Where the data are.
         executor: Who runs the cells; one process of this machine by default. Closed at the end.
@@ -67,7 +68,7 @@ def run_study(
     for one in specs:
         _claim(one, storage)
     by_study = {one.name: cells_of(one) for one in specs}
-    cells = list({cell.key: cell for own in by_study.values() for cell in own}.values())
+    cells = _in_order(specs, by_study)
     runner = executor or Local()
     try:
         errors = _run_cells(cells, storage, runner, root, device, progress, "study " + ", ".join(by_study))
@@ -109,6 +110,17 @@ def _claim(spec: StudySpec, storage: Storage) -> None:
         )
 
 
+def _in_order(specs: Sequence[StudySpec], by_study: Mapping[str, Sequence[Cell]]) -> list[Cell]:
+    """All cells, each once: the first seed of every study, then the second, so that what is interrupted tells most."""
+    ranked = []
+    for spec in specs:
+        for cell in by_study[spec.name]:
+            rank = spec.seeds.index(cell.about["seed"]) if "seed" in cell.about else len(spec.seeds)
+            ranked.append((rank, cell))
+    ranked.sort(key=lambda pair: pair[0])
+    return list({cell.key: cell for _, cell in ranked}.values())
+
+
 def _run_cells(
     cells: Sequence[Cell],
     storage: Storage,
@@ -133,6 +145,8 @@ def _run_cells(
                 # Told once, for the cell that failed.
                 failed.add(key)
                 del waiting[key]
+            elif executor.slots is not None and len(working) >= executor.slots:
+                continue
             elif all(parent.key in finished for parent in cell.parents) and time.monotonic() >= later.get(key, 0):
                 working[executor.submit(run_cell, cell, storage, root, device)] = cell
                 del waiting[key]
