@@ -31,7 +31,7 @@ SPEC = Path(__file__).parent / "digits.yaml"
 WHEN_AND_WHERE = ["commit", "device", "versions", "started"]
 
 
-def measured(source: Path) -> pd.DataFrame:
+def measured(source: str | Path) -> pd.DataFrame:
     return read_results([source]).drop(columns=WHEN_AND_WHERE)
 
 
@@ -202,9 +202,13 @@ def test_another_kind_of_store_gives_the_same_table(undisturbed, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_that_loses_a_worker_gives_the_same_table(undisturbed, tmp_path):
+@pytest.mark.parametrize("protocol", ["", "file://"])
+def test_a_ray_cluster_that_loses_a_worker_gives_the_same_table(undisturbed, tmp_path, monkeypatch, protocol):
     pytest.importorskip("ray")
-    process = start("--out", tmp_path / "store", "--ray", "local")
+    monkeypatch.setitem(ENVIRONMENT, "FAIRLINE_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setenv("FAIRLINE_SCRATCH", str(tmp_path / "scratch"))
+    store = f"{protocol}{tmp_path}/store"
+    process = start("--out", store, "--ray", "local")
     deadline = time.monotonic() + 240
     while not list((tmp_path / "store" / "cells").glob("linearize-*/status.json")):
         assert time.monotonic() < deadline
@@ -215,7 +219,38 @@ def test_a_ray_cluster_that_loses_a_worker_gives_the_same_table(undisturbed, tmp
     os.kill(workers[0], signal.SIGKILL)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    assert_frame_equal(measured(tmp_path / "store"), undisturbed)
+    assert_frame_equal(measured(store), undisturbed)
+
+
+@pytest.mark.slow
+def test_cells_share_a_gpu_of_a_cluster(tmp_path):
+    """Ray counts a GPU that it is told of, so this needs none: two cells of half a GPU meet, a third has to wait."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
+
+    def meet(own: str, other: str) -> tuple[list[int], str]:
+        import ray
+
+        seen = sorted(file.name for file in tmp_path.iterdir())
+        (tmp_path / own).touch()
+        deadline = time.monotonic() + 60
+        while not (tmp_path / other).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert (tmp_path / other).exists()
+        time.sleep(2)
+        (tmp_path / f"{own}-ended").touch()
+        return ray.get_gpu_ids(), ",".join(seen)
+
+    try:
+        cluster = RayCluster(cpus=1, gpus=0.5)
+        pair = [cluster.submit(meet, "first", "second"), cluster.submit(meet, "second", "first")]
+        third = cluster.submit(meet, "third", "third")
+        assert [one.result(120)[0] for one in pair] == [[0], [0]]
+        assert "-ended" in third.result(120)[1]
+        with pytest.raises(FairlineError, match="asks for 2 GPUs, and no machine of the cluster has more than 1"):
+            RayCluster(cpus=1, gpus=2)
+    finally:
+        ray.shutdown()
 
 
 def test_a_cluster_that_is_not_there_is_told():
