@@ -90,6 +90,26 @@ def test_every_figure_is_drawn_and_says_its_scale(everything):
         assert "Planted: numbers of a test. 2 seeds; mean and 95 % interval over seeds." in " ".join(title["subtitle"])
 
 
+@pytest.mark.parametrize(
+    ("number", "seeds", "words"),
+    [
+        (7, [(0,), (0,)], "1 seed; 95 % interval of the images."),
+        (7, [(0, 1), (0,)], "1 to 2 seeds; mean and 95 % interval over seeds (95 % interval of the images where there"),
+        (12, [(0,), (0,)], "1 seed; no interval."),
+        (12, [(0, 1), (0,)], "1 to 2 seeds; mean and 95 % interval over seeds (no interval where there is one)."),
+    ],
+)
+def test_a_figure_says_what_its_intervals_are(number, seeds, words):
+    model = "vgg19" if number == 7 else "resnet34"
+    table = pd.concat(
+        [
+            study_table(study="a", model=model, seeds=seeds[0]),
+            study_table(study="b", model=model, seeds=seeds[1], data="utkface:age"),
+        ]
+    )
+    assert words in " ".join(json.loads(draw(table, [number])[number].to_json())["title"]["subtitle"])
+
+
 def test_figure_1_shows_means_and_intervals_over_seeds():
     table = study_table(seeds=(0, 1, 2))
     rows = contents(draw(table, [1])[1])

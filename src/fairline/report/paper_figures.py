@@ -64,12 +64,15 @@ def _group_bars(rows: pd.DataFrame, panel: Panel, measure: str, axis_title: str,
     return _drawn(means, measure, axis_title, panel.title, axis)
 
 
-def _arranged(charts: Sequence[Any], columns: int, title: str, rows: pd.DataFrame) -> Any:
-    """Panels side by side under one title that says what they are of."""
+def _arranged(charts: Sequence[Any], columns: int, title: str, rows: pd.DataFrame, of_images: bool = True) -> Any:
+    """Panels side by side under one title that says what they are of, and where one seed has an interval itself."""
     seeds = rows.groupby(["data", "model"])["seed"].nunique()
     count = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     scales = " / ".join(dict.fromkeys(rows["scale"]))
-    interval = "mean and 95 % interval over seeds" if seeds.max() > 1 else "95 % interval of the images"
+    single = "95 % interval of the images" if of_images else "no interval"
+    interval = "mean and 95 % interval over seeds" if seeds.max() > 1 else single
+    if seeds.min() == 1 < seeds.max():
+        interval += f" ({single} where there is one)"
     words = f"{scales} {count} seed{'' if count == '1' else 's'}; {interval}."
     subtitle = textwrap.wrap(words, 62 * min(columns, len(charts)) + 28)
     whole = alt.concat(*charts, columns=columns, spacing=28).resolve_scale(color="independent")
@@ -101,7 +104,8 @@ def _by_group(
             continue
         charts.append(_group_bars(own, panel, measure, axis_title, axis()))
         used.append(rows)
-    return _arranged(charts, columns, title, pd.concat(used)) if charts else None
+    of_images = measure != "mitigation_drop"
+    return _arranged(charts, columns, title, pd.concat(used), of_images) if charts else None
 
 
 def _percent_axis() -> alt.Axis:
@@ -320,7 +324,9 @@ def figure_15(table: pd.DataFrame) -> Any:
     if not charts:
         return None
     shared = alt.hconcat(*charts).resolve_scale(y="shared")
-    return _arranged([shared], 1, f"Figure 15: the step μ of the multipliers ({Panel(RACE).title})", rows)
+    return _arranged(
+        [shared], 1, f"Figure 15: the step μ of the multipliers ({Panel(RACE).title})", rows, of_images=False
+    )
 
 
 #: Every empirical figure, by its number in the paper.
