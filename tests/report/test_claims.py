@@ -93,11 +93,17 @@ def test_what_is_not_finite_is_left_out():
     assert judge(1, "here", []).verdict == UNDECIDED
 
 
-def test_a_group_that_was_never_right_breaks_nothing():
-    table = study_table()
-    table.loc[(table["group"] == "small") & (table["measure"] == "relative_drop"), "value"] = math.nan
-    assert 1 not in set(findings(table)["claim"])
-    assert summary(findings(table))[1] == "not tested"
+@pytest.mark.parametrize(("never", "seeds", "verdict"), [((0, 1, 2, 3), 0, UNDECIDED), ((1,), 3, HOLDS)])
+def test_a_group_that_was_never_right_has_no_drop_and_that_is_told(never, seeds, verdict):
+    table = study_table(model="vgg19")
+    lost = (table["group"] == "small") & (table["measure"] == "relative_drop") & table["seed"].isin(never)
+    table.loc[lost, "value"] = math.nan
+    found = findings(table).set_index("claim")
+    for claim in (1, 10):
+        assert (found.loc[claim, "seeds"], found.loc[claim, "verdict"]) == (seeds, verdict)
+        assert f"the base network of {len(never)} of 4 seeds gets none of small right" in found.loc[claim, "note"]
+    # A seed without the measure at all has no such row.
+    assert len(findings(table[~lost])) == len(found)
 
 
 def test_a_verdict_over_several_panels():
