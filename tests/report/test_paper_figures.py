@@ -110,6 +110,14 @@ def test_a_figure_says_what_its_intervals_are(number, seeds, words):
     assert words in " ".join(json.loads(draw(table, [number])[number].to_json())["title"]["subtitle"])
 
 
+def test_a_figure_says_why_a_group_has_no_bars():
+    table = study_table(model="vgg19")
+    words = "No bars where the base network gets none of a group right."
+    assert words not in " ".join(draw(table, [7])[7].to_dict()["title"]["subtitle"])
+    table.loc[(table["group"] == "small") & (table["measure"] == "relative_drop"), "value"] = np.nan
+    assert words in " ".join(draw(table, [7])[7].to_dict()["title"]["subtitle"])
+
+
 def test_figure_1_shows_means_and_intervals_over_seeds():
     table = study_table(seeds=(0, 1, 2))
     rows = contents(draw(table, [1])[1])

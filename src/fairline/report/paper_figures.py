@@ -64,8 +64,10 @@ def _group_bars(rows: pd.DataFrame, panel: Panel, measure: str, axis_title: str,
     return _drawn(means, measure, axis_title, panel.title, axis)
 
 
-def _arranged(charts: Sequence[Any], columns: int, title: str, rows: pd.DataFrame, of_images: bool = True) -> Any:
-    """Panels side by side under one title that says what they are of, and where one seed has an interval itself."""
+def _arranged(
+    charts: Sequence[Any], columns: int, title: str, rows: pd.DataFrame, *, of_images: bool = True, note: str = ""
+) -> Any:
+    """Panels side by side under one title that says what they are of, and whether a single seed has an interval."""
     seeds = rows.groupby(["data", "model"])["seed"].nunique()
     count = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     scales = " / ".join(dict.fromkeys(rows["scale"]))
@@ -73,7 +75,7 @@ def _arranged(charts: Sequence[Any], columns: int, title: str, rows: pd.DataFram
     interval = "mean and 95 % interval over seeds" if seeds.max() > 1 else single
     if seeds.min() == 1 < seeds.max():
         interval += f" ({single} where there is one)"
-    words = f"{scales} {count} seed{'' if count == '1' else 's'}; {interval}."
+    words = f"{scales} {count} seed{'' if count == '1' else 's'}; {interval}. {note}".strip()
     subtitle = textwrap.wrap(words, 62 * min(columns, len(charts)) + 28)
     whole = alt.concat(*charts, columns=columns, spacing=28).resolve_scale(color="independent")
     return themed(
@@ -94,7 +96,7 @@ def _by_group(
     axis: Callable[[], alt.Axis] = alt.Axis,
 ) -> Any:
     """A figure of group bars, a panel each; None if no study holds any."""
-    charts, used = [], []
+    charts, used, undefined = [], [], False
     for panel in wanted:
         rows = rows_of(table, panel)
         own = pick(rows) if len(rows) else rows
@@ -104,8 +106,13 @@ def _by_group(
             continue
         charts.append(_group_bars(own, panel, measure, axis_title, axis()))
         used.append(rows)
+        values = own.loc[own["measure"] == measure].groupby("group")["value"]
+        undefined |= bool((values.count() == 0).any())
+    if not charts:
+        return None
+    note = "No bars where the base network gets none of a group right." if undefined else ""
     of_images = measure != "mitigation_drop"
-    return _arranged(charts, columns, title, pd.concat(used), of_images) if charts else None
+    return _arranged(charts, columns, title, pd.concat(used), of_images=of_images, note=note)
 
 
 def _percent_axis() -> alt.Axis:
