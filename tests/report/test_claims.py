@@ -106,6 +106,17 @@ def test_a_group_that_was_never_right_has_no_drop_and_that_is_told(never, seeds,
     assert len(findings(table[~lost])) == len(found)
 
 
+def test_groups_of_equal_size_stand_together():
+    """The planted slope grows from the first group to the last by thirds."""
+    table = study_table(
+        slope=6, gain={"a": 1, "b": 1, "c": 2, "d": 4}, groups={"a": 4000, "b": 3990, "c": 500, "d": 502}
+    )
+    found = findings(table).set_index("claim")
+    assert found.loc[1, "effect"] == pytest.approx(6 * (5 / 6 - 1 / 6), abs=0.1)
+    assert found.loc[1, "note"] == "the 2 smallest groups against the 2 largest groups"
+    assert found.loc[11, "effect"] == pytest.approx(3, abs=0.1)
+
+
 def test_a_verdict_over_several_panels():
     table = pd.concat([study_table(), study_table(study="b", data="utkface:age", slope=-4)])
     words = summary(findings(table))

@@ -109,10 +109,26 @@ def judge(
     return Finding(claim, panel, mean, low, high, len(own), verdict, note)
 
 
-def _extremes(rows: pd.DataFrame) -> tuple[str, str]:
-    """The groups with the most and with the fewest training images."""
+@dataclass(frozen=True)
+class _Extreme:
+    """The group with the most or the fewest training images; or those, where several have as many to 1 %."""
+
+    groups: tuple[str, ...]
+    which: str
+
+    def __str__(self) -> str:
+        return self.groups[0] if len(self.groups) == 1 else f"the {len(self.groups)} {self.which} groups"
+
+    def of(self, wide: pd.DataFrame) -> pd.Series:
+        """Their mean in a table with a column a group."""
+        return wide.reindex(columns=list(self.groups)).mean(axis=1)
+
+
+def _extremes(rows: pd.DataFrame) -> tuple[_Extreme, _Extreme]:
+    """The largest and the smallest group."""
     sizes = rows[rows["group"] != OVERALL].groupby("group", sort=False)["train_n"].mean()
-    return str(sizes.idxmax()), str(sizes.idxmin())
+    largest, smallest = sizes.index[sizes >= 0.99 * sizes.max()], sizes.index[sizes <= 1.01 * sizes.min()]
+    return _Extreme(tuple(map(str, largest)), "largest"), _Extreme(tuple(map(str, smallest)), "smallest")
 
 
 def _wide(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
@@ -138,12 +154,13 @@ def _lowest(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _disparity_slopes(rows: pd.DataFrame) -> tuple[pd.Series, str]:
     largest, smallest = _extremes(rows)
-    wide = _wide(finetuned(rows), "relative_drop").reindex(columns=[smallest, largest])
+    wide = _wide(finetuned(rows), "relative_drop")
+    difference = smallest.of(wide) - largest.of(wide)
     note = f"{smallest} against {largest}"
-    never = wide[smallest].isna().groupby(level="seed").all()
+    never = smallest.of(wide).isna().groupby(level="seed").all()
     if never.any():
         note += f"; the base network of {never.sum()} of {len(never)} seeds gets none of {smallest} right"
-    return _slopes(wide[smallest] - wide[largest]), note
+    return _slopes(difference), note
 
 
 def _judged_slopes(claim: int, panel: Panel, table: pd.DataFrame, more: str = "") -> Iterator[Finding]:
@@ -187,7 +204,7 @@ def _ratio(claim: int, panel: Panel, rows: pd.DataFrame, measure: str, note: str
     largest, smallest = _extremes(rows)
     wide = _wide(rows, measure)
     tested = judge(
-        claim, panel.title, np.log(wide[smallest] / wide[largest]), note=f"{smallest} over {largest}, {note}"
+        claim, panel.title, np.log(smallest.of(wide) / largest.of(wide)), note=f"{smallest} over {largest}, {note}"
     )
     yield replace(tested, effect=math.exp(tested.effect), low=math.exp(tested.low), high=math.exp(tested.high))
 
@@ -200,7 +217,7 @@ def margins_lower(table: pd.DataFrame) -> Iterator[Finding]:
             largest, smallest = _extremes(rows)
             wide = _wide(rows, "margin")
             note = f"{smallest} less {largest}, at {rows['budget'].iloc[0]} of the ReLUs"
-            yield judge(4, panel.title, wide[smallest] - wide[largest], note=note, sign=-1)
+            yield judge(4, panel.title, smallest.of(wide) - largest.of(wide), note=note, sign=-1)
 
 
 def distance_grows(table: pd.DataFrame) -> Iterator[Finding]:
@@ -233,7 +250,7 @@ def deepreduce_is_worse(table: pd.DataFrame) -> Iterator[Finding]:
             continue
         rows, others = (_lowest(finetuned(rows_of(table, one))) for one in (panel, other))
         _, smallest = _extremes(rows)
-        drops = [_wide(one, "relative_drop")[smallest].droplevel("percent") for one in (rows, others)]
+        drops = [smallest.of(_wide(one, "relative_drop")).droplevel("percent") for one in (rows, others)]
         note = f"{smallest}, SNL at {rows['budget'].iloc[0]}, DeepReDuce at {others['budget'].iloc[0]} of the ReLUs"
         where = Panel(panel.data, panel.model, "DeepReDuce less SNL").title
         yield judge(7, where, (drops[1] - drops[0]).dropna(), note=note)
@@ -260,7 +277,7 @@ def mitigation_helps_the_smallest(table: pd.DataFrame) -> Iterator[Finding]:
         rows = rows_of(table, panel)
         if len(finetuned(rows, "lagrangian")):
             _, smallest = _extremes(rows)
-            yield judge(11, panel.title, _gains(rows)[smallest], note=f"{smallest}; mean over budgets")
+            yield judge(11, panel.title, smallest.of(_gains(rows)), note=f"{smallest}; mean over budgets")
 
 
 def _gains(rows: pd.DataFrame) -> pd.DataFrame:
@@ -279,7 +296,7 @@ def step_hardly_matters(table: pd.DataFrame) -> Iterator[Finding]:
         _, smallest = _extremes(rows)
         means = pd.DataFrame(
             {
-                mu: _wide(rows[rows["finetune"] == name], "accuracy")[smallest].groupby(level="seed").mean()
+                mu: smallest.of(_wide(rows[rows["finetune"] == name], "accuracy")).groupby(level="seed").mean()
                 for mu, name in variants
             }
         ).dropna()
