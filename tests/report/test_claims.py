@@ -126,6 +126,29 @@ def test_a_verdict_over_several_panels():
     assert set(words) == set(CLAIMS)
 
 
+def test_what_is_undecided_is_told_with_its_side():
+    single = [
+        study_table(study=str(place), data=data, model=model, seeds=(0,), slope=slope)
+        for place, (data, model, slope) in enumerate(
+            [("utkface:race", "resnet34", 4), ("utkface:age", "resnet34", 4), ("svhn", "resnet34", -4)]
+        )
+    ]
+    assert summary(findings(pd.concat(single)))[1] == "undecided (on its side: 2 of 3)"
+    words = summary(findings(pd.concat([*single, study_table()])))
+    assert words[1] == "holds in 1, undecided in 3 (on its side: 3 of 4)"
+    assert words[4] == "holds in 1, undecided in 3 (on its side: 4 of 4)"
+    never = study_table()
+    never.loc[never["measure"] == "relative_drop", "value"] = math.nan
+    assert summary(findings(never))[1] == UNDECIDED
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_side_is_that_of_the_threshold(sign):
+    assert judge(1, "here", [sign * 3.0], above=sign * 2, sign=sign).agrees
+    assert not judge(1, "here", [sign * 1.0, sign * 1.5], above=sign * 2, sign=sign).agrees
+    assert judge(1, "here", []).agrees is None
+
+
 def test_two_studies_of_one_panel_are_not_mixed():
     table = pd.concat([study_table(), study_table(study="again")])
     with pytest.raises(FairlineError, match="is in the studies planted and again; choose one"):

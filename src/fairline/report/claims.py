@@ -51,6 +51,7 @@ class Finding:
         seeds: How many.
         verdict: ``holds``, ``does not hold`` or ``undecided``.
         note: Which groups and budgets it is about.
+        agrees: Whether the mean, whatever its interval, lies on the claim's side; None where there is none.
     """
 
     claim: int
@@ -61,6 +62,7 @@ class Finding:
     seeds: int
     verdict: str
     note: str = ""
+    agrees: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,12 @@ def judge(
     own = own[np.isfinite(own)]
     mean = float(own.mean()) if len(own) else math.nan
     if len(own) < 2:
-        return Finding(claim, panel, mean, math.nan, math.nan, len(own), UNDECIDED, note)
+        agrees = None if math.isnan(mean) else sign * mean > sign * above
+        return Finding(claim, panel, mean, math.nan, math.nan, len(own), UNDECIDED, note, agrees)
     low, high = student_interval(own)
     near, far = (low, high) if sign > 0 else (-high, -low)
     verdict = HOLDS if near > sign * above else FAILS if far < sign * above else UNDECIDED
-    return Finding(claim, panel, mean, low, high, len(own), verdict, note)
+    return Finding(claim, panel, mean, low, high, len(own), verdict, note, sign * mean > sign * above)
 
 
 @dataclass(frozen=True)
@@ -268,7 +271,7 @@ def mitigation_helps_all(table: pd.DataFrame) -> Iterator[Finding]:
         verdicts = {one.verdict for one in tested}
         whole = FAILS if FAILS in verdicts else HOLDS if verdicts == {HOLDS} else UNDECIDED
         note = f"{least.note}, which gains least of {len(tested)} groups; mean over budgets"
-        yield Finding(8, panel.title, least.effect, least.low, least.high, least.seeds, whole, note)
+        yield Finding(8, panel.title, least.effect, least.low, least.high, least.seeds, whole, note, least.agrees)
 
 
 def mitigation_helps_the_smallest(table: pd.DataFrame) -> Iterator[Finding]:
@@ -415,19 +418,22 @@ def findings(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(found: pd.DataFrame) -> dict[int, str]:
-    """The verdict on each claim over its panels, in words."""
+    """The verdict on each claim over its panels, in words; where some are undecided, how many lie on its side."""
     words = {}
     for number in CLAIMS:
-        verdicts = found.loc[found["claim"] == number, "verdict"]
-        if verdicts.empty:
+        own = found[found["claim"] == number]
+        counts = own["verdict"].value_counts()
+        if own.empty:
             words[number] = "not tested"
-        elif verdicts.nunique() == 1:
-            words[number] = str(verdicts.iloc[0])
+        elif len(counts) == 1:
+            words[number] = str(counts.index[0])
         else:
-            counts = verdicts.value_counts()
             words[number] = ", ".join(
                 f"{name} in {counts[name]}" for name in (HOLDS, FAILS, UNDECIDED) if name in counts
             )
+        signs = own["agrees"].dropna()
+        if UNDECIDED in counts and len(signs):
+            words[number] += f" (on its side: {int(signs.sum())} of {len(signs)})"
     return words
 
 
