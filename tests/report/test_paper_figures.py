@@ -77,6 +77,8 @@ def test_panels_stand_as_in_the_paper(everything, number, titles):
     if number == 15:
         panels = panels[0]["hconcat"]
     assert [panel["title"]["text"] for panel in panels] == titles
+    # Panels differ in their groups, so in the width of their bars.
+    assert specification["resolve"]["scale"] == {"color": "independent", "xOffset": "independent"}
     if number == 6:
         assert specification["columns"] == 4
 

@@ -77,7 +77,7 @@ def _arranged(
         interval += f" ({single} where there is one)"
     words = f"{scales} {count} seed{'' if count == '1' else 's'}; {interval}. {note}".strip()
     subtitle = textwrap.wrap(words, 62 * min(columns, len(charts)) + 28)
-    whole = alt.concat(*charts, columns=columns, spacing=28).resolve_scale(color="independent")
+    whole = alt.concat(*charts, columns=columns, spacing=28).resolve_scale(color="independent", xOffset="independent")
     return themed(
         whole.properties(title=alt.TitleParams(title, subtitle=subtitle, subtitleColor="#555", anchor="start"))
     )
