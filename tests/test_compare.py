@@ -85,6 +85,15 @@ def test_drops_are_drawn_as_the_table_has_them(compared):
     assert sorted(row["value"] for row in rows) == pytest.approx(sorted(own["value"].dropna()))
 
 
+def test_a_panel_without_a_drop_says_why(compared):
+    frame = prepare(pd.read_parquet(compared / "comparison.parquet"))
+    group = next(name for name in frame["group"] if name not in ("overall", "worst group"))
+    frame.loc[(frame["group"] == group) & (frame["measure"] == "relative_drop"), "value"] = float("nan")
+    titles = [panel["title"] for panel in drop_by_budget(frame).to_dict()["concat"]]
+    assert {"text": group, "subtitle": "no drop: the base network gets none right"} in titles
+    assert group not in titles
+
+
 def test_ablation_compares_every_value(runs, tmp_path):
     out = tmp_path / "ablation"
     said = ok("ablate", runs / "snl", *FINETUNE, "--vary", "mu=0.5,2.0", "--out", out)

@@ -112,6 +112,12 @@ def test_a_figure_says_what_its_intervals_are(number, seeds, words):
     assert words in " ".join(json.loads(draw(table, [number])[number].to_json())["title"]["subtitle"])
 
 
+def test_a_group_that_is_not_shown_needs_no_explanation():
+    table = study_table(data="cifar10", groups=DIGITS)
+    table.loc[(table["group"] == "5") & (table["measure"] == "relative_drop"), "value"] = np.nan
+    assert "No bars" not in " ".join(draw(table, [11])[11].to_dict()["title"]["subtitle"])
+
+
 def test_a_figure_says_why_a_group_has_no_bars():
     table = study_table(model="vgg19")
     words = "No bars where the base network gets none of a group right."

@@ -103,13 +103,13 @@ def judge(
     own = np.asarray(values, float)
     own = own[np.isfinite(own)]
     mean = float(own.mean()) if len(own) else math.nan
+    agrees = None if math.isnan(mean) else sign * mean > sign * above
     if len(own) < 2:
-        agrees = None if math.isnan(mean) else sign * mean > sign * above
         return Finding(claim, panel, mean, math.nan, math.nan, len(own), UNDECIDED, note, agrees)
     low, high = student_interval(own)
     near, far = (low, high) if sign > 0 else (-high, -low)
     verdict = HOLDS if near > sign * above else FAILS if far < sign * above else UNDECIDED
-    return Finding(claim, panel, mean, low, high, len(own), verdict, note, sign * mean > sign * above)
+    return Finding(claim, panel, mean, low, high, len(own), verdict, note, agrees)
 
 
 @dataclass(frozen=True)

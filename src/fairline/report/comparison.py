@@ -191,7 +191,10 @@ def drop_by_budget(frame: pd.DataFrame) -> Any:
             )
         )
         zero = alt.Chart(pd.DataFrame({"y": [0]})).mark_rule(color="#888", strokeDash=[4, 3]).encode(y="y:Q")
-        panels.append(alt.layer(zero, chart).properties(width=250, height=190, title=group))
+        title: Any = group
+        if own["value"].isna().all():
+            title = alt.TitleParams(group, subtitle="no drop: the base network gets none right")
+        panels.append(alt.layer(zero, chart).properties(width=250, height=190, title=title))
     return alt.concat(*panels, columns=3).resolve_scale(color="shared")
 
 

@@ -106,8 +106,8 @@ def _by_group(
             continue
         charts.append(_group_bars(own, panel, measure, axis_title, axis()))
         used.append(rows)
-        values = own.loc[own["measure"] == measure].groupby("group")["value"]
-        undefined |= bool((values.count() == 0).any())
+        shown = _shown_groups(own[own["measure"] == measure], panel.data)
+        undefined |= bool((shown.groupby("group")["value"].count() == 0).any())
     if not charts:
         return None
     note = "No bars where the base network gets none of a group right." if undefined else ""
