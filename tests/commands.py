@@ -48,7 +48,7 @@ _FORKS.set_forkserver_preload(
     [
         "tests.commands",
         "fairline.jobs",
-        "fairline.private.jobs",
+        "fairline.jobs.private",
         "fairline.report.comparison",
         "fairline.report.html",
         "fairline.report.paper_figures",

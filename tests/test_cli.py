@@ -20,7 +20,8 @@ from fairline import linearize, objectives
 from fairline._io import load_tensors, save_tensors
 from fairline.audit import EXPLAIN as EXPLAINING_MEASURES
 from fairline.audit import REGISTRY
-from fairline.cli import AUDIT_MEASURES, LINEARIZERS, OBJECTIVES, app, main, parse_budgets, parse_options
+from fairline.cli import app, main
+from fairline.cli.options import AUDIT_MEASURES, LINEARIZERS, OBJECTIVES, parse_budgets, parse_options
 from fairline.errors import FairlineError
 from fairline.runs import Run
 from tests.commands import AUDIT, ENVIRONMENT, EXPLAIN, FINETUNE, LINEARIZE, TRAIN, command, fairline, ok

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from fairline.jobs.private import find_networks
 from fairline.private.graph import PlainGraph
-from fairline.private.jobs import find_networks
 from tests.commands import ok
 
 HAS_SPU = importlib.util.find_spec("spu") is not None

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fairline.cli import COST_MODELS
+from fairline.cli.options import COST_MODELS
 from fairline.errors import FairlineError
 from fairline.masking import mask_relus, masked_relus
 from fairline.models import build

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from fairline.charts import save_charts
 from fairline.errors import FairlineError
-from fairline.report.figures import save_charts
 from fairline.report.panels import Panel, finetuned, mitigation_drop, over_seeds, rows_of, variants_of_mu
 from fairline.report.paper_figures import FIGURES, draw
 from tests.report.study_table import BUDGETS, GROUPS, study_table

@@ -7,8 +7,8 @@ from scipy import stats
 
 from fairline.errors import FairlineError
 from fairline.masking import masked_relus
+from fairline.report.theory import figure_2, figure_10, rate
 from fairline.theory import toy
-from fairline.theory.figures import figure_2, figure_10, rate
 
 
 @pytest.fixture(scope="module")

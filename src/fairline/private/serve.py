@@ -1,6 +1,6 @@
 """The two parties on two hosts: the model's owner serves, the image's owner asks.
 
-``export_network`` writes what each of them needs::
+``fairline.jobs.private.export_network`` writes what each of them needs::
 
     OUT/public/graph.safetensors   architecture and masks; for both
     OUT/public/images.json         normalisation, size and class names; for both
@@ -30,15 +30,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from fairline._io import read_json, save_tensors, write_json
+from fairline._io import read_json, save_tensors
 from fairline.errors import FairlineError
 from fairline.private.graph import PlainGraph
-from fairline.private.jobs import Checkpoint
-from fairline.private.onnx_graph import write_onnx
 from fairline.private.party import require_free
 from fairline.private.plan import IMAGE_OWNER, MODEL_OWNER
 from fairline.private.spu import GAVE_UP, PartyProcess, Session, SessionError, make_plan, require_spu, wait_for
-from fairline.runs import DataSpec
 from fairline.training import ProgressCallback
 
 #: The network's name in a session of two hosts.
@@ -91,37 +88,6 @@ def load_addresses(path: str | Path) -> Addresses:
         raise FairlineError(f"{path} does not name two addresses, as in 'model: 192.0.2.1:9100'.") from None
 
 
-def export_network(checkpoint: Checkpoint, spec: DataSpec, out: str | Path, *, onnx: bool = False) -> PlainGraph:
-    """Write a network for private inference.
-
-    Args:
-        checkpoint: The network.
-        spec: Of the data that it was trained on.
-        out: The folder; the module's head says what is in it.
-        onnx: Also write an ONNX file.
-
-    Returns:
-        The graph.
-
-    Raises:
-        FairlineError: The network cannot be exported.
-    """
-    from fairline import data as registry
-
-    folder = Path(out)
-    graph = checkpoint.graph()
-    # The class names stand with the data alone.
-    names = registry.load(spec.name, spec.root, **spec.options).class_names
-    (folder / "public").mkdir(parents=True, exist_ok=True)
-    preprocessing = Preprocessing(shape=graph.input_shape, mean=spec.mean, std=spec.std, class_names=names)
-    write_json(folder / "public" / "images.json", preprocessing.model_dump())
-    graph.save_public(folder / "public" / "graph.safetensors")
-    graph.save_weights(folder / "weights.safetensors")
-    if onnx:
-        write_onnx(folder / "network.onnx", graph)
-    return graph
-
-
 def load_preprocessing(path: Path) -> Preprocessing:
     """Read how images are prepared.
 
@@ -169,7 +135,7 @@ def serve(
     """Be the model's owner for one session.
 
     Args:
-        folder: From :func:`export_network`.
+        folder: From :func:`fairline.jobs.private.export_network`.
         addresses: Of both parties.
         wait: Seconds to wait for the image's owner.
         timeout: Seconds without a word from it after which the session ends.
@@ -247,7 +213,7 @@ def query(
     """Be the image's owner: ask for the classes of some images.
 
     Args:
-        public: The folder ``public`` of :func:`export_network`.
+        public: The folder ``public`` of :func:`fairline.jobs.private.export_network`.
         addresses: Of both parties.
         images: Image files; scaled to the network's input.
         protocol: ``"cheetah"`` or ``"semi2k"``.

@@ -19,6 +19,7 @@ import pandas as pd
 
 from fairline.audit.accuracy import student_interval
 from fairline.data.grouped import OVERALL
+from fairline.report.page import write_page
 from fairline.report.panels import (
     DR,
     R18,
@@ -31,6 +32,7 @@ from fairline.report.panels import (
     rows_of,
     variants_of_mu,
 )
+from fairline.report.paper_figures import FIGURES
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 
@@ -451,9 +453,6 @@ def write_claims(table: pd.DataFrame, found: pd.DataFrame, target: Path) -> Path
     Raises:
         FairlineError: The table does not suit, or the file cannot be written.
     """
-    from fairline.report.html import write_page
-    from fairline.report.paper_figures import FIGURES
-
     drawn = {f"figure_{number}": figure(table) for number, figure in FIGURES.items()}
     words = summary(found)
     claims = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,15 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from fairline._io import atomic_path, read_json, write_text
+from fairline.charts import PALETTE, save_charts, themed
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 from fairline.private.cost import PROTOCOL_COSTS
 from fairline.private.frontier import cheapest
 from fairline.private.plan import CAVEATS
 from fairline.report import figures
-from fairline.report.figures import save_charts, themed
-from fairline.report.html import read_table, settings, write_page
-from fairline.runs import Run, provenance
-from fairline.study.cells import cells_of
-from fairline.study.spec import StudySpec
-from fairline.study.storage import Storage
+from fairline.report.page import read_table, settings, write_page
+from fairline.runs import Run
 
 #: What a private inference is paid in: column, unit, and what a value is divided by.
 AXES = {"bytes": ("MB", 1e6), "rounds": ("rounds", 1.0), "seconds": ("seconds", 1.0)}
@@ -47,7 +42,7 @@ def frontier_chart(table: pd.DataFrame) -> Any:
     The dashed line joins the networks that no other beats in worst-group accuracy at their price.
     """
     variants = list(dict.fromkeys(table["variant"]))
-    scale = alt.Scale(domain=variants, range=[figures.PALETTE[i % len(figures.PALETTE)] for i in range(len(variants))])
+    scale = alt.Scale(domain=variants, range=[PALETTE[i % len(PALETTE)] for i in range(len(variants))])
     colour = alt.Color(
         "variant:N",
         sort=variants,
@@ -105,7 +100,7 @@ def groups_chart(scores: pd.DataFrame, protocol: str) -> Any:
     labels = {group: f"{group} ({sizes[group]:,} images)" for group in groups}
     rows = rows.assign(x=rows["bytes"] / 1e6, who=rows["group"].map(labels))
     order = [labels[group] for group in groups]
-    palette = ["#555555", *figures.PALETTE]
+    palette = ["#555555", *PALETTE]
     scale = alt.Scale(domain=order, range=[palette[i % len(palette)] for i in range(len(order))])
     low, high = rows["x"].min(), rows["x"].max()
     pad = 0.05 * (high - low) or 1.0
@@ -228,58 +223,6 @@ def fixed_point_table(run: Run) -> list[dict[str, str]]:
             }
         )
     return rows
-
-
-def write_results(folder: str | Path, target: str | Path) -> Path:
-    """Write what is worth committing of a frontier run: tables, figures, and where they come from.
-
-    Args:
-        folder: Of the frontier run.
-        target: Folder to write: ``frontier.csv``, ``measured.csv`` and ``fixed_point.csv`` where there are such, PNG
-            figures and ``provenance.json``.
-
-    Returns:
-        The folder.
-    """
-    run = Run.read(folder, "frontier")
-    out = Path(target)
-    out.mkdir(parents=True, exist_ok=True)
-    table, _ = prepare(run)
-    measured = [Run.read(entry["folder"], "private-run") for entry in run.config["measured"]]
-    tables = {"frontier.csv": table}
-    if measured:
-        tables["measured.csv"] = pd.concat([read_table(each, "private.parquet") for each in measured])
-    if (run.folder / "fixed_point.parquet").exists():
-        tables["fixed_point.csv"] = read_table(run, "fixed_point.parquet")
-    for name, rows in tables.items():
-        with atomic_path(out / name) as temporary:
-            rows.to_csv(temporary, index=False, float_format="%.6g")
-    for file in save_charts(cost_figures(run), out):
-        if file.suffix != ".png":
-            file.unlink()
-    lineage = [Path(name) for name in run.config["lineage"]]
-    machines = [read_json(each / "environment.json") for each in [*lineage, *(r.folder for r in measured), run.folder]]
-    studies = _studies(lineage)
-    content = {
-        "studies": [{"name": s.name, "spec_hash": s.digest, "scale": s.scale, "seeds": s.seeds} for s in studies],
-        "seeds": sorted({int(config["seed"]) for config in run.config["lineage"].values()}),
-        "measured": [{**each.config, "networks": len(each.config["networks"])} for each in measured],
-        **provenance(machines),
-    }
-    write_text(out / "provenance.json", json.dumps(content, indent=2) + "\n")
-    return out
-
-
-def _studies(lineage: Sequence[Path]) -> list[StudySpec]:
-    """The studies that some of these runs are cells of."""
-    found = []
-    for store in sorted({each.parent.parent for each in lineage if (each / "cell.json").exists()}):
-        storage = Storage(str(store))
-        for name in storage.studies():
-            spec = StudySpec.model_validate(storage.read_json(f"{name}/spec.json"))
-            if {cell.key for cell in cells_of(spec)} & {each.name for each in lineage}:
-                found.append(spec)
-    return found
 
 
 def panel(folder: str | Path, within: float, audit: Run | None = None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,14 +10,13 @@ import numpy as np
 import pandas as pd
 
 from fairline.audit.accuracy import wilson_interval
+from fairline.charts import PALETTE, themed
 from fairline.data.grouped import OVERALL
 from fairline.report.figures import (
-    PALETTE,
     bars,
     budget_order,
     group_order,
     main_variants,
-    themed,
     with_base,
 )
 

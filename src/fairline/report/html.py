@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from fairline._io import read_json, write_text
+from fairline.charts import save_charts
 from fairline.data.grouped import OVERALL
-from fairline.errors import FairlineError
+from fairline.report import costs as cost_panel
 from fairline.report import explanations, figures
+from fairline.report.page import read_table, settings, write_page
 from fairline.runs import Run
 
 #: Below this many test images a group's accuracy is a rough guess: a 95 % interval spans about ±18 points.
 TOO_SMALL = 30
+
 #: Below this, about ±10 points.
 SMALL = 100
+
 #: A relative drop divides by the images that the base network gets right; of fewer than these it is noise.
 RARELY = 10
 
@@ -49,9 +50,7 @@ def write_report(
     priced: dict[str, Any] = {}
     content: dict[str, Any] = {}
     if costs is not None:
-        from fairline.report.costs import panel
-
-        priced, content = panel(costs, within, run)
+        priced, content = cost_panel.panel(costs, within, run)
     return write_page(
         Path(out) if out is not None else run.folder / "report.html",
         "report.html.j2",
@@ -79,58 +78,6 @@ def write_report(
         resamples=run.config["resamples"],
         split=run.config["split"],
     )
-
-
-def write_page(target: Path, template: str, drawn: Mapping[str, Any], **content: Any) -> Path:
-    """Render a template with its charts into one self-contained file.
-
-    Args:
-        target: The HTML file.
-        template: Its name in ``report/templates``.
-        drawn: Altair charts by name.
-        content: What else the template shows.
-
-    Returns:
-        The file.
-
-    Raises:
-        FairlineError: It cannot be written.
-    """
-    from jinja2 import Environment, PackageLoader, select_autoescape
-
-    environment = Environment(
-        loader=PackageLoader("fairline.report"), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
-    )
-    specs = {name: json.dumps(chart.to_dict(), default=str).replace("</", "<\\/") for name, chart in drawn.items()}
-    page = environment.get_template(template).render(specs=specs, javascript=javascript(), **content)
-    try:
-        write_text(target, page)
-    except OSError as error:
-        raise FairlineError(f"{target} cannot be written ({error.strerror}).") from None
-    return target
-
-
-def read_table(run: Run, name: str) -> pd.DataFrame:
-    """A parquet table of a run.
-
-    Raises:
-        FairlineError: It is missing or broken.
-    """
-    path = run.folder / name
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise FairlineError(f"{path} is missing or broken ({error}).") from None
-
-
-def javascript() -> str:
-    """Vega, Vega-Lite and vega-embed in one script, so that the page needs no network."""
-    import altair as alt
-    import vl_convert
-
-    # The stub claims a required first argument.
-    bundle: str = vl_convert.javascript_bundle(vl_version=alt.SCHEMA_VERSION.lstrip("v").rpartition(".")[0])  # type: ignore[call-arg]
-    return bundle.replace("</script", "<\\/script")
 
 
 def headline(frame: pd.DataFrame) -> list[str]:
@@ -299,37 +246,6 @@ def _counts_table(counts: pd.DataFrame) -> dict[str, Any]:
     return {"parts": parts, "rows": rows, "total": [f"{int(n):,}" for n in wide.sum()]}
 
 
-def settings(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What every run that led here was told, the data, and the machine."""
-    sections = []
-    for folder, config in run.config["lineage"].items():
-        rows = [
-            (key, _plain(value))
-            for key, value in config.items()
-            if key not in ("command", "data", "parent") and value not in ({}, [], None)
-        ]
-        sections.append((f"{config['command']}: {Path(folder).name}", rows))
-    data = run.config["data"]
-    rows = [
-        ("name", data["name"]),
-        ("split seed", str(data["split_seed"])),
-        ("fingerprint", data["fingerprint"]),
-    ]
-    rows += [(key, _plain(value)) for key, value in data["options"].items()]
-    sections.insert(0, ("data", rows))
-    machine = read_json(run.folder / "environment.json")
-    rows = [(key, _plain(value)) for key, value in machine.items() if value]
-    return [*sections, (f"environment of the {run.command} run", rows)]
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items() if item not in ({}, None))
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value))
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 def write_figures(audit: str | Path, folder: str | Path) -> list[Path]:
     """Write each figure of an audit run as SVG and PNG.
 
@@ -344,4 +260,4 @@ def write_figures(audit: str | Path, folder: str | Path) -> list[Path]:
     charts = figures.figures(frame)
     if explanations.explains(frame):
         charts |= explanations.figures(frame, read_table(run, "predictions.parquet"))
-    return figures.save_charts(charts, Path(folder))
+    return save_charts(charts, Path(folder))

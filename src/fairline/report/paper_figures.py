@@ -14,9 +14,10 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from fairline.charts import PALETTE, themed
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
-from fairline.report.figures import PALETTE, bars, budget_order, group_order, themed
+from fairline.report.figures import bars, budget_order, group_order
 from fairline.report.panels import (
     AGE,
     CIFAR,

@@ -12,13 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from fairline._io import atomic_path, read_json, write_json, write_table, write_text
+from fairline._io import read_json, write_json
 from fairline.errors import FairlineError
-from fairline.runs import FolderInUse, Run, difference, provenance
+from fairline.runs import FolderInUse, Run, difference
 from fairline.study.cells import Cell, cells_of, compute, require_known
 from fairline.study.executors import Executor, Local, WorkerLost
 from fairline.study.spec import StudySpec
@@ -30,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 #: Tries of a cell whose process is lost before it counts as failed.
 TRIES = 3
+
 #: What :func:`run_cell` answers.
 DONE, BUSY = "done", "busy"
 
@@ -262,48 +262,3 @@ def _one_line(error: BaseException) -> str:
         return f"{error.filename or 'a file'} cannot be written or read ({error.strerror})"
     first = (str(error).strip() or "no message").splitlines()[0]
     return f"{type(error).__name__}: {first}"
-
-
-def write_results(spec: StudySpec, out: str | Path, results: str | Path) -> Path:
-    """Write what is worth committing: a table and the figures of each data set, and where they come from.
-
-    Args:
-        spec: The study.
-        out: The store of its finished cells.
-        results: Folder of all results; a subfolder named after the study is written.
-
-    Returns:
-        The subfolder.
-    """
-    from fairline.report.comparison import write_comparison_figures
-
-    storage = Storage(str(out))
-    cells = cells_of(spec)
-    folder = Path(results) / spec.name
-    folder.mkdir(parents=True, exist_ok=True)
-    for cell in cells:
-        if cell.kind != "compare":
-            continue
-        name = cell.about["data_label"]
-        run = Run.read(storage.fetch(cell), "compare")
-        table = pd.read_parquet(run.folder / "comparison.parquet")
-        for column in ("value", "low", "high", "percent"):
-            table[column] = table[column].map("{:.5g}".format)
-        with atomic_path(folder / f"{name}.csv") as temporary:
-            table.to_csv(temporary, index=False)
-        for file in write_comparison_figures(run.folder, folder):
-            if file.suffix == ".png":
-                file.replace(folder / f"{name}_{file.name}")
-            else:
-                file.unlink()
-    write_table(folder / "results.parquet", keep(spec, storage))
-    machines: list[dict[str, Any]] = [read_json(storage.fetch(cell) / "environment.json") for cell in cells]
-    content = {
-        "study": spec.name,
-        "scale": spec.scale,
-        "spec_hash": spec.digest,
-        "seeds": spec.seeds,
-        **provenance(machines),
-    }
-    write_text(folder / "provenance.json", json.dumps(content, indent=2) + "\n")
-    return folder

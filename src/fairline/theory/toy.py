@@ -86,6 +86,25 @@ class Toy:
     shares: dict[str, NDArray[np.float64]]
     points: pd.DataFrame
 
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """What :meth:`from_tables` needs: ``accuracy``, ``points``, and the maps, long, as ``map``."""
+        x2, x1 = np.meshgrid(self.grid, self.grid, indexing="ij")
+        maps = [
+            pd.DataFrame({"variant": variant, "x1": x1.ravel(), "x2": x2.ravel(), "share": shares.ravel()})
+            for variant, shares in self.shares.items()
+        ]
+        return {"accuracy": self.accuracy, "points": self.points, "map": pd.concat(maps, ignore_index=True)}
+
+    @classmethod
+    def from_tables(cls, accuracy: pd.DataFrame, points: pd.DataFrame, map: pd.DataFrame) -> Toy:
+        """The experiment that :meth:`tables` wrote down."""
+        grid = np.unique(map["x1"].to_numpy())
+        shares = {
+            str(variant): part["share"].to_numpy().reshape(len(grid), len(grid))
+            for variant, part in map.groupby("variant", sort=False)
+        }
+        return cls(accuracy, grid, shares, points)
+
     def summary(self) -> pd.DataFrame:
         """Mean over seeds with its 95 % t interval, a (variant, measure); and the paired difference between variants.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from pathlib import Path
 from typing import Any
 
 import altair as alt
@@ -11,10 +11,13 @@ import pandas as pd
 import torch
 from torch import nn
 
+from fairline.charts import save_charts, themed
 from fairline.masking import mask_relus, masked_relus
-from fairline.report.figures import themed
+from fairline.report.page import read_table
+from fairline.runs import Run
 from fairline.theory import toy
-from fairline.theory.pieces import approximation_rate, figure_10_network, linear_pieces
+from fairline.theory.pieces import figure_10_network, linear_pieces
+from fairline.theory.rates import rates
 
 MAJORITY, MINORITY = "#0072B2", "#D55E00"
 
@@ -147,23 +150,6 @@ def _lines(network: nn.Sequential, title: str) -> Any:
     )
 
 
-def rates() -> tuple[pd.DataFrame, pd.DataFrame, list[int]]:
-    """Errors of the optimal approximations of three strictly convex functions, their limits, and the values of n."""
-    functions = {
-        "x² on [0, 1]": (lambda x: x * x, 0.0, 1.0, 1 / 8),
-        "eˣ on [0, 2]": (math.exp, 0.0, 2.0, (2 * (math.e - 1)) ** 2 / 16),
-        "−log x on [0.05, 1]": (lambda x: -math.log(x), 0.05, 1.0, math.log(20) ** 2 / 16),
-    }
-    segments = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
-    tables, limits = [], []
-    for name, (function, low, high, constant) in functions.items():
-        tables.append(approximation_rate(function, low, high, segments).reset_index().assign(function=name))
-        limits.append(
-            pd.DataFrame({"segments": segments, "limit": [constant / n**2 for n in segments], "function": name})
-        )
-    return pd.concat(tables), pd.concat(limits), segments
-
-
 def rate() -> Any:
     """Error of the optimal approximation of three strictly convex functions by n segments (Proposition 4.1)."""
     errors, limits, segments = rates()
@@ -194,3 +180,27 @@ def rate() -> Any:
             width=420, height=280, title="Optimal piecewise linear approximation; dashed: (∫√f″)² / (16 n²)"
         )
     )
+
+
+def write_theory_figures(folder: str | Path) -> list[Path]:
+    """Draw a theory run's figures into its folder, SVG and PNG; those that are there stay.
+
+    Args:
+        folder: Of a finished theory run.
+
+    Returns:
+        The files drawn.
+
+    Raises:
+        FairlineError: The folder holds no finished theory run.
+    """
+    run = Run.read(folder, "theory")
+    if all((run.folder / f"{name}.png").exists() for name in ("figure_2", "figure_10", "proposition_4_1")):
+        return []
+    accuracy, points, shares = (read_table(run, f"figure_2{part}.parquet") for part in ("", "_points", "_map"))
+    charts = {
+        "figure_2": figure_2(toy.Toy.from_tables(accuracy, points, shares)),
+        "figure_10": figure_10(),
+        "proposition_4_1": rate(),
+    }
+    return save_charts(charts, run.folder)

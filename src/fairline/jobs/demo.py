@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fairline.jobs import audit_job, finetune_job, linearize_job, train_job
+from fairline.jobs.audit import audit_job
+from fairline.jobs.finetune import finetune_job
+from fairline.jobs.linearize import linearize_job
+from fairline.jobs.train import train_job
 from fairline.runs import DataSpec, Run
 from fairline.training import ProgressCallback
 

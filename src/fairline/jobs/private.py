@@ -11,19 +11,22 @@ from typing import Any
 import pandas as pd
 import torch
 
-from fairline._io import write_table
+from fairline import data as registry
+from fairline._io import write_json, write_table
 from fairline.errors import FairlineError
-from fairline.jobs import data_of, require_split
+from fairline.jobs._common import data_of, require_split
 from fairline.private.cost import estimate, require_cost_model
 from fairline.private.export import to_graph
 from fairline.private.fixed_point import IN_THE_CLEAR, agreement, check_request
 from fairline.private.frontier import frontier
 from fairline.private.graph import PlainGraph
+from fairline.private.onnx_graph import write_onnx
 from fairline.private.plan import graph_digest
+from fairline.private.serve import Preprocessing
 from fairline.private.spu import check_options, measure, require_spu
 from fairline.private.wire import NETWORKS, Network
 from fairline.private.wire import network as find_network
-from fairline.runs import NetworkInfo, Run, digest, load_info, load_network
+from fairline.runs import DataSpec, NetworkInfo, Run, digest, load_info, load_network
 from fairline.training import Progress, ProgressCallback, named_stage
 
 logger = logging.getLogger(__name__)
@@ -426,3 +429,32 @@ def _measurements(runs: Sequence[Run], wire: Network) -> dict[tuple[str, str], d
             if row["wire"] == wire.name or (row["wire"] == NETWORKS["loopback"].name and key not in known):
                 known[key] = {name: row[name] for name in ("bytes", "rounds", "seconds", "wire")}
     return known
+
+
+def export_network(checkpoint: Checkpoint, spec: DataSpec, out: str | Path, *, onnx: bool = False) -> PlainGraph:
+    """Write a network for private inference.
+
+    Args:
+        checkpoint: The network.
+        spec: Of the data that it was trained on.
+        out: The folder; the head of :mod:`fairline.private.serve` says what is in it.
+        onnx: Also write an ONNX file.
+
+    Returns:
+        The graph.
+
+    Raises:
+        FairlineError: The network cannot be exported.
+    """
+    folder = Path(out)
+    graph = checkpoint.graph()
+    # The class names stand with the data alone.
+    names = registry.load(spec.name, spec.root, **spec.options).class_names
+    (folder / "public").mkdir(parents=True, exist_ok=True)
+    preprocessing = Preprocessing(shape=graph.input_shape, mean=spec.mean, std=spec.std, class_names=names)
+    write_json(folder / "public" / "images.json", preprocessing.model_dump())
+    graph.save_public(folder / "public" / "graph.safetensors")
+    graph.save_weights(folder / "weights.safetensors")
+    if onnx:
+        write_onnx(folder / "network.onnx", graph)
+    return graph

@@ -1,0 +1,5 @@
+"""``python -m fairline.cli``."""
+
+from fairline.cli import main
+
+main()

@@ -1,0 +1,161 @@
+"""What the terminal shows: progress, tables, closing lines."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fairline.runs import Run
+    from fairline.training import ProgressCallback
+
+
+#: What the terminal shows beside accuracy; the report shows all.
+EXPLAINED_BY = ("gradient_norm", "hessian_max", "margin", "boundary_distance", "excess_loss", "bound")
+out_console = Console()
+err_console = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[ProgressCallback]:
+    """Draw progress reports, one bar a stage, with the time left."""
+    from fairline.training import Progress as Report
+
+    # In a narrow terminal the message gives way, never the time left.
+    columns = (
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=34)),
+        BarColumn(bar_width=12),
+        TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
+        TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True, min_width=8)),
+        TextColumn("{task.fields[message]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+    )
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=err_console, refresh_per_second=4) as drawn:
+
+        def report(update: Report) -> None:
+            if update.stage not in bars:
+                bars[update.stage] = drawn.add_task(update.stage, total=update.total, message="")
+            drawn.update(bars[update.stage], completed=update.done, total=update.total, message=update.message)
+
+        try:
+            yield report
+        except KeyboardInterrupt:
+            drawn.stop()
+            err_console.print("Interrupted; repeat the command to resume.")
+            sys.exit(130)
+
+
+def print_frame(frame: pd.DataFrame, title: str, formats: dict[str, str] | None = None) -> None:
+    """Draw a table."""
+    table = Table(title=title, title_justify="left")
+    # Names stay whole, up to a point; numbers need little room.
+    table.add_column(str(frame.index.name or ""), min_width=min(16, max(map(len, map(str, frame.index)), default=0)))
+    for column in frame.columns:
+        table.add_column(str(column), justify="right")
+    for index, row in frame.iterrows():
+        cells = [
+            "" if value != value else format(value, (formats or {}).get(str(column), ""))
+            for column, value in row.items()
+        ]
+        table.add_row(str(index), *cells)
+    out_console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """``"3 hours"``."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def say_best(run: Run) -> None:
+    """What base training reached."""
+    import pandas as pd
+
+    rows = pd.read_parquet(run.folder / "metrics.parquet")
+    if rows.empty:
+        out_console.print(f"The weights are taken as they are. Written to {run.folder}", soft_wrap=True)
+        return
+    best = rows.sort_values(["val_accuracy", "val_loss"], ascending=[False, True]).iloc[0]
+    out_console.print(
+        f"Best epoch {best['epoch']:.0f} of {len(rows)}: validation accuracy {best['val_accuracy']:.1%}, "
+        f"worst group {best['val_worst_group_accuracy']:.1%}. Written to {run.folder}",
+        soft_wrap=True,
+    )
+
+
+def list_networks(run: Run) -> None:
+    """The networks of a run, a line each."""
+    from fairline._io import read_json
+
+    for folder in run.networks().values():
+        info = read_json(folder / "network.json")
+        out_console.print(
+            f"{info['relus']:>9,} of {info['total']:,} ReLUs ({100 * info['relus'] / info['total']:.3g} %): {folder}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def print_comparison(run: Run) -> None:
+    """A comparison's tables, and its page."""
+    from fairline.audit.comparison import WORST
+    from fairline.data.grouped import OVERALL
+    from fairline.report.comparison import prepare, write_comparison
+    from fairline.report.page import read_table
+
+    frame = prepare(read_table(run, "comparison.parquet"))
+    baseline = frame["baseline"].iloc[0]
+    for budget, part in frame.groupby("budget", sort=False):
+        accuracy = part[part["measure"] == "accuracy"].pivot_table(
+            index="method", columns="group", values="value", sort=False
+        )
+        gains = part[part["measure"] == "gain"]
+        by_group = gains[~gains["group"].isin([OVERALL, WORST])]
+        worst = gains[gains["group"] == WORST].set_index("method")
+        front = part[part["measure"] == "pareto"].set_index("method")["value"]
+        table = accuracy[[OVERALL, WORST]].map("{:.1%}".format)
+        table["gain of worst [95 %]"] = [
+            f"{worst.loc[m, 'value']:+.1f} [{worst.loc[m, 'low']:+.1f}, {worst.loc[m, 'high']:+.1f}]"
+            if m in worst.index
+            else ""
+            for m in table.index
+        ]
+        table["groups better"] = by_group[by_group["low"] > 0].groupby("method").size().reindex(table.index).fillna(0)
+        table["worse"] = by_group[by_group["high"] < 0].groupby("method").size().reindex(table.index).fillna(0)
+        table["front"] = ["◆" if front[m] else "" for m in table.index]
+        table.index.name = "method"
+        print_frame(table, f"{budget} of ReLUs, against {baseline}", {"groups better": ".0f", "worse": ".0f"})
+    path = write_comparison(run.folder)
+    out_console.print(f"Comparison: {path.resolve()}", soft_wrap=True)
+
+
+def print_audit(run: Run) -> None:
+    """An audit's tables."""
+    from fairline.report.figures import prepare
+    from fairline.report.page import read_table
+
+    everything = prepare(read_table(run, "audit.parquet"), read_table(run, "counts.parquet"))
+    frame = everything[everything["measure"] == "accuracy"].copy()
+    frame["cell"] = [f"{v:.1%} [{low:.0%}, {high:.0%}]" for v, low, high in frame[["value", "low", "high"]].to_numpy()]
+    for variant, part in frame.groupby("variant", sort=False):
+        table = part.pivot_table(index="group", columns="budget", values="cell", aggfunc="first", sort=False)
+        print_frame(table, f"accuracy [95 % interval] by ReLUs kept: {variant}")
+        own = everything[everything["variant"] == variant]
+        smallest = own[own["percent"] == own["percent"].min()]
+        table = smallest.pivot_table(index="group", columns="measure", values="value", aggfunc="first", sort=False)
+        shown = [name for name in EXPLAINED_BY if name in table]
+        if shown:
+            title = f"{smallest['budget'].iloc[0]} of ReLUs: {variant}"
+            # Words wrap in a narrow terminal; names with underscores would be cut.
+            words = table[shown].rename(columns=lambda name: name.replace("_", " "))
+            print_frame(words, title, dict.fromkeys(words, ".4g"))

@@ -1,0 +1,221 @@
+"""Options that several commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fairline.errors import FairlineError
+
+if TYPE_CHECKING:
+    from fairline.runs import DataSpec
+
+
+#: Kept here so that help need not load torch; a test compares it with the registry.
+AUDIT_MEASURES = (
+    "accuracy",
+    "gradient_norm",
+    "curvature",
+    "margin",
+    "boundary_distance",
+    "first_order_distance",
+    "parameter_distance",
+    "excess_loss_bound",
+    "binary_curvature_bound",
+    "correlation",
+)
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="Data set: digits, utkface:age|race|gender, cifar10, svhn, celeba:ATTRIBUTE or folder.",
+        show_default=True,
+    ),
+]
+Root = Annotated[
+    Path | None,
+    typer.Option("--root", help="Folder (or parquet file) of the data; the variable FAIRLINE_DATA by default."),
+]
+Groups = Annotated[
+    str | None, typer.Option("--groups", help="What makes the groups, if not the label: an attribute or column.")
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option("--data-option", metavar="KEY=VALUE", help="Further option of the data set, e.g. image_size=64."),
+]
+Unbalanced = Annotated[
+    bool | None,
+    typer.Option(
+        "--unbalanced/--balanced",
+        help="Keep 90 % of classes 0–4 and 10 % of 5–9 (digits: on by default; cifar10: off).",
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="cnn, resnet18, resnet34, vgg19, wide_resnet22_8, or your own as module:function or file.py:function.",
+    ),
+]
+Width = Annotated[int | None, typer.Option("--width", help="Channels of the first stage; the model's own by default.")]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option("--model-option", metavar="KEY=VALUE", help="Further option of the model, e.g. stem_relu=true."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of every random choice; for train, also of the split.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; the accelerator by default.")]
+
+#: Kept here so that help need not load torch; a test compares it with the registry.
+LINEARIZERS = ("snl", "deepreduce", "senet", "autorep", "coordinate_descent", "layerwise", "magnitude", "random")
+OBJECTIVES = ("erm", "lagrangian", "group_dro", "chi2_dro", "arl", "reweighting", "logit_adjust")
+ObjectiveName = Annotated[str, typer.Option("--objective", help=f"What to minimise: {', '.join(OBJECTIVES)}.")]
+ObjectiveOption = Annotated[
+    list[str] | None,
+    typer.Option("--objective-option", metavar="KEY=VALUE", help="Option of the objective, e.g. violation=signed."),
+]
+Mu = Annotated[
+    float | None, typer.Option("--mu", help="Step of Algorithm 1's multipliers (lagrangian: 0.005, over 100 epochs).")
+]
+
+#: None leaves the choice to the method, or to a preset.
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training part (100).")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="At the start, then a cosine to zero (0.001).")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images in a step (256).")]
+Select = Annotated[
+    str,
+    typer.Option("--select", help="Best validation epoch by accuracy, loss or worst_group_accuracy; or the last one."),
+]
+Out = Annotated[Path, typer.Option("--out", help="Run folder to write, or to resume.")]
+Budgets = Annotated[
+    str,
+    typer.Option(
+        "--budgets", help="ReLUs to keep, comma-separated: fractions (0.5), percents (50%) or counts (12900)."
+    ),
+]
+#: Kept here so that help need not load torch; a test compares it with the registry.
+COST_MODELS = ("cheetah", "semi2k", "delphi", "cryptflow2")
+CostProtocols = Annotated[str, typer.Option("--protocol", help=f"Comma-separated: {', '.join(COST_MODELS)}.")]
+Wire = Annotated[
+    str,
+    typer.Option(
+        "--network", help="Between the parties: loopback, lan (1 Gb/s, 0.3 ms), wan (100 Mb/s, 40 ms) or MBITS:MS."
+    ),
+]
+
+
+def parse_options(pairs: list[str] | None) -> dict[str, Any]:
+    """``["a=1", "b=true"]`` to ``{"a": 1, "b": True}``.
+
+    Raises:
+        FairlineError: A pair has no ``=``.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise FairlineError(f"'{pair}' is not KEY=VALUE.")
+        options[key.strip()] = parse_value(text.strip())
+    return options
+
+
+def parse_measure_options(pairs: list[str] | None) -> dict[str, dict[str, Any]]:
+    """``["curvature.samples=500"]`` to ``{"curvature": {"samples": 500}}``.
+
+    Raises:
+        FairlineError: A pair does not name a measure and an option.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for key, value in parse_options(pairs).items():
+        measure, dot, name = key.partition(".")
+        if not dot or not measure or not name:
+            raise FairlineError(f"'{key}' does not name a measure and its option, such as curvature.samples.")
+        options.setdefault(measure, {})[name] = value
+    return options
+
+
+def parse_names(text: str) -> list[str]:
+    """``"a, b"`` to ``["a", "b"]``."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def parse_value(text: str) -> Any:
+    """A text as the bool, None, int, float or str that it looks like."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if text.lower() == "none":
+        return None
+    for convert in (int, float):
+        with contextlib.suppress(ValueError):
+            return convert(text)
+    return text
+
+
+def parse_budgets(text: str) -> list[float]:
+    """``"0.5,10%,12900"`` to fractions (float) and counts (int).
+
+    Raises:
+        FairlineError: An entry is no number.
+    """
+    budgets: list[float] = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            if entry.endswith("%"):
+                budgets.append(float(entry[:-1]) / 100)
+            else:
+                budgets.append(float(entry) if "." in entry else int(entry))
+        except ValueError:
+            raise FairlineError(f"Budget '{entry}' is not a fraction (0.5), percent (50%) or count (12900).") from None
+        if budgets[-1] < 0 or (isinstance(budgets[-1], float) and not budgets[-1] <= 1):
+            raise FairlineError(f"Budget '{entry}' is outside of the network: fractions lie in [0, 1].")
+    if not budgets:
+        raise FairlineError("No ReLU budget was given.")
+    return budgets
+
+
+def data_spec(
+    name: str,
+    root: Path | None,
+    groups: str | None,
+    unbalanced: bool | None,
+    options: list[str] | None,
+    seed: int,
+) -> DataSpec:
+    """The data that the options describe."""
+    from fairline.data import WITHOUT_ROOT
+    from fairline.runs import DataSpec
+
+    merged = parse_options(options)
+    if groups is not None:
+        merged["groups"] = groups
+    if unbalanced is not None:
+        merged["unbalanced"] = unbalanced
+    folder = None if name in WITHOUT_ROOT else root or os.environ.get("FAIRLINE_DATA")
+    # Absolute: a later command may run from elsewhere.
+    return DataSpec(name, None if folder is None else str(Path(folder).expanduser().resolve()), merged, seed)
+
+
+def drop_none(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {key: value for key, value in options.items() if value is not None}
+
+
+Baseline = Annotated[
+    str | None, typer.Option("--baseline", help="Method that the others are compared with (erm, else the first).")
+]
+
+
+def parse_counts(text: str, what: str) -> list[int]:
+    """Whole numbers, comma-separated.
+
+    Raises:
+        FairlineError: An entry is none; ``what`` names them.
+    """
+    try:
+        return [int(entry) for entry in parse_names(text)]
+    except ValueError:
+        raise FairlineError(f"{what} '{text}' are not whole numbers, separated by commas.") from None

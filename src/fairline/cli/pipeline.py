@@ -1,0 +1,585 @@
+"""Commands from data to report, each from run folder to run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fairline.cli.console import (
+    err_console,
+    list_networks,
+    out_console,
+    print_audit,
+    print_comparison,
+    print_frame,
+    progress_bars,
+    say_best,
+)
+from fairline.cli.options import (
+    AUDIT_MEASURES,
+    LINEARIZERS,
+    Baseline,
+    BatchSize,
+    Budgets,
+    CostProtocols,
+    Data,
+    DataOption,
+    Device,
+    Epochs,
+    Groups,
+    LearningRate,
+    Model,
+    ModelOption,
+    Mu,
+    ObjectiveName,
+    ObjectiveOption,
+    Out,
+    Root,
+    Seed,
+    Select,
+    Unbalanced,
+    Width,
+    Wire,
+    data_spec,
+    drop_none,
+    parse_budgets,
+    parse_measure_options,
+    parse_names,
+    parse_options,
+    parse_value,
+)
+from fairline.errors import FairlineError
+
+if TYPE_CHECKING:
+    pass
+
+
+app = typer.Typer()
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(help="digits, utkface:race, cifar10, svhn, celeba:Smiling or folder.")],
+    root: Root = None,
+    groups: Groups = None,
+    unbalanced: Unbalanced = None,
+    data_option: DataOption = None,
+    seed: Seed = 0,
+) -> None:
+    """Show a data set: its groups, the split, and the files that cannot be used."""
+    from fairline import data as registry
+
+    spec = data_spec(name, root, groups, unbalanced, data_option, seed)
+    with err_console.status(f"reading {name}"):
+        whole = registry.load(spec.name, spec.root, **spec.options)
+        parts = dict(zip(("train", "val", "test"), whole.split(seed), strict=True))
+    shape = "×".join(map(str, whole.images.shape[1:]))
+    out_console.print(
+        f"{whole.name}: {len(whole):,} images of {shape}, {whole.num_classes} classes, {whole.num_groups} groups"
+    )
+    counts = whole.counts().assign(**{part: chosen.counts()["n"] for part, chosen in parts.items()})
+    print_frame(
+        counts,
+        "images by group",
+        {"n": ",.0f", "share_percent": ".2f", "train": ",.0f", "val": ",.0f", "test": ",.0f"},
+    )
+    if not whole.groups_are_classes:
+        print_frame(whole.counts(by="class"), "images by group and class", {})
+    if whole.skipped:
+        out_console.print(f"{len(whole.skipped)} files were skipped:")
+        for item in whole.skipped[:20]:
+            out_console.print(f"  {item.file}: {item.reason}", markup=False, highlight=False)
+        if len(whole.skipped) > 20:
+            out_console.print(f"  … and {len(whole.skipped) - 20} more")
+
+
+@app.command()
+def train(
+    out: Out,
+    data: Data = "digits",
+    root: Root = None,
+    groups: Groups = None,
+    unbalanced: Unbalanced = None,
+    data_option: DataOption = None,
+    model: Model = "resnet18",
+    width: Width = None,
+    model_option: ModelOption = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", help="Safetensors file to start from; with --epochs 0 it is taken as it is."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 160,
+    lr: Annotated[
+        float, typer.Option(help="Learning rate at the start; a tenth at 50 % and 75 % of the epochs.")
+    ] = 0.1,
+    batch_size: Annotated[int, typer.Option(help="Images in a step.")] = 256,
+    augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Random crops and flips.")] = False,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Train a base network on grouped images."""
+    from fairline.jobs import train_job
+
+    spec = data_spec(data, root, groups, unbalanced, data_option, seed)
+    options = {**parse_options(model_option), **drop_none(width=width)}
+    with progress_bars() as progress:
+        run = train_job(
+            out,
+            spec,
+            model,
+            options,
+            weights=weights,
+            epochs=epochs,
+            lr=lr,
+            batch_size=batch_size,
+            augment=augment,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    say_best(run)
+
+
+@app.command()
+def linearize(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a train run.")],
+    out: Out,
+    budgets: Budgets = "0.5,0.1,0.02",
+    method: Annotated[str, typer.Option(help=f"Linearizer: {', '.join(LINEARIZERS)}.")] = "snl",
+    lr: Annotated[float | None, typer.Option(help="Learning rate of weights and masks (snl: 0.001).")] = None,
+    lam: Annotated[float | None, typer.Option(help="Weight of Σ|m| at the start (snl: 1e-05).")] = None,
+    max_epochs: Annotated[int | None, typer.Option(help="Stop here at the latest (snl: 2000).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in a step (snl: 256).")] = None,
+    granularity: Annotated[str | None, typer.Option(help="pixel, channel or layer (snl: pixel).")] = None,
+    objective: ObjectiveName = "erm",
+    mu: Mu = None,
+    objective_option: ObjectiveOption = None,
+    protect: Annotated[
+        float | None,
+        typer.Option(help="Keep ReLUs of use to the group that suffers most: exponent of their price (snl: 0)."),
+    ] = None,
+    empty_layers: Annotated[
+        float | None,
+        typer.Option(
+            help="Empty whole layers, which saves rounds: those whose share of open ReLUs is below this part of "
+            "the network's (snl, autorep: 0), or nats credited for it (coordinate_descent: 0)."
+        ),
+    ] = None,
+    surrogate: Annotated[
+        str | None,
+        typer.Option(help="What stands in a ReLU's place: identity or quadratic (identity; autorep: quadratic)."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="Further option of the method, e.g. growth=1.2."),
+    ] = None,
+    root: Root = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Switch off all but a budget of ReLUs; one run gives every budget."""
+    from fairline.jobs import linearize_job
+
+    named = drop_none(
+        lr=lr,
+        lam=lam,
+        max_epochs=max_epochs,
+        batch_size=batch_size,
+        granularity=granularity,
+        protect=protect,
+        empty_layers=empty_layers,
+        surrogate=surrogate,
+    )
+    settings = {**parse_options(option), **named}
+    with progress_bars() as progress:
+        run = linearize_job(
+            source,
+            out,
+            parse_budgets(budgets),
+            method,
+            objective,
+            {**parse_options(objective_option), **drop_none(mu=mu)},
+            root=None if root is None else str(root),
+            seed=seed,
+            device=device,
+            progress=progress,
+            **settings,
+        )
+    list_networks(run)
+
+
+@app.command()
+def finetune(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a linearize run.")],
+    out: Out,
+    objective: ObjectiveName = "erm",
+    mu: Mu = None,
+    objective_option: ObjectiveOption = None,
+    distill: Annotated[
+        bool, typer.Option("--distill/--no-distill", help="Learn from the base network's logits.")
+    ] = True,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Published settings: snl, deepreduce or deepreduce_fairness; options win over it."),
+    ] = None,
+    epochs: Epochs = None,
+    lr: LearningRate = None,
+    batch_size: BatchSize = None,
+    augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Random crops and flips.")] = False,
+    select: Select = "accuracy",
+    root: Root = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Finetune every network of a linearize run under knowledge distillation."""
+    from fairline.jobs import finetune_job
+
+    with progress_bars() as progress:
+        run = finetune_job(
+            source,
+            out,
+            objective,
+            {**parse_options(objective_option), **drop_none(mu=mu)},
+            distill=distill,
+            preset=preset,
+            root=None if root is None else str(root),
+            **drop_none(epochs=epochs, lr=lr, batch_size=batch_size),
+            augment=augment,
+            select=select,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    list_networks(run)
+
+
+@app.command("last-layer")
+def last_layer(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a linearize or finetune run.")],
+    out: Out,
+    balance: Annotated[str, typer.Option(help="As many images of each: group or group_and_class.")] = "group",
+    repeats: Annotated[int, typer.Option(help="Balanced subsets to average over.")] = 10,
+    root: Root = None,
+    seed: Seed = 0,
+) -> None:
+    """Retrain the last layer of every network of a run on group-balanced validation images."""
+    from fairline.jobs import last_layer_job
+
+    with progress_bars() as progress:
+        run = last_layer_job(
+            source,
+            out,
+            balance=balance,
+            repeats=repeats,
+            root=None if root is None else str(root),
+            seed=seed,
+            progress=progress,
+        )
+    list_networks(run)
+
+
+@app.command()
+def audit(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of train, linearize or finetune runs.")
+    ],
+    out: Out,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also take every measure that explains who pays; takes minutes a network.")
+    ] = False,
+    measures: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(AUDIT_MEASURES)}.")] = "accuracy",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="MEASURE.KEY=VALUE", help="Option of a measure: curvature.samples=500."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Part to measure on: train, val or test.")] = "test",
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
+    root: Root = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Measure every network of some runs, group by group, against the base network."""
+    from fairline.jobs import audit_job
+
+    with progress_bars() as progress:
+        run = audit_job(
+            sources,
+            out,
+            measures=parse_names(measures),
+            options=parse_measure_options(option),
+            explain=explain,
+            split=split,
+            resamples=resamples,
+            root=None if root is None else str(root),
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    print_audit(run)
+
+
+@app.command()
+def compare(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of linearize, finetune or last-layer runs.")
+    ],
+    out: Out,
+    baseline: Baseline = None,
+    split: Annotated[str, typer.Option(help="Part to measure on: train, val or test.")] = "test",
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples, where there is one base network.")] = 2000,
+    root: Root = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Put methods side by side at equal ReLU budgets: paired differences by group, and the Pareto front.
+
+    Runs of several base networks (seeds) are taken as replicates.
+    """
+    from fairline.jobs import compare_job
+
+    with progress_bars() as progress:
+        run = compare_job(
+            sources,
+            out,
+            baseline=baseline,
+            split=split,
+            resamples=resamples,
+            root=None if root is None else str(root),
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    print_comparison(run)
+
+
+@app.command()
+def ablate(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a linearize run.")],
+    out: Out,
+    vary: Annotated[str, typer.Option(metavar="KEY=VALUE,...", help="Option of the objective, and its values.")] = (
+        "mu=0.0005,0.005,0.01"
+    ),
+    objective: ObjectiveName = "lagrangian",
+    objective_option: ObjectiveOption = None,
+    epochs: Epochs = None,
+    lr: LearningRate = None,
+    batch_size: BatchSize = None,
+    select: Select = "last",
+    root: Root = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Finetune with several values of an objective's option, by default μ (paper, Figure 15), and compare."""
+    from fairline.jobs import ablate_job
+
+    key, equals, values = vary.partition("=")
+    if not equals or not key.strip():
+        raise FairlineError(f"'{vary}' is not KEY=VALUE,….")
+    with progress_bars() as progress:
+        run = ablate_job(
+            source,
+            out,
+            key.strip(),
+            [parse_value(value) for value in parse_names(values)],
+            objective,
+            parse_options(objective_option),
+            **drop_none(epochs=epochs, lr=lr, batch_size=batch_size),
+            select=select,
+            root=None if root is None else str(root),
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    print_comparison(run)
+
+
+@app.command()
+def frontier(
+    source: Annotated[Path, typer.Argument(metavar="AUDIT", help="Folder of an audit run.")],
+    out: Out,
+    measured: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--measured", metavar="RUN", help="Folder of a 'private run'; other networks' costs are predicted."
+        ),
+    ] = None,
+    fixed_point: Annotated[
+        Path | None,
+        typer.Option("--fixed-point", metavar="RUN", help="Folder of a 'private fixed-point' run, shown beside."),
+    ] = None,
+    protocol: CostProtocols = "cheetah",
+    network: Wire = "lan",
+    within: Annotated[float, typer.Option(help="Relative accuracy drop, in percent, that any group may suffer.")] = 5.0,
+    results: Annotated[
+        Path | None, typer.Option(help="Also write tables, figures and provenance to this folder.")
+    ] = None,
+) -> None:
+    """Accuracy against cost: Pareto front, and the cheapest network that keeps every group's accuracy."""
+    import pandas as pd
+
+    from fairline.jobs.private import frontier_job
+    from fairline.private.frontier import require_within
+    from fairline.report.costs import answers, write_frontier
+    from fairline.report.results import write_frontier_results
+
+    require_within(within)
+    with progress_bars() as progress:
+        run = frontier_job(
+            source,
+            out,
+            measured=measured or [],
+            fixed_point=fixed_point,
+            protocols=parse_names(protocol),
+            network=network,
+            progress=progress,
+        )
+    table = pd.read_parquet(run.folder / "frontier.parquet")
+    for name, part in table.groupby("protocol", sort=False):
+        shown = pd.DataFrame(
+            {
+                "ReLUs": part["relus"],
+                "MB": part["bytes"] / 1e6,
+                "rounds": part["rounds"],
+                "seconds": part["seconds"],
+                "overall": part["overall"],
+                "worst group": part["worst"],
+                "drop, %": part["largest_drop"],
+                "front": part["on_bytes_front"].map({True: "◆", False: ""}),
+            }
+        ).set_axis(part["model"])
+        shown.index.name = "network"
+        formats = {"ReLUs": ",.0f", "MB": ".2f", "rounds": ".0f", "seconds": ".2f", "overall": ".1%"}
+        print_frame(shown, f"{name} over {network}", formats | {"worst group": ".1%", "drop, %": "+.1f"})
+    predicted = list(dict.fromkeys(table.loc[table["source"] == "predicted", "model"]))
+    if predicted:
+        out_console.print(f"Costs predicted, not measured: {', '.join(predicted)}.", soft_wrap=True, highlight=False)
+    for sentence in answers(table, within):
+        out_console.print(sentence, soft_wrap=True, highlight=False)
+    path = write_frontier(run.folder, within=within)
+    out_console.print(f"Page: {path.resolve()}", soft_wrap=True)
+    if results is not None:
+        out_console.print(f"Results: {write_frontier_results(run.folder, results)}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of an audit, compare or frontier run.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="HTML file; report, comparison or frontier.html in that folder by default."),
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", help="Also write each figure there, as SVG and PNG.")
+    ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option("--costs", metavar="RUN", help="Folder of a frontier run of this audit: adds the cost panel."),
+    ] = None,
+    within: Annotated[float, typer.Option(help="Drop in percent that any group may suffer, for the cost panel.")] = 5.0,
+) -> None:
+    """Write the fairness report, the comparison page or the cost page: one HTML file that opens offline."""
+    from fairline.report.comparison import write_comparison, write_comparison_figures
+    from fairline.report.costs import write_cost_figures, write_frontier
+    from fairline.report.html import write_figures, write_report
+    from fairline.runs import Run
+
+    command = Run.read(source, "audit", "compare", "frontier").command
+    if costs is not None and command != "audit":
+        raise FairlineError(f"The cost panel belongs to the report of an audit; {source} holds a {command} run.")
+    if command == "audit":
+        path = write_report(source, out, costs=costs, within=within)
+    elif command == "frontier":
+        path = write_frontier(source, out, within=within)
+    else:
+        path = write_comparison(source, out)
+    out_console.print(f"Report: {path.resolve()}", soft_wrap=True)
+    if figures is not None:
+        writers = {"audit": write_figures, "compare": write_comparison_figures, "frontier": write_cost_figures}
+        for file in writers[command](source, figures):
+            out_console.print(f"Figure: {file}", soft_wrap=True)
+
+
+@app.command()
+def theory(
+    out: Out = Path("theory"),
+    seeds: Annotated[int, typer.Option(help="Networks of each kind in Figure 2; from 2 on.")] = 100,
+) -> None:
+    """Run the paper's theory: Figures 2 and 10, Proposition 4.1's rate, Appendix A.1, as pictures and tables."""
+    from fairline.jobs import theory_job
+    from fairline.report.theory import write_theory_figures
+
+    with progress_bars() as progress:
+        run = theory_job(out, seeds=seeds, progress=progress)
+    write_theory_figures(run.folder)
+    import pandas as pd
+
+    table = pd.read_parquet(run.folder / "figure_2_summary.parquet")
+    table["cell"] = [
+        f"{100 * m:.1f} [{100 * a:.1f}, {100 * b:.1f}]" for m, a, b in table[["mean", "low", "high"]].to_numpy()
+    ]
+    wide = table.pivot_table(index="variant", columns="measure", values="cell", aggfunc="first", sort=False)
+    print_frame(wide, f"accuracy in percent [95 % interval over {seeds} seeds]")
+    balance = pd.read_parquet(run.folder / "appendix_a1.parquet")
+    for count, part in balance.groupby("groups"):
+        print_frame(
+            part.set_index("group")[["n", "gradient_norm", "ratio", "inverse_size"]],
+            f"Appendix A.1, {count} groups of digits at a minimum of the loss",
+            {"n": ".0f", "gradient_norm": ".4g", "ratio": ".4g", "inverse_size": ".4g"},
+        )
+    out_console.print(f"Figures and tables: {run.folder.resolve()}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    data: Data = "digits",
+    root: Root = None,
+    groups: Groups = None,
+    unbalanced: Unbalanced = None,
+    data_option: DataOption = None,
+    model: Annotated[str | None, typer.Option("--model", help="Network (digits: cnn, else resnet18).")] = None,
+    width: Width = None,
+    budgets: Annotated[str | None, typer.Option("--budgets", help="ReLUs to keep (0.5,0.1,0.02).")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of base training (digits: 40, else 20).")] = None,
+    finetune_epochs: Annotated[int | None, typer.Option(help="Of each finetune (digits: 40, else 10).")] = None,
+    max_epochs: Annotated[int | None, typer.Option(help="Of mask learning, at most (digits: 200, else 40).")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Train, linearize, finetune, audit, predict costs and report in one go, with settings for a short run on a CPU.
+
+    On digits it needs no files. On faces: fairline demo --data utkface:race --root FOLDER --width 8 --out faces
+    """
+    from fairline.jobs import run_demo
+    from fairline.jobs.private import frontier_job
+    from fairline.report.html import write_report
+
+    spec = data_spec(data, root, groups, unbalanced, data_option, seed)
+    with progress_bars() as progress:
+        run = run_demo(
+            out,
+            spec,
+            model=model,
+            width=width,
+            budgets=None if budgets is None else parse_budgets(budgets),
+            epochs=epochs,
+            finetune_epochs=finetune_epochs,
+            max_epochs=max_epochs,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+        try:
+            costs = frontier_job(
+                run.folder, out / "frontier", protocols=["cheetah", "semi2k"], progress=progress
+            ).folder
+        except FairlineError as error:
+            # A network of the user's own may use what private inference does not know.
+            costs, reason = None, str(error)
+    print_audit(run)
+    if costs is None:
+        err_console.print(f"No costs in the report: {reason}", markup=False, highlight=False, soft_wrap=True)
+    path = write_report(run.folder, out / "report.html", costs=costs)
+    out_console.print(f"Report: {path.resolve()}", soft_wrap=True)

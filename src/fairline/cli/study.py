@@ -1,0 +1,165 @@
+"""Commands on studies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fairline.cli.console import duration, out_console, print_comparison, print_frame, progress_bars
+from fairline.cli.options import Device, Root, parse_counts, parse_names
+from fairline.errors import FairlineError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+app = typer.Typer(no_args_is_help=True, help="Run a study: many seeds, budgets and methods from one file.")
+Store = Annotated[
+    str,
+    typer.Option("--out", metavar="STORE", help="Folder of all cells, or a path such as s3://bucket/studies."),
+]
+
+
+@app.command("run")
+def study_run(
+    specs: Annotated[
+        list[Path], typer.Argument(metavar="SPEC...", help="YAML files, such as papers/fig6_utkface_race_snl.yaml.")
+    ],
+    out: Store,
+    root: Root = None,
+    jobs: Annotated[int, typer.Option(help="Cells at a time, in processes that share the cores.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run the cells on a Ray cluster: auto, ray://HOST:PORT, or local."),
+    ] = None,
+    cpus: Annotated[float, typer.Option(help="CPUs of each cell on the cluster.")] = 1,
+    gpus: Annotated[float, typer.Option(help="GPUs of each cell on the cluster; 0.25 lets four share one.")] = 0,
+    results: Annotated[
+        Path | None, typer.Option(help="Also write tables, figures and provenance there, under the study's name.")
+    ] = None,
+    scale: Annotated[str | None, typer.Option(help="One of the scales that the file names, such as tiny.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what is left to do, and how long it takes.")
+    ] = False,
+    device: Device = None,
+) -> None:
+    """Run studies, or go on with them. Cells that studies have in common are run once."""
+    from fairline.report.results import write_study_results
+    from fairline.study.executors import Local, RayCluster
+    from fairline.study.run import run_study
+    from fairline.study.spec import load_spec
+
+    chosen = [load_spec(spec, scale) for spec in specs]
+    given = root or os.environ.get("FAIRLINE_DATA")
+    folder = None if given is None else str(Path(given).expanduser().resolve())
+    if dry_run:
+        _print_estimate(chosen, out, folder, jobs, device)
+        return
+    if "://" not in out:
+        out = str(Path(out).expanduser().resolve())
+    executor = Local(jobs) if ray is None else RayCluster(ray, cpus, gpus)
+    with progress_bars() as progress:
+        runs = run_study(chosen, out, root=folder, executor=executor, device=device, progress=progress)
+    for compared in runs.values():
+        for run in compared.values():
+            print_comparison(run)
+    if results is not None:
+        for spec in chosen:
+            out_console.print(f"Results: {write_study_results(spec, out, results)}", soft_wrap=True)
+
+
+def _print_estimate(specs: list[Any], out: str, root: str | None, jobs: int, device: str | None) -> None:
+    from fairline.study.estimate import estimate
+    from fairline.study.storage import Storage
+
+    table = estimate(specs, Storage(out), root=root, jobs=jobs, device=device)
+    total = table["seconds"].sum()
+    print_frame(table.set_index("kind"), "cells; seconds of those left, one after another", {"seconds": ",.0f"})
+    unknown = ", ".join(table.loc[table["basis"].str.contains("unknown"), "kind"])
+    rest = f", beside the cells whose time is not known ({unknown})" if unknown else ""
+    out_console.print(f"About {duration(total / jobs)} with {jobs} at a time, at most{rest}.", soft_wrap=True)
+
+
+@app.command("status")
+def study_status(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="What 'study run' writes.")],
+) -> None:
+    """Show how far studies are, and why cells failed."""
+    from fairline.study.run import status
+
+    table = status(store)
+    for name, own in table.groupby("study", sort=False):
+        shown = own.set_index("cell")[["kind", "state", "note"]]
+        print_frame(shown, f"{name}: {(own['state'] == 'finished').sum()} of {len(own)} cells are finished")
+
+
+Tables = Annotated[
+    list[str],
+    typer.Argument(metavar="SOURCE...", help="Stores, folders of results (papers/results), or results.parquet files."),
+]
+Chosen = Annotated[
+    str, typer.Option("--study", help="Names of studies, comma-separated; * stands for anything. All by default.")
+]
+
+
+def _chosen_results(sources: list[str], studies: str) -> pd.DataFrame:
+    from fnmatch import fnmatchcase
+
+    from fairline.study.store import read_results
+
+    table = read_results(sources)
+    held = list(table["study"].unique())
+    patterns = parse_names(studies)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in held):
+            raise FairlineError(f"There is no study '{pattern}' here; there are {', '.join(held)}.")
+    names = [name for name in held if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return table[table["study"].isin(names)]
+
+
+@app.command("figures")
+def study_figures(
+    sources: Tables,
+    to: Annotated[Path, typer.Option("--to", help="Folder to write figure_01.png, … to.")],
+    study: Chosen = "*",
+    only: Annotated[str | None, typer.Option(help="Numbers in the paper, comma-separated; all by default.")] = None,
+    formats: Annotated[str, typer.Option("--format", help="Comma-separated: png, svg, pdf.")] = "png,svg,pdf",
+) -> None:
+    """Draw the empirical figures of the paper (1, 3–9, 11–15) from what studies measured."""
+    from fairline.charts import save_charts
+    from fairline.report.paper_figures import FIGURES, draw
+
+    wanted = parse_names(formats)
+    for name in wanted:
+        if name not in ("png", "svg", "pdf"):
+            raise FairlineError(f"The format is png, svg or pdf, not '{name}'.")
+    drawn = draw(_chosen_results(sources, study), None if only is None else parse_counts(only, "Figures"))
+    files = save_charts({f"figure_{number:02d}": chart for number, chart in drawn.items()}, to, wanted)
+    out_console.print(f"Figures {', '.join(map(str, drawn))}: {len(files)} files in {to}", soft_wrap=True)
+    missing = [str(number) for number in FIGURES if number not in drawn]
+    if missing and only is None:
+        out_console.print(f"No study here holds what figures {', '.join(missing)} show.", soft_wrap=True)
+
+
+@app.command("report")
+def study_report(
+    sources: Tables,
+    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")],
+    study: Chosen = "*",
+    table: Annotated[Path | None, typer.Option("--table", help="Also write the findings there, as CSV.")] = None,
+) -> None:
+    """Write the page that puts each claim of the paper beside what was measured and says whether it holds."""
+    from fairline._io import write_text
+    from fairline.report.claims import CLAIMS, findings, summary, write_claims
+
+    rows = _chosen_results(sources, study)
+    found = findings(rows)
+    for number, verdict in summary(found).items():
+        out_console.print(f"{number}. {CLAIMS[number].text} [b]{verdict}[/b]", soft_wrap=True, highlight=False)
+    if table is not None:
+        write_text(table, found.to_csv(index=False, float_format="%.5g"))
+        out_console.print(f"Findings: {table.resolve()}", soft_wrap=True)
+    out_console.print(f"Page: {write_claims(rows, found, out).resolve()}", soft_wrap=True)

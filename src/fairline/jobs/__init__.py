@@ -1,0 +1,21 @@
+"""The jobs of the command line, each from run folder to run folder, each resumable after a kill. One file a verb."""
+
+from fairline.jobs.audit import audit_job
+from fairline.jobs.compare import compare_job
+from fairline.jobs.demo import run_demo
+from fairline.jobs.finetune import ablate_job, finetune_job, last_layer_job
+from fairline.jobs.linearize import linearize_job
+from fairline.jobs.theory import theory_job
+from fairline.jobs.train import train_job
+
+__all__ = [
+    "ablate_job",
+    "audit_job",
+    "compare_job",
+    "finetune_job",
+    "last_layer_job",
+    "linearize_job",
+    "run_demo",
+    "theory_job",
+    "train_job",
+]

@@ -1,0 +1,253 @@
+"""How a ReLU is switched off.
+
+A masked ReLU is ``f(x) = m·relu(x) + (1 − m)·g(x)`` with one mask entry a unit: m = 1 keeps the ReLU, m = 0 puts its
+surrogate g in its place, and m between the two (Cho et al. 2022) is what mask learning moves through. The surrogate is
+the identity, with which ``f(x) = x − m·min(x, 0)``, or a quadratic polynomial for each channel.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fairline.errors import FairlineError
+
+Granularity = Literal["pixel", "channel", "layer"]
+GRANULARITIES: tuple[Granularity, ...] = ("pixel", "channel", "layer")
+Surrogate = Literal["identity", "quadratic"]
+SURROGATES: tuple[Surrogate, ...] = ("identity", "quadratic")
+
+#: Factor of x² in a quadratic surrogate, as AutoReP's published code has it. Without it a deep network of fitted
+#: polynomials overflows: each layer squares what the last one let through.
+SQUARE_SCALE = 0.2
+
+
+class _FixedMaskedReLU(Function):
+    """max(x, floor) with floor 0 where the ReLU is kept and −∞ where it is not; saves its output alone."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, floor: Tensor) -> Tensor:
+        return torch.maximum(x, floor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output, inputs[1])
+        ctx.save_for_forward(output, inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        y, floor = ctx.saved_tensors
+        # As torch's ReLU, the slope at 0 is 0.
+        return grad.masked_fill(y <= floor, 0), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        y, floor = ctx.saved_tensors
+        return tangent.masked_fill(y <= floor, 0)
+
+
+class _LearnedMaskedReLU(Function):
+    """x − m·min(x, 0) with gradients for x and m; saves min(x, 0) alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        negative = x.clamp_max(0)
+        ctx.save_for_backward(negative, mask)
+        return torch.addcmul(x, mask.to(x.dtype), negative, value=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        negative, mask = ctx.saved_tensors
+        # The gradient where x ≥ 0, and a step of m from the identity's towards it: two vectorised passes.
+        kept = torch.ops.aten.threshold_backward(grad, negative, -torch.finfo(grad.dtype).tiny)
+        grad_x = torch.lerp(grad, kept, mask.to(grad.dtype))
+        grad_mask = (grad * negative).sum(0, dtype=mask.dtype).neg_()
+        return grad_x, grad_mask
+
+
+class _LearnedQuadratic(Function):
+    """m·relu(x) + (1 − m)·(c₀ + c₁x + 0.2·c₂x²) with gradients for x, m and c; saves x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, coefficients: Tensor) -> Tensor:
+        mask, coefficients = mask.to(x.dtype), coefficients.to(x.dtype)
+        ctx.save_for_backward(x, mask, coefficients)
+        constant, linear, square = coefficients
+        g = torch.addcmul(linear, x, square, value=SQUARE_SCALE).mul_(x).add_(constant)
+        return g.lerp_(x.clamp_min(0), mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, mask, coefficients = ctx.saved_tensors
+        constant, linear, square = coefficients[0], coefficients[1], SQUARE_SCALE * coefficients[2]
+        # Sums over the batch come first: all that follows is as small as the mask.
+        passed = torch.ops.aten.threshold_backward(grad, x, 0)
+        times_x = grad * x
+        sums = [grad.sum(0), times_x.sum(0)]
+        replaced = 1 - mask
+        grad_x = (replaced * linear) * grad
+        grad_x.addcmul_(times_x, 2 * replaced * square).addcmul_(passed, mask)
+        sums.append(SQUARE_SCALE * times_x.mul_(x).sum(0))
+        grad_mask = passed.mul_(x).sum(0) - (constant * sums[0] + linear * sums[1] + coefficients[2] * sums[2])
+        axes = tuple(range(1, mask.ndim))
+        pieces = [replaced * total for total in sums]
+        grad_coefficients = torch.stack([p.sum(axes, keepdim=True) if axes else p for p in pieces])
+        return grad_x, grad_mask, grad_coefficients
+
+
+class MaskedReLU(nn.Module):
+    """A ReLU with one mask entry for each unit of its activation.
+
+    Fixed masks (:meth:`set_mask`) hold 0 or 1 and cost what a plain ReLU costs. Learned masks (:meth:`learn`)
+    are real numbers with a gradient, one a unit, a channel or a layer.
+
+    Attributes:
+        shape: Shape of the activation without the batch axis.
+        kept: bool, ``shape``: which ReLUs a fixed mask keeps.
+        weight: The learned mask, compact (``shape``, (C, 1, …) or (1, …)); None while the mask is fixed.
+        gate: Turns ``weight`` into the mask, where the two are not the same; of the weight's shape.
+        coefficients: Of the quadratic surrogate ``c₀ + c₁x + 0.2·c₂x²``, (3, C, 1, …), trained with the other weights;
+            None where the surrogate is the identity.
+    """
+
+    kept: Tensor
+    _floor: Tensor
+    weight: nn.Parameter | None
+    gate: nn.Module | None
+    coefficients: nn.Parameter | None
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.register_buffer("kept", torch.ones(self.shape, dtype=torch.bool))
+        self.register_buffer("_floor", torch.zeros(self.shape), persistent=False)
+        self.register_parameter("weight", None)
+        self.register_module("gate", None)
+        self.register_parameter("coefficients", None)
+        self._num_kept = math.prod(self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the masked ReLU to x, (B, *shape)."""
+        if x.shape[1:] != self.shape:
+            raise FairlineError(
+                f"A mask made for activations of shape {self.shape} met one of shape {tuple(x.shape[1:])}; "
+                "mask the model again with an example of the new input size."
+            )
+        if self.weight is not None:
+            if self.coefficients is None:
+                return cast(Tensor, _LearnedMaskedReLU.apply(x, self.mask))
+            return cast(Tensor, _LearnedQuadratic.apply(x, self.mask, self.coefficients))
+        if self._num_kept == 0:
+            return self.substitute(x)
+        if self._num_kept == self.kept.numel():
+            return F.relu(x)
+        if self.coefficients is None:
+            return cast(Tensor, _FixedMaskedReLU.apply(x, self._floor.to(x.dtype)))
+        return torch.where(self.kept, F.relu(x), self.substitute(x))
+
+    def substitute(self, x: Tensor) -> Tensor:
+        """The surrogate g(x) of every unit, kept or not; x is (B, *shape)."""
+        if self.coefficients is None:
+            return x
+        constant, linear, square = self.coefficients.to(x.dtype)
+        return (SQUARE_SCALE * square * x + linear) * x + constant
+
+    @property
+    def surrogate(self) -> Surrogate:
+        """What stands in a ReLU's place: ``"identity"`` or ``"quadratic"``."""
+        return "identity" if self.coefficients is None else "quadratic"
+
+    def use_surrogate(self, surrogate: Surrogate) -> None:
+        """Choose what stands in a ReLU's place; a new quadratic starts as the identity.
+
+        Args:
+            surrogate: ``"identity"`` or ``"quadratic"``.
+
+        Raises:
+            FairlineError: There is no such surrogate.
+        """
+        if surrogate not in SURROGATES:
+            raise FairlineError(f"A surrogate is {' or '.join(SURROGATES)}, not '{surrogate}'.")
+        if surrogate == "identity":
+            self.coefficients = None
+        elif self.coefficients is None:
+            start = torch.zeros(3, self.shape[0], *[1] * (len(self.shape) - 1), device=self.kept.device)
+            start[1] = 1
+            self.coefficients = nn.Parameter(start)
+
+    @property
+    def mask(self) -> Tensor:
+        """The mask, float, with the shape of the activation; a view of ``compact_mask`` while it is learned."""
+        return self.kept.float() if self.weight is None else self.compact_mask.expand(self.shape)
+
+    @property
+    def compact_mask(self) -> Tensor:
+        """The learned mask, of the shape of ``weight``: the weight itself, or what the gate makes of it."""
+        weight = cast(Tensor, self.weight)
+        return weight if self.gate is None else cast(Tensor, self.gate(weight))
+
+    @property
+    def num_kept(self) -> int:
+        """How many ReLUs a fixed mask keeps for each sample."""
+        return self._num_kept
+
+    def set_mask(self, kept: Tensor) -> None:
+        """Fix the mask.
+
+        Args:
+            kept: bool, broadcastable to ``shape``.
+        """
+        self.weight = self.gate = None
+        self.kept = kept.to(device=self.kept.device, dtype=torch.bool).expand(self.shape).contiguous()
+        self._refresh()
+
+    def learn(self, granularity: Granularity = "pixel") -> nn.Parameter:
+        """Make the mask learnable, starting from the fixed one.
+
+        Args:
+            granularity: One entry a ``"pixel"`` (unit), ``"channel"`` or ``"layer"``.
+
+        Returns:
+            The parameter to optimise. An entry that covers several units starts at their mean.
+        """
+        start = self.kept.float()
+        shared = {"pixel": 0, "channel": 1, "layer": None}[granularity]
+        if shared != 0:
+            axes = tuple(range(shared or 0, len(self.shape)))
+            start = start.mean(axes, keepdim=True) if axes else start
+        self.weight = nn.Parameter(start.clone())
+        return self.weight
+
+    def _refresh(self) -> None:
+        self._num_kept = int(self.kept.sum())
+        self._floor = torch.where(self.kept, 0.0, -math.inf)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._refresh()
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        text = f"shape={self.shape}, " + ("learned" if self.weight is not None else f"kept={self._num_kept}")
+        return text if self.coefficients is None else f"{text}, surrogate={self.surrogate}"
+
+
+def masked_relus(model: nn.Module) -> dict[str, MaskedReLU]:
+    """The masked ReLUs of a model by name, in the order of its modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedReLU)}
+
+
+def surrogate_of(model: nn.Module) -> Surrogate:
+    """What stands in the place of a model's ReLUs: quadratic where any layer has coefficients."""
+    kinds = {layer.surrogate for layer in masked_relus(model).values()}
+    return "quadratic" if "quadratic" in kinds else "identity"

@@ -1,0 +1,116 @@
+"""What is worth committing of a study or a frontier: tables, figures, and where they come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fairline._io import atomic_path, read_json, write_table, write_text
+from fairline.charts import save_charts
+from fairline.report import costs
+from fairline.report.comparison import write_comparison_figures
+from fairline.report.page import read_table
+from fairline.runs import Run, provenance
+from fairline.study.cells import cells_of
+from fairline.study.spec import StudySpec
+from fairline.study.storage import Storage
+from fairline.study.store import keep
+
+
+def write_study_results(spec: StudySpec, out: str | Path, results: str | Path) -> Path:
+    """Write what is worth committing: a table and the figures of each data set, and where they come from.
+
+    Args:
+        spec: The study.
+        out: The store of its finished cells.
+        results: Folder of all results; a subfolder named after the study is written.
+
+    Returns:
+        The subfolder.
+    """
+    storage = Storage(str(out))
+    cells = cells_of(spec)
+    folder = Path(results) / spec.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for cell in cells:
+        if cell.kind != "compare":
+            continue
+        name = cell.about["data_label"]
+        run = Run.read(storage.fetch(cell), "compare")
+        table = pd.read_parquet(run.folder / "comparison.parquet")
+        for column in ("value", "low", "high", "percent"):
+            table[column] = table[column].map("{:.5g}".format)
+        with atomic_path(folder / f"{name}.csv") as temporary:
+            table.to_csv(temporary, index=False)
+        for file in write_comparison_figures(run.folder, folder):
+            if file.suffix == ".png":
+                file.replace(folder / f"{name}_{file.name}")
+            else:
+                file.unlink()
+    write_table(folder / "results.parquet", keep(spec, storage))
+    machines: list[dict[str, Any]] = [read_json(storage.fetch(cell) / "environment.json") for cell in cells]
+    content = {
+        "study": spec.name,
+        "scale": spec.scale,
+        "spec_hash": spec.digest,
+        "seeds": spec.seeds,
+        **provenance(machines),
+    }
+    write_text(folder / "provenance.json", json.dumps(content, indent=2) + "\n")
+    return folder
+
+
+def write_frontier_results(folder: str | Path, target: str | Path) -> Path:
+    """Write what is worth committing of a frontier run: tables, figures, and where they come from.
+
+    Args:
+        folder: Of the frontier run.
+        target: Folder to write: ``frontier.csv``, ``measured.csv`` and ``fixed_point.csv`` where there are such, PNG
+            figures and ``provenance.json``.
+
+    Returns:
+        The folder.
+    """
+    run = Run.read(folder, "frontier")
+    out = Path(target)
+    out.mkdir(parents=True, exist_ok=True)
+    table, _ = costs.prepare(run)
+    measured = [Run.read(entry["folder"], "private-run") for entry in run.config["measured"]]
+    tables = {"frontier.csv": table}
+    if measured:
+        tables["measured.csv"] = pd.concat([read_table(each, "private.parquet") for each in measured])
+    if (run.folder / "fixed_point.parquet").exists():
+        tables["fixed_point.csv"] = read_table(run, "fixed_point.parquet")
+    for name, rows in tables.items():
+        with atomic_path(out / name) as temporary:
+            rows.to_csv(temporary, index=False, float_format="%.6g")
+    for file in save_charts(costs.cost_figures(run), out):
+        if file.suffix != ".png":
+            file.unlink()
+    lineage = [Path(name) for name in run.config["lineage"]]
+    machines = [read_json(each / "environment.json") for each in [*lineage, *(r.folder for r in measured), run.folder]]
+    studies = _studies(lineage)
+    content = {
+        "studies": [{"name": s.name, "spec_hash": s.digest, "scale": s.scale, "seeds": s.seeds} for s in studies],
+        "seeds": sorted({int(config["seed"]) for config in run.config["lineage"].values()}),
+        "measured": [{**each.config, "networks": len(each.config["networks"])} for each in measured],
+        **provenance(machines),
+    }
+    write_text(out / "provenance.json", json.dumps(content, indent=2) + "\n")
+    return out
+
+
+def _studies(lineage: Sequence[Path]) -> list[StudySpec]:
+    """The studies that some of these runs are cells of."""
+    found = []
+    for store in sorted({each.parent.parent for each in lineage if (each / "cell.json").exists()}):
+        storage = Storage(str(store))
+        for name in storage.studies():
+            spec = StudySpec.model_validate(storage.read_json(f"{name}/spec.json"))
+            if {cell.key for cell in cells_of(spec)} & {each.name for each in lineage}:
+                found.append(spec)
+    return found
