@@ -419,7 +419,7 @@ def frontier(
     """Accuracy against cost: Pareto front, and the cheapest network that keeps every group's accuracy."""
     import pandas as pd
 
-    from fairline.jobs.private import frontier_job
+    from fairline.jobs.frontier import frontier_job
     from fairline.private.frontier import require_within
     from fairline.report.costs import answers, write_frontier
     from fairline.report.results import write_frontier_results
@@ -553,7 +553,7 @@ def demo(
     On digits it needs no files. On faces: fairline demo --data utkface:race --root FOLDER --width 8 --out faces
     """
     from fairline.jobs import run_demo
-    from fairline.jobs.private import frontier_job
+    from fairline.jobs.frontier import frontier_job
     from fairline.report.html import write_report
 
     spec = data_spec(data, root, groups, unbalanced, data_option, seed)
