@@ -42,6 +42,14 @@ def test_the_graph_computes_what_the_network_computes(case, images):
     close(graph(images), model, images)
 
 
+def test_every_engine_knows_every_operator():
+    from fairline.private import cost, graph, onnx_graph
+
+    assert graph.OPERATORS.keys() == onnx_graph.OPERATORS.keys() == cost.OPERATORS.keys()
+    jax_graph = pytest.importorskip("fairline.private.jax_graph", exc_type=ImportError)
+    assert graph.OPERATORS.keys() == jax_graph.OPERATORS.keys()
+
+
 def test_jax_computes_what_the_network_computes(case, images):
     pytest.importorskip("jax")
     import numpy as np
