@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache
+from typing import Any
 
 import pandas as pd
 from torch import Tensor, nn
@@ -421,18 +422,8 @@ def estimate(
         graph = to_graph(model, example)
     wire = find_network(network)
     costs = PROTOCOL_COSTS[protocol]()
-    rows = []
-    total = Cost()
-    for node, cost in layer_costs(graph, costs, batch_size):
-        total += cost
-        rows.append(
-            {
-                "layer": node.layer if node is not None else "output",
-                "op": node.op if node is not None else "open",
-                "relus": kept_relus(graph, node) if node is not None else 0,
-                **{f.name: getattr(cost, f.name) for f in fields(cost)},
-            }
-        )
+    layers = list(layer_costs(graph, costs, batch_size))
+    total = sum((cost for _, cost in layers), Cost())
     return Estimate(
         protocol=protocol,
         network=wire,
@@ -444,9 +435,16 @@ def estimate(
         compute_seconds=total.compute_seconds,
         network_seconds=wire.seconds(total.bytes, total.rounds),
         setup_bytes=costs.setup.bytes,
-        layers=pd.DataFrame(rows),
+        layers=pd.DataFrame([_row(graph, node, cost) for node, cost in layers]),
         source=costs.source,
     )
+
+
+def _row(graph: PlainGraph, node: Node | None, cost: Cost) -> dict[str, Any]:
+    described: dict[str, Any] = {"layer": "output", "op": "open", "relus": 0}
+    if node is not None:
+        described = {"layer": node.layer, "op": node.op, "relus": kept_relus(graph, node)}
+    return {**described, **{f.name: getattr(cost, f.name) for f in fields(cost)}}
 
 
 def layer_costs(graph: PlainGraph, costs: ProtocolCost, batch: int = 1) -> Iterator[tuple[Node | None, Cost]]:

@@ -274,10 +274,6 @@ def query(
         party = stack.enter_context(PartyProcess.start(IMAGE_OWNER, temporary, job))
         wait_for([party], session, progress, quiet=wait + 5 * timeout)
     (call,) = session.calls[IMAGE_OWNER]
-    return Answer(
-        torch.tensor(call["logits"]),
-        preprocessing.class_names,
-        call["seconds"],
-        session.setup[IMAGE_OWNER][protocol]["seconds"],
-        call["sent"] + call["received"],
-    )
+    setup = session.setup[IMAGE_OWNER][protocol]["seconds"]
+    sent = call["sent"] + call["received"]
+    return Answer(torch.tensor(call["logits"]), preprocessing.class_names, call["seconds"], setup, sent)

@@ -65,8 +65,6 @@ def optimal_approximation(function: Function, low: float, high: float, segments:
     """
     from scipy.optimize import brentq
 
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise FairlineError(f"[{low:g}, {high:g}] is no interval.")
     if segments < 1:
         raise FairlineError(f"An approximation needs a segment at least, not {segments}.")
     _require_convex(function, low, high)
@@ -120,6 +118,8 @@ def _chord_gap(function: Function, left: float, right: float) -> float:
 
 
 def _require_convex(function: Function, low: float, high: float) -> None:
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise FairlineError(f"[{low:g}, {high:g}] is no interval.")
     x = np.linspace(low, high, 201)
     y = np.array([function(float(t)) for t in x])
     bend = y[2:] - 2 * y[1:-1] + y[:-2]
