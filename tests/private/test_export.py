@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,22 @@ def close(found, model, images):
 def test_the_graph_computes_what_the_network_computes(case, images):
     model, graph = case
     close(graph(images), model, images)
+
+
+def test_images_of_another_shape_are_one_sentence():
+    model = settle(Everything())
+    with pytest.raises(FairlineError, match=r"Everything fails on images of shape \(1, 16, 16\)"):
+        to_graph(model, EXAMPLE[:, :1])
+    with pytest.raises(FairlineError, match=r"not one of shape \(3, 16, 16\); example\[None\]"):
+        to_graph(model, EXAMPLE[0])
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+def test_other_floats_are_cast(kind, images):
+    model = masked(settle(Everything()), EXAMPLE, 0.3)
+    graph = to_graph(copy.deepcopy(model).to(kind), EXAMPLE.to(kind))
+    assert all(weight.dtype == torch.float32 for weight in graph.weights.values())
+    close(graph(images), copy.deepcopy(model).to(kind).float(), images)
 
 
 def test_every_engine_knows_every_operator():

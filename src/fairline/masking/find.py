@@ -15,6 +15,7 @@ from fairline.masking.layer import (
     Surrogate,
     masked_relus,
 )
+from fairline.masking.published import take_over_published
 
 
 class _Tracer(fx.Tracer):
@@ -66,6 +67,7 @@ def _mask_relus(model: nn.Module, example: Tensor) -> nn.Module:
         raise FairlineError(
             f"{type(model).__name__} fails on an example of shape {tuple(example.shape)} ({reason})."
         ) from None
+    take_over_published(copied, example)
     try:
         graph = _Tracer().trace(copied)
     except Exception as error:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from fairline.errors import FairlineError
 from fairline.masking import SQUARE_SCALE, masked_relus
+from fairline.masking.published import take_over_published
 from fairline.private.graph import Node, PlainGraph
 
 
@@ -69,14 +70,26 @@ def to_graph(model: nn.Module, example: Tensor) -> PlainGraph:
         FairlineError: The network cannot be traced, uses an operator that private inference does not know, or learns
             its masks still.
     """
-    model = copy.deepcopy(model).cpu().eval()
+    if example.ndim not in (2, 4):
+        raise FairlineError(
+            f"An example input is a batch, (B, C, H, W), not one of shape {tuple(example.shape)}; example[None] makes "
+            "one of a single image."
+        )
+    model = copy.deepcopy(model).cpu().float().eval()
     for name, layer in masked_relus(model).items():
         if layer.weight is not None:
             raise FairlineError(f"The masks of '{name}' are still being learned; fix them before the export.")
     # Two different samples: export takes a batch of one for a constant.
     batch = torch.randn((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = model(batch)
+        try:
+            expected = model(batch)
+        except Exception as error:
+            # The user's own forward may do anything.
+            raise FairlineError(
+                f"{type(model).__name__} fails on images of shape {tuple(batch.shape[1:])} ({_reason(error)})."
+            ) from None
+        take_over_published(model, batch)
         for name, layer in masked_relus(model).items():
             # Where all ReLUs are kept, no polynomial is left.
             coefficients = None if layer.num_kept == layer.kept.numel() else layer.coefficients
@@ -86,15 +99,17 @@ def to_graph(model: nn.Module, example: Tensor) -> PlainGraph:
                 model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
             )
         except Exception as error:
-            # The user's own forward may do anything.
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise FairlineError(f"{type(model).__name__} cannot be exported ({reason}).") from None
+            raise FairlineError(f"{type(model).__name__} cannot be exported ({_reason(error)}).") from None
         graph = _Reader(program, tuple(batch.shape[1:])).read()
         found = graph(batch)
     error_size = float((found - expected).abs().max() / expected.abs().max().clamp_min(1))
     if not error_size < 1e-5:
         raise FairlineError(f"The exported {type(model).__name__} computes something else (by {error_size:.1e}).")
     return graph
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 class _Reader:
