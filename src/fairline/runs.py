@@ -34,10 +34,11 @@ from torch import nn
 
 from fairline import data as data_registry
 from fairline import models
-from fairline._io import load_tensors, read_json, save_tensors, write_json, write_table
+from fairline._io import read_json, save_tensors, write_json, write_table
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.masking import Surrogate, load_masks, mask_relus, masked_relus, relu_count, save_masks
+from fairline.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -240,25 +241,6 @@ def load_network(folder: Path) -> tuple[nn.Module, NetworkInfo]:
     if has_masks:
         load_masks(folder / "masks.safetensors", model)
     return model.eval(), info
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load all weights of a model but its masks from a safetensors file.
-
-    Raises:
-        FairlineError: The file is missing, broken, or holds weights of another architecture.
-    """
-    weights, _ = load_tensors(path)
-    masks = _mask_keys(model)
-    own = {name: value for name, value in model.state_dict().items() if name not in masks}
-    for name in [*own, *weights]:
-        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (own, weights)]
-        if shapes[0] != shapes[1]:
-            raise FairlineError(
-                f"{path} holds weights of another architecture: '{name}' has shape {shapes[1] or 'none'} there "
-                f"and {shapes[0] or 'none'} in the model."
-            )
-    model.load_state_dict(weights, strict=False)
 
 
 def digest(files: Sequence[Path]) -> str:

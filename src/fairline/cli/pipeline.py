@@ -108,7 +108,10 @@ def train(
     model_option: ModelOption = None,
     weights: Annotated[
         Path | None,
-        typer.Option("--weights", help="Safetensors file to start from; with --epochs 0 it is taken as it is."),
+        typer.Option(
+            "--weights",
+            help="File to start from (safetensors, torch.save); with --epochs 0 its weights are taken as they are.",
+        ),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 160,
     lr: Annotated[
@@ -140,6 +143,25 @@ def train(
             progress=progress,
         )
     say_best(run)
+
+
+@app.command("import")
+def import_network(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the base network's train run.")],
+    out: Out,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", help="File of its weights, with masks or without; the base network's by default."),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option("--masks", help="File of its masks of zeros and ones: safetensors, torch.save or .npz."),
+    ] = None,
+) -> None:
+    """Take over a network that was linearized elsewhere, to finetune and audit it like one of fairline's own."""
+    from fairline.jobs import import_job
+
+    list_networks(import_job(source, out, weights=weights, masks=masks))
 
 
 @app.command()

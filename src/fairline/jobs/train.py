@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 
 from fairline._io import resolve_device
 from fairline.errors import FairlineError
+from fairline.masking import mask_relus, masked_relus
+from fairline.masking.published import take_over_published
 from fairline.runs import (
     DataSpec,
     ModelSpec,
@@ -18,10 +21,10 @@ from fairline.runs import (
     Run,
     count_relus,
     digest,
-    load_weights,
     save_network,
 )
 from fairline.training import ProgressCallback, train
+from fairline.weights import load_weights
 
 
 def train_job(
@@ -43,7 +46,8 @@ def train_job(
         data: What to train on.
         model: Architecture; see :func:`fairline.models.build`.
         model_options: Its options.
-        weights: A safetensors file to start from; with ``epochs=0`` they are taken as they are.
+        weights: A file to start from, as for :func:`fairline.load_weights`; with ``epochs=0`` they are taken as they
+            are.
         seed: Of initialisation and training.
         device: The accelerator if there is one, by default.
         progress: Called after every batch.
@@ -68,7 +72,10 @@ def train_job(
         load_weights(network, Path(weights))
     elif settings.get("epochs") == 0:
         raise FairlineError("A network that is not trained (epochs 0) needs weights.")
-    total = count_relus(network, model_spec)
+    if take_over_published(copy.deepcopy(network), model_spec.example()):
+        network = mask_relus(network, model_spec.example())
+    relus = count_relus(network, model_spec)
+    total = sum(layer.kept.numel() for layer in masked_relus(network).values()) or relus
     config: dict[str, Any] = {"data": asdict(spec), "model": asdict(model_spec), "settings": settings, "seed": seed}
     if weights is not None:
         config["weights"] = {"file": str(Path(weights).resolve()), "digest": digest([Path(weights)])}
@@ -90,6 +97,6 @@ def train_job(
             save_network(
                 run.network_folder("base"),
                 network,
-                NetworkInfo(model_spec, "base", total, total, total, seed=seed),
+                NetworkInfo(model_spec, "base", relus, total, relus, seed=seed),
             )
     return run
