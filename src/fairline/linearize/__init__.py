@@ -31,6 +31,13 @@ REGISTRY: dict[str, type[Linearizer]] = {
 def build(name: str, **options: Any) -> Linearizer:
     """Build a linearizer by name.
 
+    Args:
+        name: On the command line, one of ``REGISTRY``.
+        options: Settings of the method.
+
+    Returns:
+        The linearizer.
+
     Raises:
         FairlineError: The name or an option is unknown.
     """
