@@ -1,4 +1,7 @@
-"""Methods that switch ReLUs off. One file a method; the interface is :class:`Linearizer`."""
+"""Methods that switch ReLUs off. One file a method; what all share is :class:`Linearizer`.
+
+Source: none; each method's file names its own.
+"""
 
 from __future__ import annotations
 
