@@ -61,58 +61,66 @@ class Run:
         """
         run = cls(folder)
         wanted = json.loads(json.dumps({"command": command, **config}))
-        config_file = run.folder / "config.json"
-        if run.folder.exists() and not run.folder.is_dir():
-            raise FairlineError(f"{folder} is a file, not a folder.")
-        if config_file.exists():
-            different = difference(read_json(config_file), wanted)
-            if different:
-                raise FairlineError(
-                    f"{folder} holds another run ({different}); choose another --out or delete the folder."
-                )
-        elif run.folder.exists() and any(p.name != ".lock" for p in run.folder.iterdir()):
-            raise FairlineError(f"{folder} is not empty and is not a run folder; choose another --out.")
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            lock = (run.folder / ".lock").open("w")
-        except OSError as error:
-            raise FairlineError(f"{folder} cannot be written ({error.strerror}).") from None
-        with lock:
-            try:
-                # The kernel drops the lock with the process, however it dies.
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise FolderInUse(f"{folder} is in use by another process.") from None
+        run._require_free_or_same(wanted)
+        with run._locked():
             if run.finished:
                 yield run
                 return
             for leftover in run.folder.rglob(".*.tmp"):
                 leftover.unlink()
-            write_json(config_file, wanted)
+            write_json(run.folder / "config.json", wanted)
             write_json(run.folder / "environment.json", environment(device))
             write_json(run.folder / "status.json", {"status": "running"})
-            handler = logging.FileHandler(run.folder / "log.txt", encoding="utf-8")
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-            package = logging.getLogger("fairline")
-            package.addHandler(handler)
-            level = package.level
-            package.setLevel(logging.INFO)
-            logger.info("%s in %s on %s", command, run.folder, device)
+            with _logged_to(run.folder / "log.txt"):
+                logger.info("%s in %s on %s", command, run.folder, device)
+                try:
+                    yield run
+                    write_json(run.folder / "status.json", {"status": "finished"})
+                    shutil.rmtree(run.checkpoint, ignore_errors=True)
+                except BaseException as error:
+                    logger.error("%s stopped: %s", command, error or type(error).__name__)
+                    raise
+
+    def _require_free_or_same(self, wanted: Mapping[str, Any]) -> None:
+        """Refuse a folder that holds something else than the run of this config."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise FairlineError(f"{self.folder} is a file, not a folder.")
+        config_file = self.folder / "config.json"
+        if config_file.exists():
+            different = difference(read_json(config_file), wanted)
+            if different:
+                raise FairlineError(
+                    f"{self.folder} holds another run ({different}); choose another --out or delete the folder."
+                )
+        elif self.folder.exists() and any(p.name != ".lock" for p in self.folder.iterdir()):
+            raise FairlineError(f"{self.folder} is not empty and is not a run folder; choose another --out.")
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Make the folder, and keep other processes out of it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise FairlineError(f"{self.folder} cannot be written ({error.strerror}).") from None
+        with lock:
             try:
-                yield run
-                write_json(run.folder / "status.json", {"status": "finished"})
-                shutil.rmtree(run.checkpoint, ignore_errors=True)
-            except BaseException as error:
-                logger.error("%s stopped: %s", command, error or type(error).__name__)
-                raise
-            finally:
-                package.setLevel(level)
-                package.removeHandler(handler)
-                handler.close()
+                # The kernel drops the lock with the process, however it dies.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise FolderInUse(f"{self.folder} is in use by another process.") from None
+            yield
 
     @classmethod
     def read(cls, folder: str | Path, *commands: str) -> Run:
         """Open a finished run.
+
+        Args:
+            folder: Its folder.
+            commands: Jobs that it may be of; any by default.
+
+        Returns:
+            The run.
 
         Raises:
             FairlineError: The folder is no run, not of one of these commands, or not finished.
@@ -191,7 +199,14 @@ class Run:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
-    """The first entry in which two configs differ, in words."""
+    """Find the first entry in which two configs differ.
+
+    >>> difference({"seed": 0, "settings": {"lr": 0.1}}, {"seed": 0, "settings": {"lr": 0.2}})
+    'settings.lr is 0.1 there and 0.2 here'
+
+    Returns:
+        It, in words; empty if there is none.
+    """
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
         if before == after:
@@ -200,3 +215,20 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
             return difference(before, after, f"{prefix}{key}.")
         return f"{prefix}{key} is {before!r} there and {after!r} here"
     return ""
+
+
+@contextlib.contextmanager
+def _logged_to(file: Path) -> Iterator[None]:
+    """Append what fairline logs to a file."""
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    package = logging.getLogger("fairline")
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+        package.removeHandler(handler)
+        handler.close()

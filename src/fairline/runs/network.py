@@ -86,7 +86,10 @@ def _mask_keys(model: nn.Module) -> set[str]:
 
 
 def load_info(folder: Path) -> NetworkInfo:
-    """What a folder says of its network.
+    """Read what a folder says of its network.
+
+    Returns:
+        Content of ``network.json``.
 
     Raises:
         FairlineError: The file is missing or broken.
@@ -100,6 +103,9 @@ def load_info(folder: Path) -> NetworkInfo:
 
 def load_network(folder: Path) -> tuple[nn.Module, NetworkInfo]:
     """Read what :func:`save_network` wrote.
+
+    Returns:
+        The network, in evaluation mode, and what stands beside it.
 
     Raises:
         FairlineError: A file is missing, broken, or does not belong to this architecture.
