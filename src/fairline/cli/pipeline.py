@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from fairline.cli.console import (
     print_audit,
     print_comparison,
     print_frame,
+    print_frontier,
     progress_bars,
     say_best,
 )
@@ -51,10 +52,6 @@ from fairline.cli.options import (
     parse_value,
 )
 from fairline.errors import FairlineError
-
-if TYPE_CHECKING:
-    pass
-
 
 app = typer.Typer()
 
@@ -458,22 +455,7 @@ def frontier(
             progress=progress,
         )
     table = pd.read_parquet(run.folder / "frontier.parquet")
-    for name, part in table.groupby("protocol", sort=False):
-        shown = pd.DataFrame(
-            {
-                "ReLUs": part["relus"],
-                "MB": part["bytes"] / 1e6,
-                "rounds": part["rounds"],
-                "seconds": part["seconds"],
-                "overall": part["overall"],
-                "worst group": part["worst"],
-                "drop, %": part["largest_drop"],
-                "front": part["on_bytes_front"].map({True: "◆", False: ""}),
-            }
-        ).set_axis(part["model"])
-        shown.index.name = "network"
-        formats = {"ReLUs": ",.0f", "MB": ".2f", "rounds": ".0f", "seconds": ".2f", "overall": ".1%"}
-        print_frame(shown, f"{name} over {network}", formats | {"worst group": ".1%", "drop, %": "+.1f"})
+    print_frontier(table, network)
     predicted = list(dict.fromkeys(table.loc[table["source"] == "predicted", "model"]))
     if predicted:
         out_console.print(f"Costs predicted, not measured: {', '.join(predicted)}.", soft_wrap=True, highlight=False)
