@@ -181,7 +181,7 @@ def test_from_dataset_reads_pil_arrays_and_tensors_alike():
         ([torch.zeros(3)], "not .image, label."),
         ([(torch.full((1, 2, 2), 7.0), 0)], "must lie in"),
         ([(torch.zeros(1, 2, 2, dtype=torch.int32), 0)], "uint8 or float"),
-        ([(torch.zeros(1, 2, 2), "cat")], "not a number"),
+        ([(torch.zeros(1, 2, 2), "cat"), (torch.zeros(1, 2, 2), 0)], "label of item 0 is 'cat', which is not a number"),
         ([(torch.zeros(1, 2, 2), -1)], "negative"),
         ([(torch.zeros(1, 2, 2), 0), (torch.zeros(1, 3, 3), 0)], "image 1 has shape"),
     ],
