@@ -242,7 +242,13 @@ class GroupedData:
             Training, validation and test part, all normalised by the training part's mean and deviation.
 
         Raises:
-            FairlineError: A group is too small to have an image in every part.
+            FairlineError: A group is too small to have an image in every part, or a class has none in the training
+                part.
+
+        >>> images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
+        >>> data = GroupedData(images, torch.arange(40) % 2, torch.arange(40) // 30, ("a", "b"), ("many", "few"))
+        >>> [part.counts()["n"].tolist() for part in data.split(seed=0, val=0.25, test=0.2)]
+        [[18, 6], [6, 2], [6, 2]]
         """
         if not (0 < val < 1 and 0 < test < 1):
             raise FairlineError(f"Split shares must lie between 0 and 1, not val={val}, test={test}.")
@@ -261,6 +267,7 @@ class GroupedData:
             parts = self._deal(everything, content, [test, (1 - test) * val], rng)
         test_index, val_index, train_index = (torch.from_numpy(np.sort(part)) for part in parts)
         train = self.select(train_index)
+        self._require_learnable(train)
         mean, std = train.normalization()
 
         def part(index: Tensor, label: str) -> GroupedData:
@@ -269,6 +276,15 @@ class GroupedData:
             return chosen
 
         return part(train_index, "training"), part(val_index, "validation"), part(test_index, "test")
+
+    def _require_learnable(self, train: GroupedData) -> None:
+        """Refuse a split whose training part lacks a class that the other parts have."""
+        everywhere, learned = (torch.bincount(part.labels, minlength=self.num_classes) for part in (self, train))
+        for label in torch.nonzero((everywhere > 0) & (learned == 0)).flatten().tolist():
+            raise FairlineError(
+                f"{self.name}: class '{self.class_names[label]}' has {int(everywhere[label])} images, but none in the "
+                "training part; leave it out, or split with another seed."
+            )
 
     def _deal(self, samples: Index, content: Index, shares: Sequence[float], rng: np.random.Generator) -> list[Index]:
         """Deal samples into ``len(shares) + 1`` parts, the last taking the rest; equal content stays together."""
@@ -281,8 +297,9 @@ class GroupedData:
             members = rng.permutation(np.flatnonzero(unit_group == group))
             if len(members) <= len(shares):
                 raise FairlineError(
-                    f"{self.name}: group '{self.group_names[group]}' has {len(members)} distinct images, "
-                    f"too few for {len(shares) + 1} parts."
+                    f"{self.name}: group '{self.group_names[group]}' has {len(members)} distinct images"
+                    + ("" if self.official_test is None else " outside of the official test part")
+                    + f", too few for {len(shares) + 1} parts."
                 )
             # Ordering by relative rank within the class deals every class evenly (systematic sampling).
             key = np.empty(len(members))
