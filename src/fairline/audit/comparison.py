@@ -16,13 +16,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fairline.audit.accuracy import percentile_interval, relative_drop, student_interval
-from fairline.data.grouped import OVERALL
+from fairline.data.grouped import OVERALL, WORST
 from fairline.errors import FairlineError
 
 Floats = NDArray[np.float64]
-
-#: Stands for the group with the lowest accuracy, whichever it is.
-WORST = "worst group"
 
 #: Name of the column of the base network, which belongs to every budget.
 BASE = "base network"

@@ -108,8 +108,7 @@ def list_networks(run: Run) -> None:
 
 def print_comparison(run: Run) -> None:
     """A comparison's tables, and its page."""
-    from fairline.audit.comparison import WORST
-    from fairline.data.grouped import OVERALL
+    from fairline.data.grouped import OVERALL, WORST
     from fairline.report.comparison import prepare, write_comparison
     from fairline.report.page import read_table
 

@@ -9,9 +9,8 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from fairline.audit.comparison import WORST
 from fairline.charts import PALETTE, save_charts, themed
-from fairline.data.grouped import OVERALL
+from fairline.data.grouped import OVERALL, WORST
 from fairline.report.figures import METHOD_NAMES, budget_labels, budget_order
 from fairline.report.page import read_table, settings, write_page
 from fairline.runs import Run
