@@ -125,6 +125,12 @@ class Functional:
         """Products v ↦ G·v, G = mean of Jᵀ(diag(p) − p·pᵀ)J: generalized Gauss–Newton (Schraudolph 2002).
 
         J (K, P) is the Jacobian of the logits and p (K,) the softmax of a sample.
+
+        Args:
+            index: S, sample positions.
+
+        Returns:
+            The products, both (P,).
         """
         names = list(self.parameters)
         leaves = tuple(self.parameters.values())

@@ -22,7 +22,7 @@ from fairline.audit import REGISTRY as MEASURES
 from fairline.errors import FairlineError
 from fairline.runs import DataSpec, Run
 from fairline.study.spec import Finetune, StudySpec
-from fairline.training import ProgressCallback, Settings, finetune, train
+from fairline.training import DEFAULTS, ProgressCallback, finetune, train
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def require_known(spec: StudySpec) -> None:
         for place, method in enumerate(spec.methods)
     ]
     for where, call in (("train", train), ("finetune", finetune)):
-        known = {*inspect.signature(call).parameters, *Settings.__annotations__}
+        known = {*inspect.signature(call).parameters, *DEFAULTS}
         for setting in getattr(spec, where):
             if setting not in known:
                 raise FairlineError(f"Study '{spec.name}', {where}: there is no setting '{setting}'.")

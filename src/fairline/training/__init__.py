@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from fairline.training.augment import random_crop_and_flip
 from fairline.training.checkpoint import Stateful
-from fairline.training.fit import Best, History, Select, Settings, finetune, train
-from fairline.training.loop import Epoch, LoopSettings, run_epochs
+from fairline.training.fit import DEFAULTS, Best, History, Select, Settings, finetune, train
+from fairline.training.loop import LOOP_DEFAULTS, Epoch, LoopSettings, run_epochs
 from fairline.training.progress import Progress, ProgressCallback, named_stage
 
 __all__ = [
+    "DEFAULTS",
+    "LOOP_DEFAULTS",
     "Best",
     "Epoch",
     "History",

@@ -17,27 +17,30 @@ from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.objectives.base import Objective
 from fairline.objectives.erm import ERM
-from fairline.training.loop import Epoch, LoopSettings, run_epochs
+from fairline.training.loop import LOOP_DEFAULTS, Epoch, LoopSettings, run_epochs
 
 Select = Literal["accuracy", "loss", "worst_group_accuracy", "last"]
 
 
 class Settings(LoopSettings, total=False):
-    """What :func:`train` and :func:`finetune` share: keyword arguments of both, beside those of the loop.
+    """What :func:`train` and :func:`finetune` share beside the loop's: keyword arguments, with :data:`DEFAULTS`.
 
     Attributes:
         objective: What to minimise; :class:`~fairline.objectives.erm.ERM` by default.
-        momentum: Of SGD; 0.9 by default.
-        weight_decay: Of SGD; 5e-4 by default.
-        select: What makes an epoch the best on the validation part; ``"accuracy"`` by default, ``"last"`` keeps the
-            last one. Under an objective that changes its mind while it trains (λ of Algorithm 1 is 0 in the first
-            epoch), ``"accuracy"`` may choose an epoch before it acts; ``"worst_group_accuracy"`` or ``"last"`` do not.
+        momentum: Of SGD.
+        weight_decay: Of SGD.
+        select: What makes an epoch the best on the validation part; ``"last"`` keeps the last one. Under an objective
+            that changes its mind while it trains (λ of Algorithm 1 is 0 in the first epoch), ``"accuracy"`` may choose
+            an epoch before it acts; ``"worst_group_accuracy"`` or ``"last"`` do not.
     """
 
     objective: Objective | None
     momentum: float
     weight_decay: float
     select: Select
+
+
+DEFAULTS = Settings(**LOOP_DEFAULTS, objective=None, momentum=0.9, weight_decay=5e-4, select="accuracy")
 
 
 def train(
@@ -73,7 +76,7 @@ def train(
     def falls(optimizer: Optimizer) -> LRScheduler:
         return MultiStepLR(optimizer, [max(1, round(epochs * fraction)) for fraction in milestones], gamma=0.1)
 
-    return _fit(model, train, val, epochs=epochs, lr=lr, schedule=falls, stage="training", **_known(settings))
+    return _fit(model, train, val, epochs=epochs, lr=lr, schedule=falls, stage="training", **_complete(settings))
 
 
 def finetune(
@@ -121,18 +124,18 @@ def finetune(
         stage="finetuning",
         teacher=teacher,
         nesterov=nesterov,
-        **_known(settings),
+        **_complete(settings),
     )
     if history is not None:
         history.extend(rows)
     return model
 
 
-def _known(settings: Settings) -> Settings:
-    """The settings themselves: a typed dictionary refuses nothing while a program runs."""
-    for name in settings.keys() - Settings.__annotations__.keys():
-        raise TypeError(f"There is no setting '{name}'; settings are {', '.join(Settings.__annotations__)}.")
-    return settings
+def _complete(settings: Settings) -> Settings:
+    """The settings with those not given; a typed dictionary refuses no name while a program runs."""
+    for name in settings.keys() - DEFAULTS.keys():
+        raise TypeError(f"There is no setting '{name}'; settings are {', '.join(DEFAULTS)}.")
+    return DEFAULTS | settings
 
 
 def _fit(
@@ -144,12 +147,12 @@ def _fit(
     lr: float,
     schedule: Callable[[Optimizer], LRScheduler],
     stage: str,
+    objective: Objective | None,
+    momentum: float,
+    weight_decay: float,
+    select: Select,
     teacher: nn.Module | None = None,
-    objective: Objective | None = None,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
     nesterov: bool = False,
-    select: Select = "accuracy",
     **loop: Unpack[LoopSettings],
 ) -> list[dict[str, float]]:
     """Run all epochs of SGD and leave the best weights in the model."""

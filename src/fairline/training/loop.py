@@ -60,12 +60,12 @@ class Epoch:
 
 
 class LoopSettings(TypedDict, total=False):
-    """Settings of the loop that whoever trains may pass on, each with a default.
+    """Settings of the loop that whoever trains may pass on; :data:`LOOP_DEFAULTS` where nothing is said.
 
     Attributes:
-        batch_size: Samples in a step; 256 by default.
-        augment: Random crops, and flips where ``train.flip`` allows them; neither by default.
-        seed: Of shuffling, augmentation and the model's own randomness; 0 by default.
+        batch_size: Samples in a step.
+        augment: Random crops, and flips where ``train.flip`` allows them.
+        seed: Of shuffling, augmentation and the model's own randomness.
         device: The accelerator if there is one, by default.
         progress: Called after every batch.
         checkpoint: File to resume from and to save to after each epoch.
@@ -77,6 +77,9 @@ class LoopSettings(TypedDict, total=False):
     device: str | torch.device | None
     progress: ProgressCallback | None
     checkpoint: str | Path | None
+
+
+LOOP_DEFAULTS = LoopSettings(batch_size=256, augment=False, seed=0, device=None, progress=None, checkpoint=None)
 
 
 def run_epochs(
@@ -119,7 +122,8 @@ def run_epochs(
     Raises:
         FairlineError: The loss turns non-finite, or the checkpoint belongs to another run.
     """
-    run = _Run(model, train, epochs, optimizer, objective, scheduler, teacher, penalty, stage, stateful, **settings)
+    chosen = LOOP_DEFAULTS | settings
+    run = _Run(model, train, epochs, optimizer, objective, scheduler, teacher, penalty, stage, stateful, **chosen)
     with run.randomness():
         for epoch in range(run.resume() + 1, epochs + 1):
             began = time.perf_counter()
@@ -154,12 +158,12 @@ class _Run:
     penalty: Callable[[], Tensor] | None
     stage: str
     stateful: Mapping[str, Stateful] | None
-    batch_size: int = 256
-    augment: bool = False
-    seed: int = 0
-    device: str | torch.device | None = None
-    progress: ProgressCallback | None = None
-    checkpoint: str | Path | None = None
+    batch_size: int
+    augment: bool
+    seed: int
+    device: str | torch.device | None
+    progress: ProgressCallback | None
+    checkpoint: str | Path | None
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
