@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from fairline._io import load_state, resolve_device, save_state
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.inference import group_mean, predict
+from fairline.inference import group_mean, logits_of, predict
 from fairline.objectives.base import Batch, Objective
 from fairline.objectives.erm import ERM
 
@@ -189,13 +189,13 @@ def run_epochs(
                 images = images.contiguous(memory_format=memory_format)
                 batch = Batch(images, train.labels[index], train.groups[index], index)
                 with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                    logits = model(images).float()
+                    logits = logits_of(model(images), model, images).float()
                     target = None
                     if teacher_logits is not None:
                         target = teacher_logits[index]
                     elif teacher is not None:
                         with torch.no_grad():
-                            target = teacher(images).float()
+                            target = logits_of(teacher(images), teacher, images).float()
                 loss = objective.reduce(objective.losses(logits, target, batch), batch)
                 if penalty is not None:
                     loss = loss + penalty()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fairline.errors import FairlineError
-from fairline.masking import SQUARE_SCALE, masked_relus
+from fairline.inference import logits_of
+from fairline.masking import SQUARE_SCALE, copy_model, masked_relus
 from fairline.private.graph import Node, PlainGraph
 
 
@@ -69,7 +69,8 @@ def to_graph(model: nn.Module, example: Tensor) -> PlainGraph:
         FairlineError: The network cannot be traced, uses an operator that private inference does not know, or learns
             its masks still.
     """
-    model = copy.deepcopy(model).cpu().eval()
+    model = copy_model(model).cpu().eval()
+    model.register_forward_hook(lambda module, inputs, output: logits_of(output, module, inputs[0]))
     for name, layer in masked_relus(model).items():
         if layer.weight is not None:
             raise FairlineError(f"The masks of '{name}' are still being learned; fix them before the export.")
