@@ -280,7 +280,8 @@ class Branching(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "words"), [(Product(), "factor"), (Image(), "not (classes,)"), (Branching(), "cannot be exported")]
+    ("model", "words"),
+    [(Product(), "factor"), (Image(), "shape (batch, classes)"), (Branching(), "cannot be exported")],
 )
 def test_what_cannot_be_exported_is_one_sentence(model, words):
     with pytest.raises(FairlineError, match=r"^[^\n]*$") as refused:

@@ -20,8 +20,9 @@ from torch.optim import SGD
 from fairline._io import load_state, save_state
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
+from fairline.inference import logits_of
 from fairline.linearize.base import Cut, Linearization, Linearizer
-from fairline.masking import masked_relus, relu_count
+from fairline.masking import masked_graph, masked_relus, relu_count
 from fairline.objectives.base import Batch, Objective
 from fairline.objectives.erm import ERM
 from fairline.training import Progress, run_epochs
@@ -181,7 +182,7 @@ class CoordinateDescent(Linearizer):
             index = torch.randperm(len(data), generator=generator)[: self.batch_size].to(data.device)
             batch = Batch(data.normalized(index), data.labels[index], data.groups[index], index)
             with torch.no_grad():
-                targets = teacher(batch.images).float()
+                targets = logits_of(teacher(batch.images), teacher, batch.images).float()
 
                 def loss_of(logits: Tensor, batch: Batch = batch, targets: Tensor = targets) -> float:
                     return float(objective.losses(logits.float(), targets, batch).mean())
@@ -228,10 +229,10 @@ def cached_forward(model: nn.Module, images: Tensor) -> Callable[[str], Tensor]:
         mask has changed. Models that ``torch.fx`` could not trace, or that change an activation in place, are run
         whole.
     """
-    graph = _pure_graph(model)
-    if graph is None:
-        return lambda _name: model(images)
-    pure = fx.GraphModule(model, graph)
+    pure = _pure_graph(model, images[:2])
+    if pure is None:
+        return lambda _name: logits_of(model(images), model, images)
+    graph = pure.graph
     interpreter = fx.Interpreter(pure, garbage_collect_values=False)
     interpreter.run(images)
     values = dict(interpreter.env)
@@ -240,24 +241,23 @@ def cached_forward(model: nn.Module, images: Tensor) -> Callable[[str], Tensor]:
 
     def forward(name: str) -> Tensor:
         before = {node: value for node, value in values.items() if position[node] < sites[name]}
-        logits: Tensor = fx.Interpreter(pure).run(images, initial_env=before)
-        return logits
+        return logits_of(fx.Interpreter(pure).run(images, initial_env=before), model, images)
 
     return forward
 
 
-def _pure_graph(model: nn.Module) -> fx.Graph | None:
+def _pure_graph(model: nn.Module, images: Tensor) -> fx.GraphModule | None:
     """The model's graph without in-place operations; None where there is no graph, or no way to avoid one."""
-    if not isinstance(model, fx.GraphModule):
+    traced = masked_graph(model, images)
+    if traced is None:
         return None
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(model.graph, {}))
-    for node in graph.nodes:
+    for node in traced.graph.nodes:
         if node.op == "call_function" and node.target in _OUT_OF_PLACE:
             node.target = _OUT_OF_PLACE[node.target]
         in_place = node.op == "call_method" and str(node.target).endswith("_")
         if node.op == "call_module":
-            in_place = bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+            in_place = bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
         if in_place or node.kwargs.get("inplace"):
             return None
-    return graph
+    traced.recompile()
+    return traced

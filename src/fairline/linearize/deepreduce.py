@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fairline._io import load_state, load_tensors, resolve_device, save_state, save_tensors
 from fairline.data.grouped import GroupedData
@@ -28,7 +28,7 @@ from fairline.errors import FairlineError
 from fairline.inference import predict
 from fairline.linearize.base import Cut, Linearization, Linearizer
 from fairline.linearize.surrogates import fit_quadratics, start_masked
-from fairline.masking import mask_relus, masked_relus, relu_count
+from fairline.masking import mask_relus, masked_graph, masked_relus, relu_count
 from fairline.models import rescaled
 from fairline.objectives.erm import ERM
 from fairline.training import ProgressCallback, finetune, named_stage
@@ -380,9 +380,10 @@ def _least_critical_first(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def execution_order(masked: nn.Module) -> list[str]:
     """Names of the masked ReLUs as a forward pass meets them; of an untraced model, as its modules come."""
     names = masked_relus(masked)
-    if not isinstance(masked, fx.GraphModule):
+    traced = masked_graph(masked)
+    if traced is None:
         return list(names)
-    return [str(node.target) for node in masked.graph.nodes if node.op == "call_module" and node.target in names]
+    return [str(node.target) for node in traced.graph.nodes if node.op == "call_module" and node.target in names]
 
 
 def stages_of(

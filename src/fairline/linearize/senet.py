@@ -47,7 +47,7 @@ from fairline.errors import FairlineError
 from fairline.linearize.activations import each_activation
 from fairline.linearize.base import Cut, Linearization, Linearizer
 from fairline.linearize.surrogates import start_masked
-from fairline.masking import Granularity, MaskedReLU, masked_relus
+from fairline.masking import Granularity, MaskedReLU, masked_graph, masked_relus
 from fairline.objectives.base import Objective
 from fairline.objectives.erm import ERM
 from fairline.training import Epoch, History, ProgressCallback, run_epochs
@@ -312,12 +312,13 @@ def weights_before(model: nn.Module) -> dict[str, list[str]]:
     Raises:
         FairlineError: The model could not be traced, or no ReLU has any weights before it.
     """
-    if not isinstance(model, fx.GraphModule):
+    traced = masked_graph(model)
+    if traced is None:
         raise FairlineError(
             f"SENet cannot act on {type(model).__name__}: torch.fx cannot trace it, so which weights stand before a "
             "ReLU is not known."
         )
-    nodes = {node.target: node for node in model.graph.nodes if node.op == "call_module"}
+    nodes = {node.target: node for node in traced.graph.nodes if node.op == "call_module"}
     found = {}
     for name in masked_relus(model):
         own: list[str] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fairline.errors import FairlineError
-from fairline.masking import SQUARE_SCALE, masked_relus
+from fairline.inference import logits_of
+from fairline.masking import SQUARE_SCALE, copy_model, masked_relus
 from fairline.masking.published import take_over_published
 from fairline.private.graph import Node, PlainGraph
 
@@ -76,7 +76,8 @@ def to_graph(model: nn.Module, example: Tensor) -> PlainGraph:
             f"An example input is a batch, (B, C, H, W), not one of shape {tuple(example.shape)}; example[None] makes "
             "one of a single image."
         )
-    model = copy.deepcopy(model).cpu().float().eval()
+    model = copy_model(model).cpu().float().eval()
+    model.register_forward_hook(lambda module, inputs, output: logits_of(output, module, inputs[0]))
     for name, layer in masked_relus(model).items():
         if layer.weight is not None:
             raise FairlineError(f"The masks of '{name}' are still being learned; fix them before the export.")
