@@ -28,14 +28,11 @@ from fairline.audit.intervals import (
     percentile_interval,
     pooled,
 )
-from fairline.data.grouped import OVERALL
+from fairline.data.grouped import OVERALL, WORST
 from fairline.errors import FairlineError
 
 #: Method and ReLUs kept.
 Column = tuple[str, int]
-
-#: Stands for the group with the lowest accuracy, whichever it is.
-WORST = "worst group"
 
 #: Name of the column of the base network, which belongs to every budget.
 BASE = "base network"

@@ -41,6 +41,11 @@ def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 3
 
     Raises:
         FairlineError: The name or an option is unknown.
+
+    >>> import torch
+    >>> network = build("cnn", num_classes=5, image_size=16, width=4)
+    >>> network(torch.zeros(2, 3, 16, 16)).shape
+    torch.Size([2, 5])
     """
     if name in REGISTRY:
         module, function = REGISTRY[name]

@@ -77,6 +77,12 @@ class Addresses(BaseModel):
 def load_addresses(path: str | Path) -> Addresses:
     """Read the file of addresses.
 
+    Args:
+        path: YAML, as in the head of this file.
+
+    Returns:
+        Where the parties are.
+
     Raises:
         FairlineError: It is missing, no YAML, or lacks an address.
     """
@@ -91,6 +97,12 @@ def load_addresses(path: str | Path) -> Addresses:
 def load_preprocessing(path: Path) -> Preprocessing:
     """Read how images are prepared.
 
+    Args:
+        path: ``public/images.json`` of an export.
+
+    Returns:
+        What the file says.
+
     Raises:
         FairlineError: The file is missing or broken.
     """
@@ -101,7 +113,14 @@ def load_preprocessing(path: Path) -> Preprocessing:
 
 
 def read_images(paths: Sequence[str | Path], preprocessing: Preprocessing) -> Tensor:
-    """Image files as the network takes them, (N, C, H, W).
+    """Read image files as the network takes them.
+
+    Args:
+        paths: Of the N files.
+        preprocessing: Of the network.
+
+    Returns:
+        float32, (N, C, H, W), scaled to the network's size and normalised.
 
     Raises:
         FairlineError: A file is missing or no image.
@@ -145,7 +164,8 @@ def serve(
         What the session cost.
 
     Raises:
-        FairlineError: A file is wrong, the address is busy, nobody came, or the image's owner fell silent.
+        FairlineError: A file is wrong, or the address is busy.
+        SessionError: Nobody came, or the image's owner fell silent.
     """
     require_spu()
     source = Path(folder)
@@ -221,6 +241,9 @@ def query(
         timeout: Seconds without a word from it after which the session ends.
         progress: Told of every call.
 
+    Returns:
+        The classes, and what they cost.
+
     Raises:
         FairlineError: A file is wrong, the address is busy, or the model's owner refused, did not answer or fell
             silent.
@@ -251,10 +274,6 @@ def query(
         party = stack.enter_context(PartyProcess.start(IMAGE_OWNER, temporary, job))
         wait_for([party], session, progress, quiet=wait + 5 * timeout)
     (call,) = session.calls[IMAGE_OWNER]
-    return Answer(
-        torch.tensor(call["logits"]),
-        preprocessing.class_names,
-        call["seconds"],
-        session.setup[IMAGE_OWNER][protocol]["seconds"],
-        call["sent"] + call["received"],
-    )
+    setup = session.setup[IMAGE_OWNER][protocol]["seconds"]
+    sent = call["sent"] + call["received"]
+    return Answer(torch.tensor(call["logits"]), preprocessing.class_names, call["seconds"], setup, sent)

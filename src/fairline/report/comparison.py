@@ -1,4 +1,4 @@
-"""The comparison page: methods side by side at equal budgets, in one HTML file that opens offline."""
+"""The comparison page: methods side by side at equal budgets, in one HTML file (paper, Section 6)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from fairline.audit.comparison import WORST
 from fairline.charts import PALETTE, save_charts, themed
-from fairline.data.grouped import OVERALL
+from fairline.data.grouped import OVERALL, WORST
 from fairline.report.figures import METHOD_NAMES, budget_labels, budget_order
 from fairline.report.page import read_table, settings, write_page
 from fairline.runs import Run
@@ -205,6 +204,9 @@ def figures(frame: pd.DataFrame, layers: pd.DataFrame) -> dict[str, Any]:
     Args:
         frame: From :func:`prepare`.
         layers: Rows of ``layers.parquet``.
+
+    Returns:
+        Altair charts.
     """
     made: dict[str, Any] = {}
     if (frame["measure"] == "gain").any():

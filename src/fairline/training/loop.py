@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fairline._io import resolve_device
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.inference import group_mean, predict
+from fairline.inference import group_mean, logits_of, predict
 from fairline.objectives.base import Batch, Objective
 from fairline.training.augment import random_crop_and_flip
 from fairline.training.checkpoint import Stateful, restore, save
@@ -244,13 +244,13 @@ class _Run:
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Logits (B, K) of the model, and of the teacher if there is one."""
         with torch.autocast(self.where.type, torch.bfloat16, enabled=self.on_gpu):
-            logits = self.model(batch.images).float()
+            logits = logits_of(self.model(batch.images), self.model, batch.images).float()
             if self.teacher_logits is not None:
                 return logits, self.teacher_logits[batch.index]
             if self.teacher is None:
                 return logits, None
             with torch.no_grad():
-                return logits, self.teacher(batch.images).float()
+                return logits, logits_of(self.teacher(batch.images), self.teacher, batch.images).float()
 
     def tell_objective(self, epoch: int) -> None:
         """Show an objective that asks for them the losses over the whole training part."""
