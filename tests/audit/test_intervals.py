@@ -170,6 +170,18 @@ def test_limits_hold_what_they_promise(n):
     assert all(share >= 0.9 for share in found.values()), found
 
 
+def test_the_benchmark_prints_a_table(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["coverage.py", "--draws", "3", "--resamples", "50", "--sizes", "4"])
+    module = benchmark()
+    module.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(module.SCENARIOS) + 1
+    for line in lines[2:]:
+        cells = [float(cell) for cell in line.strip("| ").split(" | ")[2:]]
+        assert len(cells) == len(module.truth(module.SCENARIOS["equal"], [4] * 5))
+        assert all(0 <= cell <= 100 for cell in cells)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["equal", "unequal", "two groups"])
 def test_limits_of_many_images_are_no_wider_than_promised(scenario):

@@ -109,7 +109,7 @@ def list_networks(run: Run) -> None:
 def print_comparison(run: Run) -> None:
     """A comparison's tables, and its page."""
     from fairline.data.grouped import OVERALL, WORST
-    from fairline.report.comparison import prepare, write_comparison
+    from fairline.report.comparison import limits, prepare, write_comparison
     from fairline.report.page import read_table
 
     frame = prepare(read_table(run, "comparison.parquet"))
@@ -124,10 +124,7 @@ def print_comparison(run: Run) -> None:
         front = part[part["measure"] == "pareto"].set_index("method")["value"]
         table = accuracy[[OVERALL, WORST]].map("{:.1%}".format)
         table["gain of worst [95 %]"] = [
-            f"{worst.loc[m, 'value']:+.1f} [{worst.loc[m, 'low']:+.1f}, {worst.loc[m, 'high']:+.1f}]"
-            if m in worst.index
-            else ""
-            for m in table.index
+            f"{worst.loc[m, 'value']:+.1f} {limits(worst.loc[m])}" if m in worst.index else "" for m in table.index
         ]
         table["groups better"] = by_group[by_group["low"] > 0].groupby("method").size().reindex(table.index).fillna(0)
         table["worse"] = by_group[by_group["high"] < 0].groupby("method").size().reindex(table.index).fillna(0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -279,8 +280,8 @@ def headline(frame: pd.DataFrame) -> list[str]:
         sure = "" if row["low"] > 0 else ", which does not exclude chance"
         sentences = [
             f"With {budget} of the ReLUs “{best}” has the highest worst-group accuracy: {worst[best]:.1%}, where "
-            f"“{baseline}” has {worst[baseline]:.1%} (gain {row['value']:+.1f} points, 95 % interval {row['low']:+.1f} "
-            f"to {row['high']:+.1f}{sure}). Overall accuracy goes from {before:.1%} to {after:.1%}."
+            f"“{baseline}” has {worst[baseline]:.1%} (gain {row['value']:+.1f} points, {_interval_of(row)}"
+            f"{sure}). Overall accuracy goes from {before:.1%} to {after:.1%}."
         ]
     front = frame[(frame["measure"] == "pareto") & (frame["budget"] == budget) & (frame["value"] == 1)]["method"]
     sentences.append(f"On the Pareto front there: {', '.join(f'“{name}”' for name in front)}.")
@@ -290,9 +291,20 @@ def headline(frame: pd.DataFrame) -> list[str]:
         told = "more than" if row["low"] > 0 else ("less than" if row["high"] < 0 else "not told apart from")
         sentences.append(
             f"That gain is {told} what the same method gains with all ReLUs ({row['value']:+.1f} points beyond it, "
-            f"{row['low']:+.1f} to {row['high']:+.1f})."
+            f"{_interval_of(row)})."
         )
     return sentences
+
+
+def limits(row: Mapping[str, Any]) -> str:
+    """``[-0.4, +1.2]``; seeds that agree wholly do not tell how far others would be."""
+    return "no limits" if math.isnan(row["low"]) else f"[{row['low']:+.1f}, {row['high']:+.1f}]"
+
+
+def _interval_of(row: Mapping[str, Any]) -> str:
+    if math.isnan(row["low"]):
+        return "the same for every seed, hence without limits"
+    return f"95 % interval {row['low']:+.1f} to {row['high']:+.1f}"
 
 
 def warnings(frame: pd.DataFrame, run: Run) -> list[str]:
@@ -333,7 +345,7 @@ def table(frame: pd.DataFrame, budget: str, groups: Sequence[str]) -> list[dict[
             if (method, group, "gain") in cells.index:
                 gain = cells.loc[(method, group, "gain")]
                 cell["gain"] = f"{gain['value']:+.1f}"
-                cell["interval"] = f"[{gain['low']:+.1f}, {gain['high']:+.1f}]"
+                cell["interval"] = limits(gain)
                 cell["sure"] = "gain" if gain["low"] > 0 else ("loss" if gain["high"] < 0 else "")
             if (method, group, "mitigation_drop") in cells.index:
                 cell["mitigation"] = f"drop {cells.loc[(method, group, 'mitigation_drop'), 'value']:+.1f} %"

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from fairline.audit.accuracy import relative_drop
-from fairline.audit.intervals import student_interval
+from fairline.audit.intervals import mean_interval
 from fairline.errors import FairlineError
 from fairline.report.figures import METHOD_NAMES, budget_labels
 
@@ -103,7 +103,7 @@ def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
         values = part.dropna(subset=["value"]).groupby("seed")["value"].mean().to_numpy()
         low, high = float("nan"), float("nan")
         if len(values) > 1:
-            low, high = student_interval(values)
+            low, high = mean_interval(values)
         elif len(part) == 1:
             low, high = part["low"].iloc[0], part["high"].iloc[0]
         found.append(
