@@ -44,7 +44,14 @@ def predict(
 
 
 def require_classes(logits: Tensor, data: GroupedData) -> Tensor:
-    """Refuse logits (B, K) of fewer classes than the data have; returns them. More are not chosen, and do no harm.
+    """Refuse logits of fewer classes than the data have. More than that are never right, and do no harm.
+
+    Args:
+        logits: (B, K).
+        data: With its classes.
+
+    Returns:
+        The logits themselves.
 
     Raises:
         FairlineError: There are too few.

@@ -304,6 +304,13 @@ class _Run:
 def _batch_sizes(images: int, batch_size: int) -> list[int]:
     """Sizes of an epoch's batches; a last image that were alone joins the batch before, as BatchNorm needs two.
 
+    Args:
+        images: How many in all.
+        batch_size: How many in a batch.
+
+    Returns:
+        The sizes.
+
     >>> _batch_sizes(9, 4), _batch_sizes(10, 4), _batch_sizes(2, 1)
     ([4, 5], [4, 4, 2], [1, 1])
     """
