@@ -238,7 +238,7 @@ def _parse(text: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
                 columns = [name.strip() for name in row]
                 continue
             if any(cell.strip() for cell in row[len(columns) :]):
-                raise csv.Error(f"{len(row)} cells, but the header has {len(columns)}")
+                raise csv.Error(f"{len(row)} cells, but the header has {len(columns)}; names with commas need quotes")
             rows.append((reader.line_num, row[: len(columns)] + [""] * (len(columns) - len(row))))
     except csv.Error as error:
         raise csv.Error(f"line {reader.line_num}: {error}") from None

@@ -58,9 +58,7 @@ def train_job(
     where = resolve_device(device)
     spec, parts = data.load()
     _, channels, height, width = parts["train"].images.shape
-    if height != width:
-        raise FairlineError(f"{spec.name}: images are {height}×{width}; square ones are needed.")
-    model_spec = ModelSpec(model, parts["train"].num_classes, channels, height, dict(model_options or {}))
+    model_spec = ModelSpec(model, parts["train"].num_classes, channels, (height, width), dict(model_options or {}))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = model_spec.build()

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,9 @@ REGISTRY: dict[str, tuple[str, str]] = {
 }
 
 
-def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 32, **options: Any) -> nn.Module:
+def build(
+    name: str, num_classes: int, in_channels: int = 3, image_size: int | Sequence[int] = 32, **options: Any
+) -> nn.Module:
     """Build an untrained network.
 
     Args:
@@ -32,7 +34,8 @@ def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 3
             called with ``num_classes``, ``in_channels`` and ``image_size`` (those that it takes).
         num_classes: Outputs.
         in_channels: Channels of the image.
-        image_size: Side of the image in pixels.
+        image_size: Side of the image in pixels, or (height, width); a function of your own gets a tuple only
+            if they differ.
         options: Passed on; ``width`` for all, ``stem_stride`` for all but the tiny one, ``stem_relu`` for the ResNets,
             ``final_relu`` for the wide ones.
 
@@ -40,7 +43,8 @@ def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 3
         The network, in training mode.
 
     Raises:
-        FairlineError: The name or an option is unknown.
+        FairlineError: The name or an option is unknown, or the network does not take images of this size.
+        TypeError: A function of your own failed.
     """
     if name in REGISTRY:
         module, function = REGISTRY[name]
@@ -51,17 +55,42 @@ def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 3
         raise FairlineError(
             f"There is no model '{name}'; choose one of {', '.join(REGISTRY)}, or name your own as module:function."
         )
-    arguments = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    sides = image_sides(image_size)
+    size = sides[0] if sides[0] == sides[1] else sides
+    arguments = {"num_classes": num_classes, "in_channels": in_channels, "image_size": size}
     known = inspect.signature(make).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         for option in options:
             if option not in known:
                 raise FairlineError(f"Model '{name}' knows no option '{option}'; it takes {', '.join(known)}.")
         arguments = {key: value for key, value in arguments.items() if key in known}
-    model = make(**arguments, **options)
+    try:
+        model = make(**arguments, **options)
+    except TypeError as error:
+        if isinstance(size, int):
+            raise
+        raise FairlineError(
+            f"Model '{name}' cannot be built with image_size=({size[0]}, {size[1]}): {error}."
+        ) from None
     if not isinstance(model, nn.Module):
         raise FairlineError(f"'{name}' returned a {type(model).__name__}, not an nn.Module.")
     return model
+
+
+def image_sides(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of an image of this size.
+
+    Args:
+        image_size: Side of a square image, or height and width.
+
+    Returns:
+        Both in pixels.
+
+    >>> image_sides(32), image_sides([48, 64])
+    ((32, 32), (48, 64))
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return height, width
 
 
 def rescaled(model: nn.Module, alpha: float, rho: float) -> tuple[nn.Module, dict[str, int]]:
@@ -115,4 +144,4 @@ def _import(name: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], getattr(module, function))
 
 
-__all__ = ["REGISTRY", "build", "rescaled"]
+__all__ = ["REGISTRY", "build", "image_sides", "rescaled"]
