@@ -127,6 +127,23 @@ def test_networks_that_take_no_such_images_are_one_sentence(folder, model, messa
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("image_size=", "Data 'folder': option 'image_size' is empty."),
+        ("image_size=4x", "image_size is pixels (32) or HEIGHTxWIDTH (48x64), not '4x'."),
+        ("flip=maybe", "flip is true or false, not 'maybe'."),
+    ],
+)
+def test_options_of_the_data_are_one_sentence(folder, option, message):
+    data = ["folder", "--root", "images", "--data-option", option]
+    for words in (["data", *data], ["train", "--data", *data, "--out", "base"]):
+        done = fairline(*words, cwd=folder)
+        assert done.returncode == 2
+        assert done.stderr.strip().endswith(message)
+        assert "Traceback" not in done.stderr
+
+
 def test_a_network_of_her_own_that_pools(folder):
     ok(*TRAIN, "mine.py:pooled", "--out", "base", cwd=folder)
 
