@@ -263,7 +263,8 @@ class _Reader:
 
 
 def _gives_no_tensor(traced: fx.Node) -> bool:
-    return not isinstance(traced.meta.get("val"), Tensor)
+    value = traced.meta.get("val")
+    return not any(isinstance(each, Tensor) for each in (value if isinstance(value, list | tuple) else [value]))
 
 
 def _operator_name(traced: Any) -> str:
