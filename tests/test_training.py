@@ -196,6 +196,30 @@ def test_penalty_is_minimised(parts):
     assert penalty().item() < 0.3 * before
 
 
+def test_the_loss_of_an_epoch_is_the_objective_and_the_penalty_is_logged_apart(parts):
+    """Weights that do not move: both means are known."""
+    model = fresh()
+    weight = model[-1].weight
+    losses = {}
+    for name, penalty in (("without", None), ("with", lambda: 3 * weight.abs().sum())):
+        settings = arguments(model, epochs=1, optimizer=SGD(model.parameters(), lr=0.0))
+        (epoch,) = run_epochs(model, parts[0], penalty=penalty, **settings)
+        losses[name] = epoch
+    assert losses["with"].loss == losses["without"].loss
+    assert losses["with"].row()["penalty"] == pytest.approx(3 * float(weight.detach().abs().sum()), rel=1e-5)
+    assert "penalty" not in losses["without"].row()
+
+
+def test_settings_that_training_does_not_know(parts):
+    for fit in (
+        lambda **more: train(fresh(), parts[0], **more),
+        lambda **more: finetune(fresh(), None, parts[0], **more),
+    ):
+        for name in ("learning_rate", "penalty", "stage"):
+            with pytest.raises(TypeError, match=f"no setting '{name}'; settings are batch_size, augment, seed"):
+                fit(**{name: 1})
+
+
 def test_non_finite_loss_stops_and_keeps_the_checkpoint(parts, tmp_path):
     model = fresh()
     file = tmp_path / "c"

@@ -59,6 +59,9 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Read JSON.
 
+    Returns:
+        What the file holds.
+
     Raises:
         FairlineError: The file is missing or not JSON.
     """
@@ -71,7 +74,14 @@ def read_json(path: str | Path) -> Any:
 
 
 def json_digest(value: Any) -> str:
-    """Hash of a plain JSON value, whatever the order of its keys."""
+    """Hash a plain JSON value, whatever the order of its keys.
+
+    >>> json_digest({"a": 1, "b": 2}) == json_digest({"b": 2, "a": 1})
+    True
+
+    Returns:
+        16 hexadecimal digits.
+    """
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -135,7 +145,10 @@ def save_state(path: str | Path, state: Any) -> None:
 
 
 def load_state(path: str | Path) -> Any:
-    """Read what :func:`save_state` wrote (tuples come back as lists).
+    """Read what :func:`save_state` wrote.
+
+    Returns:
+        The state; tuples come back as lists.
 
     Raises:
         FairlineError: The file is missing, cut short, or not a state file.
@@ -155,7 +168,10 @@ def load_state(path: str | Path) -> Any:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the accelerator if there is one, or the CPU.
+    """Find the device to compute on.
+
+    Returns:
+        The device asked for, or the accelerator if there is one, or the CPU.
 
     Raises:
         FairlineError: The device is unknown or absent.

@@ -19,6 +19,9 @@ def build_named(kind: str, registry: Mapping[str, type[T]], name: str, options: 
         name: Which one.
         options: Arguments of its constructor.
 
+    Returns:
+        The instance.
+
     Raises:
         FairlineError: The name or an option is unknown.
     """

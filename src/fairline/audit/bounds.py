@@ -41,6 +41,9 @@ def excess_loss_bound(subject: Subject, *, tolerance: float = 1e-2, max_products
         tolerance: Relative error of λ_max.
         max_products: Hessian products to take for a group at most.
 
+    Returns:
+        The rows.
+
     Raises:
         FairlineError: The networks share no parameter, or the reference has no ReLU.
     """
@@ -119,6 +122,9 @@ def binary_terms(
         tolerance: Error of the eigenvalues to stop at, relative to the largest magnitude.
         max_products: Products for each sample at most.
         seed: Of the start vectors.
+
+    Returns:
+        The terms.
     """
     # Basis vectors of all samples in a batch are held at once.
     batch = max(1, min(64, int(2e8 // (functional.size * min(max_products, functional.size)))))
@@ -212,8 +218,11 @@ def binary_curvature_bound(
         tolerance: Relative error of the eigenvalues.
         max_products: Products for each eigenvalue at most.
 
+    Returns:
+        The rows.
+
     Raises:
-        FairlineError: The model is not a binary classifier.
+        FairlineError: The model is not a binary classifier, or no sample was asked for.
     """
     outputs = subject.predictions.logits.shape[1]
     if outputs != 2 or subject.data.num_classes != 2:

@@ -88,6 +88,9 @@ def hessian_trace(
         products: Matrix–vector products to spend, a multiple of 3.
         seed: Of the random vectors.
 
+    Returns:
+        The trace, nats per squared unit of parameter distance.
+
     Raises:
         FairlineError: The number of products does not suit.
     """
@@ -156,6 +159,9 @@ def measure(
         samples: Use random subsamples of so many of a group's samples; the whole group by default.
         repeats: Subsamples to average over.
         trace: Products to spend on the trace; none by default.
+
+    Returns:
+        The rows.
 
     Raises:
         FairlineError: An option is out of range.

@@ -158,3 +158,25 @@ def print_audit(run: Run) -> None:
             # Words wrap in a narrow terminal; names with underscores would be cut.
             words = table[shown].rename(columns=lambda name: name.replace("_", " "))
             print_frame(words, title, dict.fromkeys(words, ".4g"))
+
+
+def print_frontier(table: pd.DataFrame, network: str) -> None:
+    """A frontier's tables, one a protocol."""
+    import pandas as pd
+
+    for name, part in table.groupby("protocol", sort=False):
+        shown = pd.DataFrame(
+            {
+                "ReLUs": part["relus"],
+                "MB": part["bytes"] / 1e6,
+                "rounds": part["rounds"],
+                "seconds": part["seconds"],
+                "overall": part["overall"],
+                "worst group": part["worst"],
+                "drop, %": part["largest_drop"],
+                "front": part["on_bytes_front"].map({True: "◆", False: ""}),
+            }
+        ).set_axis(part["model"])
+        shown.index.name = "network"
+        formats = {"ReLUs": ",.0f", "MB": ".2f", "rounds": ".0f", "seconds": ".2f", "overall": ".1%"}
+        print_frame(shown, f"{name} over {network}", formats | {"worst group": ".1%", "drop, %": "+.1f"})

@@ -111,7 +111,13 @@ Wire = Annotated[
 
 
 def parse_options(pairs: list[str] | None) -> dict[str, Any]:
-    """``["a=1", "b=true"]`` to ``{"a": 1, "b": True}``.
+    """Read options of the form KEY=VALUE.
+
+    >>> parse_options(["image_size=64", "stem_relu=true", "url=a=b"])
+    {'image_size': 64, 'stem_relu': True, 'url': 'a=b'}
+
+    Returns:
+        Values by key, each as what it looks like (:func:`parse_value`).
 
     Raises:
         FairlineError: A pair has no ``=``.
@@ -126,7 +132,13 @@ def parse_options(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def parse_measure_options(pairs: list[str] | None) -> dict[str, dict[str, Any]]:
-    """``["curvature.samples=500"]`` to ``{"curvature": {"samples": 500}}``.
+    """Read options of the form MEASURE.KEY=VALUE.
+
+    >>> parse_measure_options(["curvature.samples=500", "curvature.tolerance=0.01"])
+    {'curvature': {'samples': 500, 'tolerance': 0.01}}
+
+    Returns:
+        Options by measure.
 
     Raises:
         FairlineError: A pair does not name a measure and an option.
@@ -141,12 +153,26 @@ def parse_measure_options(pairs: list[str] | None) -> dict[str, dict[str, Any]]:
 
 
 def parse_names(text: str) -> list[str]:
-    """``"a, b"`` to ``["a", "b"]``."""
+    """Read names, comma-separated.
+
+    >>> parse_names("cheetah, semi2k,")
+    ['cheetah', 'semi2k']
+
+    Returns:
+        The names.
+    """
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def parse_value(text: str) -> Any:
-    """A text as the bool, None, int, float or str that it looks like."""
+    """Read the value of an option.
+
+    >>> [parse_value(text) for text in ("true", "none", "3", "1e-3", "signed")]
+    [True, None, 3, 0.001, 'signed']
+
+    Returns:
+        The text as the bool, None, int, float or str that it looks like.
+    """
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if text.lower() == "none":
@@ -158,7 +184,13 @@ def parse_value(text: str) -> Any:
 
 
 def parse_budgets(text: str) -> list[float]:
-    """``"0.5,10%,12900"`` to fractions (float) and counts (int).
+    """Read ReLU budgets.
+
+    >>> parse_budgets("0.5,10%,12900")
+    [0.5, 0.1, 12900]
+
+    Returns:
+        Fractions (float) and counts (int).
 
     Raises:
         FairlineError: An entry is no number.
@@ -212,7 +244,13 @@ Baseline = Annotated[
 
 
 def parse_counts(text: str, what: str) -> list[int]:
-    """Whole numbers, comma-separated.
+    """Read whole numbers, comma-separated.
+
+    >>> parse_counts("8, 12,18", "Fraction bits")
+    [8, 12, 18]
+
+    Returns:
+        The numbers.
 
     Raises:
         FairlineError: An entry is none; ``what`` names them.

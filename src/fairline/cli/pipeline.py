@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from fairline.cli.console import (
     print_audit,
     print_comparison,
     print_frame,
+    print_frontier,
     progress_bars,
     say_best,
 )
@@ -51,10 +52,6 @@ from fairline.cli.options import (
     parse_value,
 )
 from fairline.errors import FairlineError
-
-if TYPE_CHECKING:
-    pass
-
 
 app = typer.Typer()
 
@@ -109,7 +106,10 @@ def train(
     model_option: ModelOption = None,
     weights: Annotated[
         Path | None,
-        typer.Option("--weights", help="Safetensors file to start from; with --epochs 0 it is taken as it is."),
+        typer.Option(
+            "--weights",
+            help="File to start from (safetensors, torch.save); with --epochs 0 its weights are taken as they are.",
+        ),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 160,
     lr: Annotated[
@@ -141,6 +141,25 @@ def train(
             progress=progress,
         )
     say_best(run)
+
+
+@app.command("import")
+def import_network(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the base network's train run.")],
+    out: Out,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", help="File of its weights, with masks or without; the base network's by default."),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option("--masks", help="File of its masks of zeros and ones: safetensors, torch.save or .npz."),
+    ] = None,
+) -> None:
+    """Take over a network that was linearized elsewhere, to finetune and audit it like one of fairline's own."""
+    from fairline.jobs import import_job
+
+    list_networks(import_job(source, out, weights=weights, masks=masks))
 
 
 @app.command()
@@ -420,7 +439,7 @@ def frontier(
     """Accuracy against cost: Pareto front, and the cheapest network that keeps every group's accuracy."""
     import pandas as pd
 
-    from fairline.jobs.private import frontier_job
+    from fairline.jobs.frontier import frontier_job
     from fairline.private.frontier import require_within
     from fairline.report.costs import answers, write_frontier
     from fairline.report.results import write_frontier_results
@@ -437,22 +456,7 @@ def frontier(
             progress=progress,
         )
     table = pd.read_parquet(run.folder / "frontier.parquet")
-    for name, part in table.groupby("protocol", sort=False):
-        shown = pd.DataFrame(
-            {
-                "ReLUs": part["relus"],
-                "MB": part["bytes"] / 1e6,
-                "rounds": part["rounds"],
-                "seconds": part["seconds"],
-                "overall": part["overall"],
-                "worst group": part["worst"],
-                "drop, %": part["largest_drop"],
-                "front": part["on_bytes_front"].map({True: "◆", False: ""}),
-            }
-        ).set_axis(part["model"])
-        shown.index.name = "network"
-        formats = {"ReLUs": ",.0f", "MB": ".2f", "rounds": ".0f", "seconds": ".2f", "overall": ".1%"}
-        print_frame(shown, f"{name} over {network}", formats | {"worst group": ".1%", "drop, %": "+.1f"})
+    print_frontier(table, network)
     predicted = list(dict.fromkeys(table.loc[table["source"] == "predicted", "model"]))
     if predicted:
         out_console.print(f"Costs predicted, not measured: {', '.join(predicted)}.", soft_wrap=True, highlight=False)
@@ -554,7 +558,7 @@ def demo(
     On digits it needs no files. On faces: fairline demo --data utkface:race --root FOLDER --width 8 --out faces
     """
     from fairline.jobs import run_demo
-    from fairline.jobs.private import frontier_job
+    from fairline.jobs.frontier import frontier_job
     from fairline.report.html import write_report
 
     spec = data_spec(data, root, groups, unbalanced, data_option, seed)

@@ -1,4 +1,7 @@
-"""Methods that switch ReLUs off. One file a method; the interface is :class:`Linearizer`."""
+"""Methods that switch ReLUs off. One file a method; what all share is :class:`Linearizer`.
+
+Source: none; each method's file names its own.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,13 @@ REGISTRY: dict[str, type[Linearizer]] = {
 
 def build(name: str, **options: Any) -> Linearizer:
     """Build a linearizer by name.
+
+    Args:
+        name: On the command line, one of ``REGISTRY``.
+        options: Settings of the method.
+
+    Returns:
+        The linearizer.
 
     Raises:
         FairlineError: The name or an option is unknown.

@@ -1,4 +1,7 @@
-"""The pre-activations of every masked ReLU, batch by batch."""
+"""The pre-activations of every masked ReLU, batch by batch.
+
+Source: none.
+"""
 
 from __future__ import annotations
 

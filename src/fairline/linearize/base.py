@@ -1,18 +1,29 @@
-"""What every linearizer takes and gives: ``Method(...).linearize(model, train, budgets)``."""
+"""What every linearizer takes and gives: ``Method(...).linearize(model, train, budgets)``.
+
+Source: none. :class:`Linearizer` does what all methods do; a method implements :meth:`Linearizer.cuts`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from fairline._io import load_tensors, resolve_device, save_tensors
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
+from fairline.linearize.surrogates import require_surrogate, start_masked
+from fairline.masking import Surrogate, relu_count
 from fairline.training import ProgressCallback
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,10 +54,111 @@ class Linearized:
         return self.relus / self.total
 
 
-class Linearizer(Protocol):
-    """Interface of a method."""
+@dataclass(frozen=True)
+class Cut:
+    """What a method gives for a budget.
 
-    name: str
+    Attributes:
+        budget: ReLU count asked for.
+        model: Masked, masks fixed, and not changed any more.
+        info: Goes into :attr:`Linearized.info`.
+    """
+
+    budget: int
+    model: nn.Module
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Linearization:
+    """A linearization in progress: what a method has in hand.
+
+    Attributes:
+        teacher: A copy of the trained network on ``device``, in evaluation mode.
+        student: A masked copy on ``device``, all ReLUs kept, its surrogates fitted; the method may change it.
+        train: Training part on ``device``.
+        total: ReLUs of the network.
+        asked: All budgets as counts, from the largest to the smallest.
+        budgets: Those of them that the method must still give a network for.
+        device: Where the work is done.
+        progress: Called after every batch.
+        folder: Of checkpoints, if any are kept.
+        rows: History so far, one row an epoch; the method replaces or extends it.
+    """
+
+    teacher: nn.Module
+    student: nn.Module
+    train: GroupedData
+    total: int
+    asked: tuple[int, ...]
+    budgets: list[int]
+    device: torch.device
+    progress: ProgressCallback | None = None
+    folder: Path | None = None
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    def file(self, name: str) -> Path | None:
+        """A checkpoint's path, ``name.safetensors`` in the folder; None where none are kept."""
+        return None if self.folder is None else self.folder / f"{name}.safetensors"
+
+    def save(self, cut: Cut) -> None:
+        """Keep a network, with the history that led to it, for a run that resumes."""
+        file = self.file(f"snapshot-{cut.budget}")
+        if file is not None:
+            save_tensors(file, cut.model.state_dict(), {"info": dict(cut.info), "rows": self.rows})
+
+    def saved(self) -> Iterator[Cut]:
+        """Take budgets that an interrupted run has met off the list, from the largest on.
+
+        Yields:
+            Their networks; ``rows`` is the history up to each.
+        """
+        while self.budgets:
+            file = self.file(f"snapshot-{self.budgets[0]}")
+            if file is None or not file.exists():
+                return
+            tensors, about = load_tensors(file)
+            network = copy.deepcopy(self.student)
+            network.load_state_dict(tensors)
+            self.rows = about["rows"]
+            yield Cut(self.budgets.pop(0), network, about["info"])
+
+
+@dataclass(kw_only=True)
+class Linearizer(ABC):
+    """A method that switches ReLUs off. Subclasses are dataclasses of their settings and implement :meth:`cuts`.
+
+    Attributes:
+        surrogate: What stands in a ReLU's place: ``"identity"`` or ``"quadratic"``, fitted.
+        seed: Of the whole run.
+    """
+
+    #: On the command line and in tables.
+    name: ClassVar[str] = ""
+    #: Whether networks go to the checkpoint folder as budgets are met; False where they are made again in no time.
+    keeps_snapshots: ClassVar[bool] = True
+
+    surrogate: Surrogate = "identity"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            FairlineError: One of them is impossible.
+        """
+        require_surrogate(self.surrogate)
+
+    @abstractmethod
+    def cuts(self, run: Linearization) -> Iterator[Cut]:
+        """Give a network for each of ``run.budgets``; called once, and only where there is one left.
+
+        Args:
+            run: What there is to work with.
+
+        Yields:
+            One network a budget, from the largest budget to the smallest.
+        """
 
     def linearize(
         self,
@@ -62,15 +174,65 @@ class Linearizer(Protocol):
         """Yield one network a budget, from the largest budget to the smallest.
 
         Args:
-            model: The trained network; not changed.
+            model: The trained network, also the teacher where there is one; not changed.
             train: Training part.
             budgets: Fractions (float, up to 1.0) or counts (int) of ReLUs to keep.
             device: The accelerator if there is one, by default.
             progress: Called after every batch.
             checkpoint: Folder to resume from and to save to.
             history: Rows, one an epoch, are put here before each yield.
+
+        Yields:
+            The networks, as they are found: whoever stops early saves the rest of the work.
+
+        Raises:
+            FairlineError: A budget is impossible, the model has no ReLU, or the method cannot act on the model or data.
         """
-        ...
+        run = self._start(model, train, budgets, resolve_device(device), progress, checkpoint)
+        for cut in self._all_cuts(run):
+            if history is not None:
+                history[:] = run.rows
+            kept = relu_count(cut.model)
+            info = {"reached": True, **cut.info}
+            logger.info("%s, budget %d: %d of %d ReLUs; %s", self.name, cut.budget, kept, run.total, info)
+            yield Linearized(cut.model, cut.budget, kept, run.total, self.name, self.seed, info)
+
+    def _start(
+        self,
+        model: nn.Module,
+        train: GroupedData,
+        budgets: Sequence[float],
+        device: torch.device,
+        progress: ProgressCallback | None,
+        checkpoint: str | Path | None,
+    ) -> Linearization:
+        student = start_masked(model, train, self.surrogate, device, seed=self.seed)
+        total = relu_count(student)
+        counts = resolve_budgets(budgets, total)
+        return Linearization(
+            teacher=copy.deepcopy(model).to(device).eval(),
+            student=student,
+            train=train.to(device),
+            total=total,
+            asked=tuple(counts),
+            budgets=counts,
+            device=device,
+            progress=progress,
+            folder=None if checkpoint is None else Path(checkpoint),
+        )
+
+    def _all_cuts(self, run: Linearization) -> Iterator[Cut]:
+        """The whole network, what an interrupted run has met, then what the method finds."""
+        if run.budgets[0] == run.total:
+            yield Cut(run.budgets.pop(0), copy.deepcopy(run.student))
+        if self.keeps_snapshots:
+            yield from run.saved()
+        if not run.budgets:
+            return
+        for cut in self.cuts(run):
+            if self.keeps_snapshots:
+                run.save(cut)
+            yield cut
 
 
 def resolve_budgets(budgets: Sequence[float], total: int) -> list[int]:
@@ -80,8 +242,19 @@ def resolve_budgets(budgets: Sequence[float], total: int) -> list[int]:
         budgets: A float in [0, 1] is a fraction of ``total``, an int a count.
         total: ReLUs of the whole network.
 
+    Returns:
+        The counts.
+
     Raises:
         FairlineError: There is no budget, or one is outside of the network.
+
+    Examples:
+        >>> resolve_budgets([0.1, 1.0, 20, 0.5], total=448)
+        [448, 224, 45, 20]
+        >>> resolve_budgets([500], total=448)
+        Traceback (most recent call last):
+            ...
+        fairline.errors.FairlineError: A budget of 500 ReLUs is impossible: the network has 448 ReLUs.
     """
     counts = set()
     for budget in budgets:

@@ -11,22 +11,21 @@ import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.optim import SGD
 
-from fairline._io import load_state, resolve_device, save_state
+from fairline._io import load_state, save_state
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.linearize.base import Linearized, resolve_budgets
-from fairline.linearize.surrogates import require_surrogate, start_masked
-from fairline.masking import Surrogate, masked_relus, relu_count
+from fairline.inference import logits_of
+from fairline.linearize.base import Cut, Linearization, Linearizer
+from fairline.masking import masked_graph, masked_relus, relu_count
 from fairline.objectives.base import Batch, Objective
 from fairline.objectives.erm import ERM
-from fairline.training import Progress, ProgressCallback, run_epochs
+from fairline.training import Progress, run_epochs
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ _OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, opera
 
 
 @dataclass
-class CoordinateDescent:
+class CoordinateDescent(Linearizer):
     """Remove ReLUs greedily, in rounds.
 
     After each round the number of ReLUs is ``1 − rate`` of what it was, or the next budget if that is larger. A block
@@ -69,11 +68,9 @@ class CoordinateDescent:
     lr: float = 5e-3
     empty_layers: float = 0.0
     objective: Objective | None = None
-    surrogate: Surrogate = "identity"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        require_surrogate(self.surrogate)
+        super().__post_init__()
         if not (0 < self.rate < 1 and 0 < self.held_out < 1):
             raise FairlineError(
                 f"Coordinate descent needs rate and held_out between 0 and 1, not {self.rate} and {self.held_out}."
@@ -88,84 +85,74 @@ class CoordinateDescent:
                 f"Coordinate descent needs refresh_epochs ≥ 0 and lr > 0, not {self.refresh_epochs} and {self.lr}."
             )
 
-    def linearize(
-        self,
-        model: nn.Module,
-        train: GroupedData,
-        budgets: Sequence[float],
-        *,
-        device: str | torch.device | None = None,
-        progress: ProgressCallback | None = None,
-        checkpoint: str | Path | None = None,
-        history: list[dict[str, float]] | None = None,
-    ) -> Iterator[Linearized]:
-        """Yield one network a budget, from the largest budget to the smallest; see :class:`Linearizer`.
+    def cuts(self, run: Linearization) -> Iterator[Cut]:
+        """Remove ReLUs and refresh the weights, round by round.
+
+        Args:
+            run: What there is to work with.
+
+        Yields:
+            A network for each budget, after the round that ends at it.
 
         Raises:
-            FairlineError: A budget is impossible, the model has no ReLU, or there are too few images to set any aside.
+            FairlineError: There are too few images to set any aside.
         """
-        where = resolve_device(device)
-        teacher = copy.deepcopy(model).to(where).eval()
-        student = start_masked(model, train, self.surrogate, where, seed=self.seed)
-        total = relu_count(student)
-        pending = resolve_budgets(budgets, total)
-        train = train.to(where)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).to(where)
+        trying, training = self._set_aside(run.train)
+        objective = self.objective or ERM()
+        objective.start(training)
+        plan = self._plan(run.total, [budget for budget in run.asked if budget < run.total])
+        file = run.file(self.name)
+        done = 0
+        if file is not None and file.exists():
+            state = load_state(file)
+            run.student.load_state_dict(state["model"])
+            run.rows, done = state["rows"], state["round"]
+            logger.info("coordinate descent: resumed after round %d of %d", done, len(plan))
+        for number, target in enumerate(plan[done:], start=done + 1):
+            generator = torch.Generator().manual_seed(self.seed + 1000 * number)
+            count = relu_count(run.student) - target
+            tried, loss = self._remove(run.student, run.teacher, trying, objective, count, generator)
+            used = sum(layer.num_kept > 0 for layer in masked_relus(run.student).values())
+            row = {"round": number, "relus": target, "layers": used, "held_out_loss": loss, "tried": tried}
+            run.rows.append(row | self._refresh(run, training, objective, number))
+            if run.progress is not None:
+                message = f"round {number}, {target:,} of {run.total:,} ReLUs, aim {plan[-1]:,}"
+                run.progress(Progress("coordinate descent", number, len(plan), message))
+            logger.info("round %d: %d ReLUs, held-out loss %.4f", number, target, loss)
+            if target in run.budgets:
+                run.budgets.remove(target)
+                yield Cut(target, copy.deepcopy(run.student))
+            # After the yield: a budget whose round is done has its snapshot.
+            if file is not None:
+                save_state(file, {"model": run.student.state_dict(), "rows": run.rows, "round": number})
+
+    def _set_aside(self, train: GroupedData) -> tuple[GroupedData, GroupedData]:
+        """The images that candidates are tried on, and those that weights are refreshed on."""
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed))
         aside = int(self.held_out * len(train))
         if not 0 < aside < len(train):
             raise FairlineError(f"{train.name}: {len(train)} images are too few to set {self.held_out:.0%} aside.")
-        trying, training = train.select(order[:aside]), train.select(order[aside:])
-        objective = self.objective or ERM()
-        objective.start(training)
+        return train.select(order[:aside]), train.select(order[aside:])
 
-        plan = self._plan(total, pending)
-        file = None if checkpoint is None else Path(checkpoint) / "coordinate_descent.safetensors"
-        rows: list[dict[str, float]] = []
-        done = 0
-        if pending[0] == total:
-            yield self._cut(student, pending.pop(0), total, rows, history)
-        if file is not None and file.exists():
-            state = load_state(file)
-            student.load_state_dict(state["model"])
-            rows, done = state["rows"], state["round"]
-            for budget in [b for b in pending if b >= relu_count(student)]:
-                snapshot = copy.deepcopy(student)
-                snapshot.load_state_dict(load_state(file.with_name(f"snapshot-{budget}.safetensors")))
-                yield self._cut(snapshot, budget, total, rows, history)
-                pending.remove(budget)
-            logger.info("coordinate descent: resumed after round %d of %d", done, len(plan))
-
-        for number, target in enumerate(plan[done:], start=done + 1):
-            generator = torch.Generator().manual_seed(self.seed + 1000 * number)
-            tried, loss = self._remove(student, teacher, trying, objective, relu_count(student) - target, generator)
-            used = sum(layer.num_kept > 0 for layer in masked_relus(student).values())
-            row = {"round": number, "relus": target, "layers": used, "held_out_loss": loss, "tried": tried}
-            if self.refresh_epochs:
-                optimizer = SGD(student.parameters(), lr=self.lr, momentum=0.9, weight_decay=5e-4)
-                for epoch in run_epochs(
-                    student,
-                    training,
-                    epochs=self.refresh_epochs,
-                    optimizer=optimizer,
-                    objective=copy.deepcopy(objective),
-                    teacher=teacher,
-                    batch_size=self.batch_size,
-                    seed=self.seed + number,
-                    device=where,
-                ):
-                    row |= {"loss": epoch.loss, "seconds": epoch.seconds}
-            rows.append(row)
-            if progress is not None:
-                message = f"round {number}, {target:,} of {total:,} ReLUs, aim {plan[-1]:,}"
-                progress(Progress("coordinate descent", number, len(plan), message))
-            logger.info("round %d: %d ReLUs, held-out loss %.4f", number, target, loss)
-            if file is not None:
-                if target in pending:
-                    save_state(file.with_name(f"snapshot-{target}.safetensors"), student.state_dict())
-                save_state(file, {"model": student.state_dict(), "rows": rows, "round": number})
-            if target in pending:
-                pending.remove(target)
-                yield self._cut(student, target, total, rows, history)
+    def _refresh(
+        self, run: Linearization, training: GroupedData, objective: Objective, number: int
+    ) -> dict[str, float]:
+        """Train between rounds; what the last epoch brought."""
+        row: dict[str, float] = {}
+        if self.refresh_epochs:
+            for epoch in run_epochs(
+                run.student,
+                training,
+                epochs=self.refresh_epochs,
+                optimizer=SGD(run.student.parameters(), lr=self.lr, momentum=0.9, weight_decay=5e-4),
+                objective=copy.deepcopy(objective),
+                teacher=run.teacher,
+                batch_size=self.batch_size,
+                seed=self.seed + number,
+                device=run.device,
+            ):
+                row = {"loss": epoch.loss, "seconds": epoch.seconds}
+        return row
 
     def _plan(self, total: int, budgets: Sequence[int]) -> list[int]:
         """ReLUs after each round; every budget below the whole is among them."""
@@ -195,7 +182,7 @@ class CoordinateDescent:
             index = torch.randperm(len(data), generator=generator)[: self.batch_size].to(data.device)
             batch = Batch(data.normalized(index), data.labels[index], data.groups[index], index)
             with torch.no_grad():
-                targets = teacher(batch.images).float()
+                targets = logits_of(teacher(batch.images), teacher, batch.images).float()
 
                 def loss_of(logits: Tensor, batch: Batch = batch, targets: Tensor = targets) -> float:
                     return float(objective.losses(logits.float(), targets, batch).mean())
@@ -217,14 +204,6 @@ class CoordinateDescent:
             layers[name].set_mask(mask)
             count -= removed
         return tried, best
-
-    def _cut(
-        self, student: nn.Module, budget: int, total: int, rows: list[dict[str, float]], history: list[Any] | None
-    ) -> Linearized:
-        if history is not None:
-            history[:] = rows
-        cut = copy.deepcopy(student)
-        return Linearized(cut, budget, relu_count(cut), total, self.name, self.seed, {"reached": True})
 
 
 def _draw_block(
@@ -250,10 +229,10 @@ def cached_forward(model: nn.Module, images: Tensor) -> Callable[[str], Tensor]:
         mask has changed. Models that ``torch.fx`` could not trace, or that change an activation in place, are run
         whole.
     """
-    graph = _pure_graph(model)
-    if graph is None:
-        return lambda _name: model(images)
-    pure = fx.GraphModule(model, graph)
+    pure = _pure_graph(model, images[:2])
+    if pure is None:
+        return lambda _name: logits_of(model(images), model, images)
+    graph = pure.graph
     interpreter = fx.Interpreter(pure, garbage_collect_values=False)
     interpreter.run(images)
     values = dict(interpreter.env)
@@ -262,24 +241,23 @@ def cached_forward(model: nn.Module, images: Tensor) -> Callable[[str], Tensor]:
 
     def forward(name: str) -> Tensor:
         before = {node: value for node, value in values.items() if position[node] < sites[name]}
-        logits: Tensor = fx.Interpreter(pure).run(images, initial_env=before)
-        return logits
+        return logits_of(fx.Interpreter(pure).run(images, initial_env=before), model, images)
 
     return forward
 
 
-def _pure_graph(model: nn.Module) -> fx.Graph | None:
+def _pure_graph(model: nn.Module, images: Tensor) -> fx.GraphModule | None:
     """The model's graph without in-place operations; None where there is no graph, or no way to avoid one."""
-    if not isinstance(model, fx.GraphModule):
+    traced = masked_graph(model, images)
+    if traced is None:
         return None
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(model.graph, {}))
-    for node in graph.nodes:
+    for node in traced.graph.nodes:
         if node.op == "call_function" and node.target in _OUT_OF_PLACE:
             node.target = _OUT_OF_PLACE[node.target]
         in_place = node.op == "call_method" and str(node.target).endswith("_")
         if node.op == "call_module":
-            in_place = bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+            in_place = bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
         if in_place or node.kwargs.get("inplace"):
             return None
-    return graph
+    traced.recompile()
+    return traced

@@ -16,20 +16,19 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fairline._io import load_state, load_tensors, resolve_device, save_state, save_tensors
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
-from fairline.linearize.base import Linearized, resolve_budgets
-from fairline.linearize.surrogates import fit_quadratics, require_surrogate, start_masked
-from fairline.masking import Surrogate, mask_relus, masked_relus, relu_count
+from fairline.linearize.base import Cut, Linearization, Linearizer
+from fairline.linearize.surrogates import fit_quadratics, start_masked
+from fairline.masking import mask_relus, masked_graph, masked_relus, relu_count
 from fairline.models import rescaled
 from fairline.objectives.erm import ERM
 from fairline.training import ProgressCallback, finetune, named_stage
@@ -84,7 +83,7 @@ class Configuration:
 
 
 @dataclass(kw_only=True)
-class DeepReDuce:
+class DeepReDuce(Linearizer):
     """Walk down the ladder: whole stages, then every second ReLU, then a smaller network.
 
     For each budget the largest configuration that fits is taken, one that keeps the network's shape if there is one.
@@ -113,6 +112,8 @@ class DeepReDuce:
     """
 
     name = "deepreduce"
+    # Of another shape than the student where reshaped, and made again in no time from what was measured and trained.
+    keeps_snapshots: ClassVar[bool] = False
 
     stages: Mapping[str, Sequence[str]] | Sequence[str] | str | None = None
     order: Sequence[str] | str | None = None
@@ -127,11 +128,9 @@ class DeepReDuce:
     exact: bool = True
     lr: float = 0.01
     batch_size: int = 256
-    surrogate: Surrogate = "identity"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        require_surrogate(self.surrogate)
+        super().__post_init__()
         self.alphas, self.rhos = _factors("alphas", self.alphas), _factors("rhos", self.rhos)
         if isinstance(self.stages, str):
             self.stages = _words(self.stages)
@@ -148,42 +147,32 @@ class DeepReDuce:
                 f"{self.lr} and {self.reshape_lr}."
             )
 
-    def linearize(
-        self,
-        model: nn.Module,
-        train: GroupedData,
-        budgets: Sequence[float],
-        *,
-        device: str | torch.device | None = None,
-        progress: ProgressCallback | None = None,
-        checkpoint: str | Path | None = None,
-        history: list[dict[str, float]] | None = None,
-    ) -> Iterator[Linearized]:
-        """Yield one network a budget, from the largest budget to the smallest; see :class:`Linearizer`.
+    def cuts(self, run: Linearization) -> Iterator[Cut]:
+        """Measure how critical stages are, and take the configuration that fits for each budget.
+
+        Args:
+            run: What there is to work with.
+
+        Yields:
+            One network a budget; ``info["configuration"]`` describes it, and ``info["model_options"]`` says how to
+            build it where it was reshaped.
 
         Raises:
-            FairlineError: A budget is impossible, the model has no ReLU, a stage does not exist, or a network that
-                should be reshaped cannot be.
+            FairlineError: A stage does not exist, or a network that should be reshaped cannot be.
         """
-        where = resolve_device(device)
-        folder = None if checkpoint is None else Path(checkpoint)
-        start = start_masked(model, train, self.surrogate, where, seed=self.seed)
-        total = relu_count(start)
-        pending = resolve_budgets(budgets, total)
-        order = self._order(model, train, where, progress, folder, history)
-        rungs = self._rungs(model, order, train.normalized(slice(2)))
-        for budget in pending:
+        order = self._order(run)
+        rungs = self._rungs(run.teacher, order, run.train.normalized(slice(2)))
+        for budget in run.budgets:
             rung = next(rung for rung in rungs if rung.relus <= budget)
-            info: dict[str, Any] = {"configuration": rung.label, "reached": True}
+            info: dict[str, Any] = {"configuration": rung.label}
             if rung.alpha == 1 and rung.rho == 1:
-                student = copy.deepcopy(start)
+                student = copy.deepcopy(run.student)
                 self._switch_off(student, rung)
             else:
-                student, info["model_options"] = self._reshaped(model, rung, train, where, progress, folder)
+                student, info["model_options"] = self._reshaped(rung, run)
             if self.exact:
                 self._fill(student, rung, rungs, budget)
-            logger.info("budget %d: %s, %d ReLUs", budget, rung.label, relu_count(student))
-            yield Linearized(student, budget, relu_count(student), total, self.name, self.seed, info)
+            yield Cut(budget, student, info)
 
     def ladder(
         self,
@@ -205,7 +194,11 @@ class DeepReDuce:
             One row a configuration: ``configuration`` in words, ``culled``, ``thinned``, ``alpha``, ``rho``, ``relus``
             and ``share`` of the network's ReLUs.
         """
-        order = self._order(model, train, resolve_device(device), progress, None, None)
+        if self.order is not None:
+            order = self._given_order(model, train)
+        else:
+            table = self.criticality(model, train, device=device, progress=progress)
+            order = _least_critical_first(table.reset_index().to_dict("records"))
         rungs = self._rungs(model, order, train.normalized(slice(2)))
         table = pd.DataFrame([{"configuration": rung.label, **asdict(rung)} for rung in rungs])
         table = table.sort_values("relus", ascending=False, kind="stable", ignore_index=True)
@@ -232,6 +225,9 @@ class DeepReDuce:
 
         Returns:
             Indexed by stage, in the order of the network: ``relus``, ``accuracy`` and ``criticality``.
+
+        Raises:
+            FairlineError: There are too few images to hold any out, or a stage does not exist.
         """
         where = resolve_device(device)
         shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed))
@@ -264,34 +260,28 @@ class DeepReDuce:
         gained = table["accuracy"] - table["accuracy"].min()
         return table.assign(criticality=gained / table["relus"] ** self.power)
 
-    def _order(
-        self,
-        model: nn.Module,
-        train: GroupedData,
-        device: torch.device,
-        progress: ProgressCallback | None,
-        folder: Path | None,
-        history: list[dict[str, float]] | None,
-    ) -> list[str]:
-        """Stages from the least critical on."""
-        names = list(stages_of(mask_relus(model, train.normalized(slice(2))), self.stages))
+    def _order(self, run: Linearization) -> list[str]:
+        """Stages from the least critical on, as given, or as measured now or by an interrupted run."""
         if self.order is not None:
-            if sorted(self.order) != sorted(names):
-                raise FairlineError(
-                    f"The order of stages names {', '.join(self.order)}; the network's stages are {', '.join(names)}."
-                )
-            return list(self.order)
-        file = None if folder is None else folder / "criticality.safetensors"
+            return self._given_order(run.teacher, run.train)
+        file = run.file("criticality")
         if file is not None and file.exists():
-            rows = load_state(file)["rows"]
+            run.rows = load_state(file)["rows"]
         else:
-            rows = self.criticality(model, train, device=device, progress=progress).reset_index().to_dict("records")
+            table = self.criticality(run.teacher, run.train, device=run.device, progress=run.progress)
+            run.rows = table.reset_index().to_dict("records")
             if file is not None:
-                save_state(file, {"rows": rows})
-        if history is not None:
-            history[:] = rows
-        # Equally critical stages go by size: the one with most ReLUs first.
-        return [str(row["stage"]) for row in sorted(rows, key=lambda row: (row["criticality"], -row["relus"]))]
+                save_state(file, {"rows": run.rows})
+        return _least_critical_first(run.rows)
+
+    def _given_order(self, model: nn.Module, train: GroupedData) -> list[str]:
+        assert self.order is not None
+        names = list(stages_of(mask_relus(model, train.normalized(slice(2))), self.stages))
+        if sorted(self.order) != sorted(names):
+            raise FairlineError(
+                f"The order of stages names {', '.join(self.order)}; the network's stages are {', '.join(names)}."
+            )
+        return list(self.order)
 
     def _rungs(self, model: nn.Module, order: Sequence[str], example: Tensor) -> list[Configuration]:
         """All configurations: those of the network's own shape first, then from the largest count to the smallest."""
@@ -352,50 +342,48 @@ class DeepReDuce:
             torch.manual_seed(self.seed)
             return rescaled(model, alpha, rho) if self.reshape is None else (self.reshape(alpha, rho), {})
 
-    def _reshaped(
-        self,
-        model: nn.Module,
-        rung: Configuration,
-        train: GroupedData,
-        device: torch.device,
-        progress: ProgressCallback | None,
-        folder: Path | None,
-    ) -> tuple[nn.Module, dict[str, int]]:
+    def _reshaped(self, rung: Configuration, run: Linearization) -> tuple[nn.Module, dict[str, int]]:
         """Train a smaller network under distillation, its ReLUs culled and thinned from the start."""
-        network, options = self._untrained(model, rung.alpha, rung.rho)
-        student = mask_relus(network, train.normalized(slice(2)), self.surrogate).to(device)
+        network, options = self._untrained(run.teacher, rung.alpha, rung.rho)
+        student = mask_relus(network, run.train.normalized(slice(2)), self.surrogate).to(run.device)
         self._switch_off(student, rung)
         stem = f"reshaped-{len(rung.culled)}-{rung.thinned:d}-{rung.alpha:g}-{rung.rho:g}"
-        file = None if folder is None else folder / f"{stem}-trained.safetensors"
+        file = run.file(f"{stem}-trained")
         if file is not None and file.exists():
             student.load_state_dict(load_tensors(file)[0])
             return student, options
         if self.surrogate == "quadratic":
-            fit_quadratics(student, train.to(device), seed=self.seed)
+            fit_quadratics(student, run.train, seed=self.seed)
         finetune(
             student,
-            copy.deepcopy(model),
-            train,
+            run.teacher,
+            run.train,
             epochs=self.reshape_epochs,
             lr=self.reshape_lr,
             batch_size=self.batch_size,
             objective=ERM(),
             seed=self.seed,
-            device=device,
-            progress=named_stage(progress, f"training {rung.label}"),
-            checkpoint=None if folder is None else folder / f"{stem}.safetensors",
+            device=run.device,
+            progress=named_stage(run.progress, f"training {rung.label}"),
+            checkpoint=run.file(stem),
         )
         if file is not None:
             save_tensors(file, student.state_dict())
         return student, options
 
 
+def _least_critical_first(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of stages; equally critical ones go by size, the one with most ReLUs first."""
+    return [str(row["stage"]) for row in sorted(rows, key=lambda row: (row["criticality"], -row["relus"]))]
+
+
 def execution_order(masked: nn.Module) -> list[str]:
     """Names of the masked ReLUs as a forward pass meets them; of an untraced model, as its modules come."""
     names = masked_relus(masked)
-    if not isinstance(masked, fx.GraphModule):
+    traced = masked_graph(masked)
+    if traced is None:
         return list(names)
-    return [str(node.target) for node in masked.graph.nodes if node.op == "call_module" and node.target in names]
+    return [str(node.target) for node in traced.graph.nodes if node.op == "call_module" and node.target in names]
 
 
 def stages_of(
@@ -406,6 +394,9 @@ def stages_of(
     Args:
         masked: From :func:`~fairline.masking.mask_relus`.
         stages: As for :class:`DeepReDuce`.
+
+    Returns:
+        Names of its masked ReLUs, for each stage.
 
     Raises:
         FairlineError: A stage does not exist or holds no ReLU, two share one, or none are named and none are found.

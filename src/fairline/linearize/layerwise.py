@@ -1,4 +1,7 @@
-"""Keep whole layers, the most critical first."""
+"""Keep whole layers, the most critical first.
+
+Source: none; DeepReDuce's Cull (Jha et al. 2021) goes by stages and by accuracy.
+"""
 
 from __future__ import annotations
 

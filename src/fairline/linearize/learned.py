@@ -1,27 +1,26 @@
 """Methods that learn masks with the weights, under a price of sparsity that grows: the loop of SNL and AutoReP.
 
 Since the price only grows, one run passes every budget on its way down, and each is snapshotted as it is crossed.
+
+Source: Cho et al. (ICML 2022), Algorithm 1, lines 1 to 11; ``protect`` and ``empty_layers`` are ours.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from fairline._io import load_tensors, resolve_device, save_tensors
-from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.linearize.base import Linearized, resolve_budgets
+from fairline.linearize.base import Cut, Linearization, Linearizer
 from fairline.linearize.protect import Protection, covered
-from fairline.linearize.surrogates import require_surrogate, start_masked
 from fairline.masking import (
     GRANULARITIES,
     Granularity,
@@ -33,7 +32,7 @@ from fairline.masking import (
 )
 from fairline.objectives.base import Objective
 from fairline.objectives.erm import ERM
-from fairline.training import Progress, ProgressCallback, run_epochs
+from fairline.training import Epoch, Progress, ProgressCallback, run_epochs
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ _FAR = 1e4
 
 
 @dataclass(kw_only=True)
-class MaskLearning:
+class MaskLearning(Linearizer):
     """Minimise ``objective + λ·Σ wᵢ·mᵢ`` over weights and masks; subclasses say what a mask is.
 
     Attributes:
@@ -70,8 +69,8 @@ class MaskLearning:
         seed: Of the whole run.
     """
 
-    name = ""
-    title = ""
+    #: In messages and reports.
+    title: ClassVar[str] = ""
 
     lam: float = 1e-5
     growth: float = 1.1
@@ -92,7 +91,7 @@ class MaskLearning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_surrogate(self.surrogate)
+        super().__post_init__()
         if self.granularity not in GRANULARITIES:
             raise FairlineError(f"Granularity is pixel, channel or layer, not '{self.granularity}'.")
         for name in ("lam", "lr", "temperature"):
@@ -120,13 +119,13 @@ class MaskLearning:
         """Over weights and masks."""
         return Adam(student.parameters(), lr=self.lr)
 
+    @abstractmethod
     def sparsity(self, layer: MaskedReLU) -> Tensor:
         """What a layer's masks add to Σ m, each; of the compact shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open(self, layer: MaskedReLU) -> Tensor:
         """Which of a layer's masks count as ReLUs, bool of the compact shape."""
-        raise NotImplementedError
 
     def close(self, layer: MaskedReLU) -> None:
         """Close all of a layer's masks, and keep them closed."""
@@ -139,141 +138,32 @@ class MaskLearning:
         """Of λ, for a network of ``total`` ReLUs."""
         return 1.0
 
-    def linearize(
-        self,
-        model: nn.Module,
-        train: GroupedData,
-        budgets: Sequence[float],
-        *,
-        device: str | torch.device | None = None,
-        progress: ProgressCallback | None = None,
-        checkpoint: str | Path | None = None,
-        history: list[dict[str, float]] | None = None,
-    ) -> Iterator[Linearized]:
-        """Yield one network a budget, from the largest budget to the smallest; see :class:`Linearizer`.
+    def cuts(self, run: Linearization) -> Iterator[Cut]:
+        """Learn until the last budget is crossed; what is not crossed takes the largest masks as they are.
 
         Args:
-            model: The trained network, also the teacher; not changed.
-            train: Training part.
-            budgets: Fractions (float, up to 1.0) or counts (int) of ReLUs to keep.
-            device: The accelerator if there is one, by default.
-            progress: Called after every batch.
-            checkpoint: Folder to resume from and to save to.
-            history: Rows, one an epoch, are appended here.
+            run: What there is to work with.
 
-        Raises:
-            FairlineError: A budget is impossible, or the model has no ReLU.
+        Yields:
+            A network for each budget, as it is crossed.
         """
-        device = resolve_device(device)
-        folder = None if checkpoint is None else Path(checkpoint)
-        teacher = copy.deepcopy(model).to(device)
-        student = start_masked(model, train, self.surrogate, device, seed=self.seed)
-        total = relu_count(student)
-        pending = resolve_budgets(budgets, total)
-        self.prepare(student)
-        layers = masked_relus(student)
-        frozen = copy.deepcopy(student)
-        scale = self.price_scale(total)
-
-        def penalty() -> Tensor:
-            # Σ m over ReLUs: a mask that covers several counts for each.
-            sums = []
-            for name, layer in layers.items():
-                masks = self.sparsity(layer)
-                if state.prices:
-                    sums.append((masks * state.prices[name].to(masks)).sum())
-                else:
-                    sums.append(masks.sum() * units_of(layer))
-            return state.lam * scale * torch.stack(sums).sum()
-
-        def report(update: Progress) -> None:
-            # Where the run ends is not known beforehand; the count says how far it is.
-            message = f"epoch {state.epoch + 1}, {state.count:,} of {total:,} ReLUs open, aim {smallest:,}"
-            cast(ProgressCallback, progress)(replace(update, message=message))
-
-        smallest = pending[-1]
-
-        def reclose(closed: list[str]) -> None:
-            for name in closed:
-                self.close(layers[name])
-
-        state = _State(self.lam, total, reclose)
-        protection = None
-        if self.protect > 0:
-            protection = Protection(train.to(device), teacher, self.protect, self.protect_samples, self.seed)
-        epochs = run_epochs(
-            student,
-            train,
-            epochs=self.max_epochs,
-            optimizer=self.optimizer(student),
-            objective=self.objective or ERM(self.temperature),
-            teacher=teacher,
-            batch_size=self.batch_size,
-            augment=self.augment,
-            penalty=penalty,
-            seed=self.seed,
-            device=device,
-            stage=f"{self.title} mask learning",
-            progress=None if progress is None else report,
-            checkpoint=None if folder is None else folder / f"{self.name}.safetensors",
-            stateful={self.name: state},
-        )
-
-        def cut(budget: int) -> Linearized:
-            file = None if folder is None else folder / f"snapshot-{budget}.safetensors"
-            snapshot = copy.deepcopy(frozen).to(device)
-            if file is not None and file.exists():
-                tensors, saved = load_tensors(file)
-                snapshot.load_state_dict(tensors)
-                info, state.rows = saved["info"], saved["rows"]
-            else:
-                snapshot.load_state_dict(student.state_dict())
-                info = {"epoch": state.epoch, "lambda": state.lam, "open": state.count}
-                if file is not None:
-                    save_tensors(file, snapshot.state_dict(), {"info": info, "rows": state.rows})
-            if history is not None:
-                history[:] = state.rows
-            info = {**info, "reached": info["open"] <= budget}
-            relus = self._fix(snapshot, budget, fill=self.exact or not info["reached"])
-            return Linearized(snapshot.to(device), budget, relus, total, self.name, self.seed, info)
-
-        # Budgets that hold before any learning (the whole network), or that an interrupted run has crossed.
-        state.count = total
-        while pending and (pending[0] >= total or _crossed(folder, pending[0])):
-            yield cut(pending.pop(0))
-        if not pending:
-            return
-        for epoch in epochs:
-            state.epoch = epoch.epoch
-            state.count = open_relus(self, student)
-            if state.count < state.lowest:
-                state.lowest = state.count
-            elif epoch.epoch > self.patience:
-                state.lam *= self.growth
-            if self.empty_layers > 0:
-                self._empty(layers, state)
-                state.count = open_relus(self, student)
-            logger.info("epoch %d: %d ReLUs open, λ = %.3g", state.epoch, state.count, state.lam)
-            row = {**epoch.row(), "relus": state.count, "lambda": state.lam}
-            if protection is not None:
-                worst, prices = protection.prices(student)
-                state.prices = {name: covered(price, layers[name]) for name, price in prices.items()}
-                row["protected_group"] = worst
-            row["layers"] = sum(bool(self.open(layer).any()) for layer in layers.values())
-            state.rows.append(row)
-            while pending and state.count <= pending[0]:
-                yield cut(pending.pop(0))
-            if not pending:
+        self.prepare(run.student)
+        learning = _Learning(self, run)
+        for epoch in learning.epochs():
+            learning.after(epoch)
+            while run.budgets and learning.state.count <= run.budgets[0]:
+                yield learning.cut(run.budgets.pop(0))
+            if not run.budgets:
                 return
-        for budget in pending:
+        for budget in run.budgets:
             logger.warning(
                 "%s stopped after %d epochs with %d ReLUs open; budget %d keeps the largest masks as they are",
                 self.title,
                 self.max_epochs,
-                state.count,
+                learning.state.count,
                 budget,
             )
-            yield cut(budget)
+            yield learning.cut(budget)
 
     def _fix(self, snapshot: nn.Module, budget: int, *, fill: bool) -> int:
         """Make the masks binary; returns ReLUs kept."""
@@ -306,6 +196,102 @@ class MaskLearning:
             self.close(layers[name])
 
 
+class _Learning:
+    """One run of mask learning.
+
+    Args:
+        method: Whose masks are learned.
+        run: Its student's masks are learnable.
+    """
+
+    def __init__(self, method: MaskLearning, run: Linearization) -> None:
+        self.method = method
+        self.run = run
+        self.layers = masked_relus(run.student)
+        # Snapshots start from it: training may change how the student's weights lie in memory.
+        self.untrained = copy.deepcopy(run.student)
+        self.scale = method.price_scale(run.total)
+        self.state = _State(method.lam, run.total, self._close_again)
+        self.protection = None
+        if method.protect > 0:
+            self.protection = Protection(run.train, run.teacher, method.protect, method.protect_samples, method.seed)
+
+    def epochs(self) -> Iterator[Epoch]:
+        """The training loop."""
+        method, run = self.method, self.run
+        return run_epochs(
+            run.student,
+            run.train,
+            epochs=method.max_epochs,
+            optimizer=method.optimizer(run.student),
+            objective=method.objective or ERM(method.temperature),
+            teacher=run.teacher,
+            batch_size=method.batch_size,
+            augment=method.augment,
+            penalty=self.penalty,
+            seed=method.seed,
+            device=run.device,
+            stage=f"{method.title} mask learning",
+            progress=None if run.progress is None else self.report,
+            checkpoint=run.file(method.name),
+            stateful={method.name: self.state},
+        )
+
+    def penalty(self) -> Tensor:
+        """λ·Σ wᵢ·mᵢ over ReLUs, scalar: a mask that covers several counts for each."""
+        sums = []
+        for name, layer in self.layers.items():
+            masks = self.method.sparsity(layer)
+            if self.state.prices:
+                sums.append((masks * self.state.prices[name].to(masks)).sum())
+            else:
+                sums.append(masks.sum() * units_of(layer))
+        return self.state.lam * self.scale * torch.stack(sums).sum()
+
+    def report(self, update: Progress) -> None:
+        """Where the run ends is not known beforehand; the count says how far it is."""
+        state, run = self.state, self.run
+        message = f"epoch {state.epoch + 1}, {state.count:,} of {run.total:,} ReLUs open, aim {run.asked[-1]:,}"
+        cast(ProgressCallback, run.progress)(replace(update, message=message))
+
+    def after(self, epoch: Epoch) -> None:
+        """Count, let λ grow, empty layers, set prices, and note it all in the history."""
+        method, state = self.method, self.state
+        state.epoch = epoch.epoch
+        state.count = open_relus(method, self.run.student)
+        if state.count < state.lowest:
+            state.lowest = state.count
+        elif epoch.epoch > method.patience:
+            state.lam *= method.growth
+        if method.empty_layers > 0:
+            method._empty(self.layers, state)
+            state.count = open_relus(method, self.run.student)
+        logger.info("epoch %d: %d ReLUs open, λ = %.3g", state.epoch, state.count, state.lam)
+        row = {**epoch.row(), "relus": state.count, "lambda": state.lam}
+        if self.protection is not None:
+            worst, prices = self.protection.prices(self.run.student)
+            state.prices = {name: covered(price, self.layers[name]) for name, price in prices.items()}
+            row["protected_group"] = worst
+        row["layers"] = sum(bool(method.open(layer).any()) for layer in self.layers.values())
+        state.rows.append(row)
+
+    def cut(self, budget: int) -> Cut:
+        """The student as it is now, its masks made binary."""
+        method, state = self.method, self.state
+        self.run.rows = state.rows
+        network = copy.deepcopy(self.untrained)
+        network.load_state_dict(self.run.student.state_dict())
+        reached = state.count <= budget
+        method._fix(network, budget, fill=method.exact or not reached)
+        return Cut(
+            budget, network, {"epoch": state.epoch, "lambda": state.lam, "open": state.count, "reached": reached}
+        )
+
+    def _close_again(self, closed: list[str]) -> None:
+        for name in closed:
+            self.method.close(self.layers[name])
+
+
 def units_of(layer: MaskedReLU) -> int:
     """How many ReLUs one entry of a learned mask covers."""
     return layer.kept.numel() // cast(Tensor, layer.weight).numel()
@@ -314,10 +300,6 @@ def units_of(layer: MaskedReLU) -> int:
 def open_relus(method: MaskLearning, model: nn.Module) -> int:
     """How many ReLUs have a mask that counts."""
     return sum(int(method.open(layer).sum()) * units_of(layer) for layer in masked_relus(model).values())
-
-
-def _crossed(folder: Path | None, budget: int) -> bool:
-    return folder is not None and (folder / f"snapshot-{budget}.safetensors").exists()
 
 
 class _State:

@@ -1,4 +1,7 @@
-"""Keep the ReLUs that change their input most."""
+"""Keep the ReLUs that change their input most.
+
+Source: none.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 Linearizing ReLU i changes the activation of a sample by ``−min(xᵢ, 0)``, so ``uₐ(i) = mean |min(xᵢ, 0)|`` over group
 a is what a ReLU does for that group. Sparsity then costs ``wᵢ·|mᵢ|`` with ``wᵢ ∝ (ū(i) / u_worst(i))^κ``: a ReLU that
 bends more for the suffering group than for the average one is cheaper to keep.
+
+Source: none; the idea is ours.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""ReLUs kept at random: what every method must beat."""
+"""ReLUs kept at random: what every method must beat.
+
+Source: none.
+"""
 
 from __future__ import annotations
 

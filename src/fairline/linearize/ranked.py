@@ -1,86 +1,73 @@
-"""Methods that rank ReLUs once and keep the first r: the cheap baselines."""
+"""Methods that rank ReLUs once and keep the first r: the cheap baselines.
+
+Source: none.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fairline._io import resolve_device
 from fairline.data.grouped import GroupedData
-from fairline.linearize.base import Linearized, resolve_budgets
-from fairline.linearize.surrogates import require_surrogate, start_masked
-from fairline.masking import Surrogate, masked_relus, relu_count
-from fairline.training import Progress, ProgressCallback
+from fairline.linearize.base import Cut, Linearization, Linearizer
+from fairline.masking import masked_relus
+from fairline.training import Progress
 
 
 @dataclass(kw_only=True)
-class Ranked:
+class Ranked(Linearizer):
     """Keep the ReLUs with the largest scores. Budgets are exact and nested; subclasses give the scores.
+
+    Weights stay as they are: finetune next. Nothing is put into the checkpoint folder; nothing here takes long.
 
     Attributes:
         surrogate: What stands in the place of the others: ``"identity"`` or ``"quadratic"``, fitted.
         seed: Breaks ties, and what else the method draws.
     """
 
-    name = ""
+    keeps_snapshots: ClassVar[bool] = False
 
-    surrogate: Surrogate = "identity"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require_surrogate(self.surrogate)
-
+    @abstractmethod
     def scores(self, model: nn.Module, train: GroupedData) -> Mapping[str, Tensor]:
         """Score of every unit of each masked layer, of the mask's shape; larger ones are kept.
 
         Args:
-            model: With all masks 1, in evaluation mode.
+            model: With all masks 1, in evaluation mode; may be changed.
             train: Training part, on the model's device.
         """
-        raise NotImplementedError
 
-    def linearize(
-        self,
-        model: nn.Module,
-        train: GroupedData,
-        budgets: Sequence[float],
-        *,
-        device: str | torch.device | None = None,
-        progress: ProgressCallback | None = None,
-        checkpoint: str | Path | None = None,
-        history: list[dict[str, float]] | None = None,
-    ) -> Iterator[Linearized]:
-        """Yield one network a budget, from the largest budget to the smallest; see :class:`Linearizer`.
+    def cuts(self, run: Linearization) -> Iterator[Cut]:
+        """Keep the first r of the ranking for each budget r.
 
-        Weights stay as they are: finetune next. ``checkpoint`` and ``history`` are not used; nothing here takes long.
+        Args:
+            run: What there is to work with.
 
-        Raises:
-            FairlineError: A budget is impossible, or the model has no ReLU.
+        Yields:
+            One network a budget.
         """
-        where = resolve_device(device)
-        masked = start_masked(model, train, self.surrogate, where, seed=self.seed)
-        total = relu_count(masked)
-        counts = resolve_budgets(budgets, total)
-        found = self.scores(copy.deepcopy(masked).eval(), train.to(where))
-        flat = torch.cat([found[name].detach().flatten().cpu().double() for name in masked_relus(masked)])
-        # A random order first, so that ties do not favour the first layers.
-        shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))
-        order = shuffled[torch.sort(flat[shuffled], descending=True, stable=True).indices]
-        for position, budget in enumerate(counts, start=1):
-            cut = copy.deepcopy(masked)
-            kept = torch.zeros(total, dtype=torch.bool)
+        order = self._ranking(run)
+        for position, budget in enumerate(run.budgets, start=1):
+            network = copy.deepcopy(run.student)
+            kept = torch.zeros(run.total, dtype=torch.bool)
             kept[order[:budget]] = True
-            start = 0
-            for layer in masked_relus(cut).values():
-                layer.set_mask(kept[start : start + layer.kept.numel()].view(layer.shape))
-                start += layer.kept.numel()
-            if progress is not None:
-                progress(Progress(f"{self.name} masks", position, len(counts), f"{budget:,} of {total:,} ReLUs"))
-            info: dict[str, Any] = {"reached": True}
-            yield Linearized(cut, budget, relu_count(cut), total, self.name, self.seed, info)
+            layers = list(masked_relus(network).values())
+            for layer, own in zip(layers, kept.split([layer.kept.numel() for layer in layers]), strict=True):
+                layer.set_mask(own.view(layer.shape))
+            if run.progress is not None:
+                message = f"{budget:,} of {run.total:,} ReLUs"
+                run.progress(Progress(f"{self.name} masks", position, len(run.budgets), message))
+            yield Cut(budget, network)
+
+    def _ranking(self, run: Linearization) -> Tensor:
+        """Positions of all ReLUs, from the largest score on; int64, (total,)."""
+        found = self.scores(copy.deepcopy(run.student).eval(), run.train)
+        flat = torch.cat([found[name].detach().flatten().cpu().double() for name in masked_relus(run.student)])
+        # A random order first, so that ties do not favour the first layers.
+        shuffled = torch.randperm(run.total, generator=torch.Generator().manual_seed(self.seed))
+        return shuffled[torch.sort(flat[shuffled], descending=True, stable=True).indices]

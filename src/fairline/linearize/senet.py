@@ -41,13 +41,13 @@ from torch.nn.utils import prune
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from fairline._io import load_state, load_tensors, resolve_device, save_state, save_tensors
+from fairline._io import load_state, save_state
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.linearize.activations import each_activation
-from fairline.linearize.base import Linearized, resolve_budgets
-from fairline.linearize.surrogates import require_surrogate, start_masked
-from fairline.masking import Granularity, MaskedReLU, Surrogate, masked_relus, relu_count
+from fairline.linearize.base import Cut, Linearization, Linearizer
+from fairline.linearize.surrogates import start_masked
+from fairline.masking import Granularity, MaskedReLU, masked_graph, masked_relus
 from fairline.objectives.base import Objective
 from fairline.objectives.erm import ERM
 from fairline.training import Epoch, History, ProgressCallback, run_epochs
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class SENet:
+class SENet(Linearizer):
     """Budgets by sensitivity, positions by disagreement with the teacher, then training towards its activations.
 
     Stage 1 is shared by all budgets; stages 2 and 3 are run for each, from the teacher's weights.
@@ -94,11 +94,9 @@ class SENet:
     batch_size: int = 256
     granularity: Granularity = "pixel"
     objective: Objective | None = None
-    surrogate: Surrogate = "identity"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        require_surrogate(self.surrogate)
+        super().__post_init__()
         if self.granularity not in ("pixel", "channel"):
             raise FairlineError(f"SENet's granularity is pixel or channel, not '{self.granularity}'.")
         if self.weigh not in ("sensitivity", "size"):
@@ -116,55 +114,31 @@ class SENet:
                 f"not {self.epochs}, {self.beta}, {self.lr} and {self.temperature}."
             )
 
-    def linearize(
-        self,
-        model: nn.Module,
-        train: GroupedData,
-        budgets: Sequence[float],
-        *,
-        device: str | torch.device | None = None,
-        progress: ProgressCallback | None = None,
-        checkpoint: str | Path | None = None,
-        history: list[dict[str, float]] | None = None,
-    ) -> Iterator[Linearized]:
-        """Yield one network a budget, from the largest budget to the smallest; see :class:`Linearizer`.
+    def cuts(self, run: Linearization) -> Iterator[Cut]:
+        """All three stages for each budget; the first is done once.
+
+        Args:
+            run: What there is to work with.
+
+        Yields:
+            One network a budget; ``info["layers"]`` says how many ReLUs each layer was given.
 
         Raises:
-            FairlineError: A budget is impossible, the model has no ReLU, or ``torch.fx`` cannot trace it, so that the
-                weights before each ReLU are not known.
+            FairlineError: ``torch.fx`` cannot trace the model, so that the weights before each ReLU are not known.
         """
-        where = resolve_device(device)
-        folder = None if checkpoint is None else Path(checkpoint)
-        start = start_masked(model, train, self.surrogate, where, seed=self.seed)
-        total = relu_count(start)
-        pending = resolve_budgets(budgets, total)
-        sources = weights_before(start)
-        train = train.to(where)
-        run = _Runs(self, copy.deepcopy(model).to(where).eval(), train, where, progress)
-        densities = None
-
-        for budget in pending:
-            file = None if folder is None else folder / f"snapshot-{budget}.safetensors"
-            student = copy.deepcopy(start)
-            info: dict[str, Any] = {"reached": True}
-            if file is not None and file.exists():
-                tensors, saved = load_tensors(file)
-                student.load_state_dict(tensors)
-                run.history.rows = saved
-            elif budget < total:
-                if densities is None:
-                    densities = self.densities(start, sources, run, folder)
-                sizes = {name: layer.kept.numel() for name, layer in masked_relus(student).items()}
-                shares = layer_budgets(densities, sizes, budget, self.weigh)
-                self.search(student, shares, budget, run, folder)
-                if self.epochs:
-                    self.train(student, budget, run, folder)
-                info["layers"] = shares
-                if file is not None:
-                    save_tensors(file, student.state_dict(), run.history.rows)
-            if history is not None:
-                history[:] = run.history.rows
-            yield Linearized(student, budget, relu_count(student), total, self.name, self.seed, info)
+        sources = weights_before(run.student)
+        training = _Runs(self, run.teacher, run.train, run.device, run.progress)
+        training.history.rows = run.rows
+        densities = self.densities(run.student, sources, training, run.folder)
+        sizes = {name: layer.kept.numel() for name, layer in masked_relus(run.student).items()}
+        for budget in run.budgets:
+            student = copy.deepcopy(run.student)
+            shares = layer_budgets(densities, sizes, budget, self.weigh)
+            self.search(student, shares, budget, training, run.folder)
+            if self.epochs:
+                self.train(student, budget, training, run.folder)
+            run.rows = training.history.rows
+            yield Cut(budget, student, {"layers": shares})
 
     def densities(
         self, model: nn.Module, sources: Mapping[str, Sequence[str]], run: _Runs, folder: Path | None
@@ -176,6 +150,9 @@ class SENet:
             sources: From :func:`weights_before`.
             run: What a training run needs.
             folder: Of checkpoints.
+
+        Returns:
+            A share for each masked layer; the mean of the others for a layer without weights before it.
         """
         file = None if folder is None else folder / "densities.safetensors"
         if file is not None and file.exists():
@@ -329,15 +306,19 @@ def weights_before(model: nn.Module) -> dict[str, list[str]]:
     Args:
         model: From :func:`~fairline.masking.mask_relus`.
 
+    Returns:
+        Names of modules, for each masked layer.
+
     Raises:
         FairlineError: The model could not be traced, or no ReLU has any weights before it.
     """
-    if not isinstance(model, fx.GraphModule):
+    traced = masked_graph(model)
+    if traced is None:
         raise FairlineError(
             f"SENet cannot act on {type(model).__name__}: torch.fx cannot trace it, so which weights stand before a "
             "ReLU is not known."
         )
-    nodes = {node.target: node for node in model.graph.nodes if node.op == "call_module"}
+    nodes = {node.target: node for node in traced.graph.nodes if node.op == "call_module"}
     found = {}
     for name in masked_relus(model):
         own: list[str] = []
@@ -377,6 +358,12 @@ def layer_budgets(
 
     Returns:
         ReLUs of each layer; their sum is the budget.
+
+    Examples:
+        Of 150 ReLUs each layer takes its share of the sensitivities 0.9, 0.5 and 0.1.
+
+        >>> layer_budgets({"a": 0.1, "b": 0.5, "c": 0.9}, {"a": 100, "b": 100, "c": 100}, budget=150)
+        {'a': 90, 'b': 50, 'c': 10}
     """
     # A layer that was not pruned at all still takes what the others cannot hold.
     need = {name: max(1 - densities[name], 1e-9) * (size if weigh == "size" else 1) for name, size in sizes.items()}

@@ -1,4 +1,4 @@
-"""SNL, Selective Network Linearization (Cho, Joshi, Garg, Reagen and Hegde, ICML 2022).
+"""SNL, Selective Network Linearization (Cho, Joshi, Garg, Reagen and Hegde, ICML 2022), Algorithm 1.
 
 Weights and masks are learned together on ``CE + T²·KL + λ·Σ|m|``; λ grows whenever the number of ReLUs stops
 falling.

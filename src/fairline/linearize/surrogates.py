@@ -47,6 +47,9 @@ def start_masked(
         samples: Training images to fit on, at most.
         seed: Of their choice.
 
+    Returns:
+        The copy, in the mode of the network.
+
     Raises:
         FairlineError: The model has no ReLU, or there is no such surrogate.
     """
@@ -90,6 +93,9 @@ def damped(coefficients: Tensor, moments: Tensor) -> Tensor:
     Args:
         coefficients: From :func:`least_squares`, (C, 3).
         moments: As there, (C, 8).
+
+    Returns:
+        float64, (C, 3).
     """
     left = moments[:, 5:7] - SQUARE_SCALE * coefficients[:, 2:] * moments[:, 2:4]
     line = _solve(moments, left)
@@ -101,6 +107,9 @@ def least_squares(moments: Tensor) -> Tensor:
 
     Args:
         moments: float64, (C, 8): sums of 1, x, x², x³, x⁴, relu(x), x·relu(x), x²·relu(x).
+
+    Returns:
+        c₀, c₁ and c₂ of each channel, float64.
     """
     return _solve(moments, moments[:, 5:])
 

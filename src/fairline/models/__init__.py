@@ -45,6 +45,11 @@ def build(
     Raises:
         FairlineError: The name or an option is unknown, or the network does not take images of this size.
         TypeError: A function of your own failed.
+
+    >>> import torch
+    >>> network = build("cnn", num_classes=5, image_size=16, width=4)
+    >>> network(torch.zeros(2, 3, 16, 16)).shape
+    torch.Size([2, 5])
     """
     if name in REGISTRY:
         module, function = REGISTRY[name]

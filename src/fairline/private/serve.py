@@ -78,6 +78,12 @@ class Addresses(BaseModel):
 def load_addresses(path: str | Path) -> Addresses:
     """Read the file of addresses.
 
+    Args:
+        path: YAML, as in the head of this file.
+
+    Returns:
+        Where the parties are.
+
     Raises:
         FairlineError: It is missing, no YAML, or lacks an address.
     """
@@ -91,6 +97,12 @@ def load_addresses(path: str | Path) -> Addresses:
 
 def load_preprocessing(path: Path) -> Preprocessing:
     """Read how images are prepared.
+
+    Args:
+        path: ``public/images.json`` of an export.
+
+    Returns:
+        What the file says.
 
     Raises:
         FairlineError: The file is missing or broken.
@@ -148,7 +160,8 @@ def serve(
         What the session cost.
 
     Raises:
-        FairlineError: A file is wrong, the address is busy, nobody came, or the image's owner fell silent.
+        FairlineError: A file is wrong, or the address is busy.
+        SessionError: Nobody came, or the image's owner fell silent.
     """
     require_spu()
     source = Path(folder)
@@ -224,6 +237,9 @@ def query(
         timeout: Seconds without a word from it after which the session ends.
         progress: Told of every call.
 
+    Returns:
+        The classes, and what they cost.
+
     Raises:
         FairlineError: A file is wrong, the address is busy, or the model's owner refused, did not answer or fell
             silent.
@@ -254,10 +270,6 @@ def query(
         party = stack.enter_context(PartyProcess.start(IMAGE_OWNER, temporary, job))
         wait_for([party], session, progress, quiet=wait + 5 * timeout)
     (call,) = session.calls[IMAGE_OWNER]
-    return Answer(
-        torch.tensor(call["logits"]),
-        preprocessing.class_names,
-        call["seconds"],
-        session.setup[IMAGE_OWNER][protocol]["seconds"],
-        call["sent"] + call["received"],
-    )
+    setup = session.setup[IMAGE_OWNER][protocol]["seconds"]
+    sent = call["sent"] + call["received"]
+    return Answer(torch.tensor(call["logits"]), preprocessing.class_names, call["seconds"], setup, sent)

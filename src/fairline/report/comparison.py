@@ -1,4 +1,4 @@
-"""The comparison page: methods side by side at equal budgets, in one HTML file that opens offline."""
+"""The comparison page: methods side by side at equal budgets, in one HTML file (paper, Section 6)."""
 
 from __future__ import annotations
 
@@ -204,6 +204,9 @@ def figures(frame: pd.DataFrame, layers: pd.DataFrame) -> dict[str, Any]:
     Args:
         frame: From :func:`prepare`.
         layers: Rows of ``layers.parquet``.
+
+    Returns:
+        Altair charts.
     """
     made: dict[str, Any] = {}
     if (frame["measure"] == "gain").any():

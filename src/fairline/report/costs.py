@@ -37,9 +37,15 @@ def prepare(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def frontier_chart(table: pd.DataFrame) -> Any:
-    """Worst-group (filled) and overall (hollow) accuracy against bytes, rounds and seconds, a row a protocol.
+    """Draw worst-group (filled) and overall (hollow) accuracy against bytes, rounds and seconds, a row a protocol.
 
     The dashed line joins the networks that no other beats in worst-group accuracy at their price.
+
+    Args:
+        table: Rows of ``frontier.parquet``, from :func:`prepare`.
+
+    Returns:
+        An Altair chart.
     """
     variants = list(dict.fromkeys(table["variant"]))
     scale = alt.Scale(domain=variants, range=[PALETTE[i % len(PALETTE)] for i in range(len(variants))])

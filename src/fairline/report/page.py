@@ -44,7 +44,10 @@ def write_page(target: Path, template: str, drawn: Mapping[str, Any], **content:
 
 
 def read_table(run: Run, name: str) -> pd.DataFrame:
-    """A parquet table of a run.
+    """Read a parquet table of a run.
+
+    Returns:
+        Its rows.
 
     Raises:
         FairlineError: It is missing or broken.
@@ -90,6 +93,14 @@ def settings(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _plain(value: Any) -> str:
+    """Put a setting in words.
+
+    >>> _plain({"lr": 0.001, "options": {}, "seeds": [1, 2]})
+    'lr 0.001, seeds 1, 2'
+
+    Returns:
+        The words; parts that are empty are left out.
+    """
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(item)}" for key, item in value.items() if item not in ({}, None))
     if isinstance(value, list):

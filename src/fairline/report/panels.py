@@ -123,10 +123,17 @@ def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def mitigation_drop(rows: pd.DataFrame, finetune: str = "lagrangian") -> pd.DataFrame:
-    """The paper's drop between the network before and after mitigation, in percent (Section 6).
+    """Compute the paper's drop between the network before and after mitigation, in percent (Section 6).
 
     (J̄(θ̃; Sᵃ) − J̄(θ̃_mit; Sᵃ)) / J̄(θ̃; Sᵃ) · 100 at each budget and seed: negative where mitigation helps. A seed in
     which the unmitigated network gets no image of a group right has no such drop for it.
+
+    Args:
+        rows: Of one panel, from :func:`rows_of`.
+        finetune: Name of the finetune that mitigates.
+
+    Returns:
+        A row for each budget, group and seed that has one, with the measure ``mitigation_drop``.
     """
     accuracy = rows[(rows["measure"] == "accuracy") & (rows["stage"] == "finetuned")]
     keys = ["percent", "budget", "group", "seed"]

@@ -150,7 +150,10 @@ class Storage:
         self._system.pipe_file(self._target(name), text.encode())
 
     def read_json(self, name: str) -> Any:
-        """Read a small file of the store; None if it is not there.
+        """Read a small file of the store.
+
+        Returns:
+            Its content; None if it is not there.
 
         Raises:
             FairlineError: It is not JSON.
