@@ -234,6 +234,14 @@ BAD = {
     "no epochs": ([*TRAIN, "--epochs", "-1", "--out", "x"], "epochs ≥ 1"),
     "unknown device": ([*TRAIN, "--device", "abacus", "--out", "x"], "'abacus' cannot be used"),
     "exploding": ([*TRAIN, "--lr", "1e30", "--out", "x"], "loss became"),
+    "too few outputs": (
+        [*TRAIN[:4], "few.py:net", "--epochs", "1", "--out", "x"],
+        "The model has 2 outputs, but digits has 10 classes",
+    ),
+    "images alone in their batches": (
+        [*TRAIN[:4], "resnet18", "--width", "2", "--batch-size", "1", "--out", "x"],
+        "normalises over the images of a batch and cannot train on one alone; batch_size is 1",
+    ),
     "foreign folder": ([*TRAIN, "--out", "table"], "is not empty and is not a run"),
     "a file": ([*TRAIN, "--out", "table/metadata.csv"], "is a file"),
     "other settings": ([*TRAIN, "--seed", "7", "--out", "RUNS/base"], "holds another run .*seed"),
@@ -341,6 +349,9 @@ def wrecks(runs, tmp_path_factory) -> Path:
     (folder / "empty").mkdir()
     (folder / "table").mkdir()
     (folder / "table" / "metadata.csv").write_text("file_name,label\na.png,1\nb.png,2\nc.png,1\n")
+    (folder / "few.py").write_text(
+        "from fairline.models import build\n\n\ndef net(num_classes):\n    return build('cnn', 2, 1, 8, width=2)\n"
+    )
     for name in ("unfinished", "broken", "cut", "foreign", "moved"):
         shutil.copytree(runs / "base", folder / name)
     (folder / "unfinished" / "status.json").write_text('{"status": "running"}')

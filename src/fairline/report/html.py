@@ -203,9 +203,6 @@ def _accuracy_table(frame: pd.DataFrame, variant: str) -> dict[str, Any]:
             if "relative_drop" in here.index and not math.isnan(here.loc["relative_drop", "value"]):
                 drop = here.loc["relative_drop"]
                 cell["drop"] = f"drop {drop['value']:+.1f} % [{drop['low']:+.1f}, {drop['high']:+.1f}]"
-                if drop["low"] == drop["value"] == drop["high"] == 0:
-                    # Resampling equal outcomes shows no spread; zero is then no proof of safety.
-                    cell["drop"] = "every image as before"
                 cell["sure"] = "loss" if drop["low"] > 0 else ("gain" if drop["high"] < 0 else "")
             cells.append(cell)
         n = int(rows[(rows["group"] == group) & (rows["measure"] == "accuracy")]["n"].max())
