@@ -130,7 +130,7 @@ def test_networks_that_take_no_such_images_are_one_sentence(folder, model, messa
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("image_size=", "Data 'folder': option 'image_size' is empty."),
+        ("image_size=", "'image_size=' gives no value; write none for no value."),
         ("image_size=4x", "image_size is pixels (32) or HEIGHTxWIDTH (48x64), not '4x'."),
         ("flip=maybe", "flip is true or false, not 'maybe'."),
     ],

@@ -40,10 +40,18 @@ def predict(
                 chunks.append(logits_of(model(images), model, images).float())
     finally:
         model.train(was_training)
-    result = torch.cat(chunks).clone()
-    if result.shape[1] < data.num_classes:
-        raise FairlineError(f"The model has {result.shape[1]} outputs, but {data.name} has {data.num_classes} classes.")
-    return result
+    return require_classes(torch.cat(chunks).clone(), data)
+
+
+def require_classes(logits: Tensor, data: GroupedData) -> Tensor:
+    """Refuse logits (B, K) of fewer classes than the data have; returns them. More are not chosen, and do no harm.
+
+    Raises:
+        FairlineError: There are too few.
+    """
+    if logits.shape[1] < data.num_classes:
+        raise FairlineError(f"The model has {logits.shape[1]} outputs, but {data.name} has {data.num_classes} classes.")
+    return logits
 
 
 def logits_of(output: object, model: nn.Module, images: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fairline.audit.accuracy import mean_bootstrap, percentile_interval
 from fairline.audit.base import Row, Subject
 from fairline.audit.functional import Functional
+from fairline.audit.intervals import mean_interval
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 
@@ -234,7 +234,7 @@ def margin(subject: Subject) -> list[Row]:
     """
     logits = _two_or_more(subject)
     values = softmax_margins(logits).numpy()
-    rows = _rows(subject, "margin", values)
+    rows = _rows(subject, "margin", values, most=1)
     means = {row.group: row.value for row in rows if row.measure == "margin"}
     largest = max(value for group, value in means.items() if group != OVERALL)
     sizes = {row.group: row.n for row in rows if row.measure == "margin"}
@@ -243,7 +243,7 @@ def margin(subject: Subject) -> list[Row]:
         for group, value in means.items()
     ]
     if logits.shape[1] == 2:
-        rows += _rows(subject, "proximity", proximities(logits).numpy())
+        rows += _rows(subject, "proximity", proximities(logits).numpy(), most=0.25)
     return rows
 
 
@@ -303,11 +303,10 @@ def _two_or_more(subject: Subject) -> Tensor:
     return logits
 
 
-def _rows(subject: Subject, measure: str, values: Floats) -> list[Row]:
-    """Mean of a per-sample number for each group and overall, correct and wrong apart, with bootstrap intervals."""
+def _rows(subject: Subject, measure: str, values: Floats, most: float = math.inf) -> list[Row]:
+    """Mean of a per-sample number in [0, most] for each group and overall, correct and wrong apart, with limits."""
     subject.samples[measure] = values
     correct = subject.predictions.correct
-    rng = np.random.default_rng(subject.seed)
     rows = []
     everything = np.arange(len(values))
     for name, index in [*subject.group_index(), (OVERALL, everything)]:
@@ -318,8 +317,7 @@ def _rows(subject: Subject, measure: str, values: Floats) -> list[Row]:
             if len(own) == 0:
                 rows.append(Row(name, measure + suffix, math.nan, n=0))
                 continue
-            limits = percentile_interval(mean_bootstrap(own, subject.resamples, rng))
-            rows.append(Row(name, measure + suffix, float(own.mean()), *limits, n=len(own)))
+            rows.append(Row(name, measure + suffix, float(own.mean()), *mean_interval(own, 0, most), n=len(own)))
         if not found.all():
             rows.append(Row(name, f"{measure}_missed", int((~found).sum()), n=len(index)))
     return rows

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fairline.audit import curvature, gradients
-from fairline.audit.accuracy import mean_bootstrap, percentile_interval
 from fairline.audit.base import Row, Subject, predictions
 from fairline.audit.distance import shared_parameters, total_distance
 from fairline.audit.functional import Functional
+from fairline.audit.intervals import mean_interval
 from fairline.audit.lanczos import start_vector
 from fairline.errors import FairlineError
 from fairline.masking import relu_count
@@ -213,8 +213,8 @@ def binary_curvature_bound(
 
     Args:
         subject: The model.
-        samples: Take so many random samples of each group, with 95 % bootstrap limits; all by default. Every sample
-            needs its own eigenvalue. λ_max is then that of the same samples.
+        samples: Take so many random samples of each group, with 95 % limits; all by default. Every sample needs its own
+            eigenvalue. λ_max is then that of the same samples.
         tolerance: Relative error of the eigenvalues.
         max_products: Products for each eigenvalue at most.
 
@@ -238,28 +238,29 @@ def binary_curvature_bound(
         whole = samples is None or samples >= len(positions)
         chosen = positions if whole else np.sort(rng.choice(positions, samples, replace=False))
         index = torch.from_numpy(chosen)
-        parts: list[Terms] = []
-        chunks = index.split(200)
-        for done, chunk in enumerate(chunks, start=1):
-            parts.append(
-                binary_terms(
-                    subject.functional, chunk, tolerance=tolerance, max_products=max_products, seed=subject.seed
-                )
-            )
-            subject.report(f"Proposition 4.5, {name}", done, len(chunks))
-        terms = {key: np.concatenate([getattr(part, key) for part in parts]) for key in ("z1", "z2", "z2_printed")}
-        terms["z_bound"] = terms["z1"] + terms["z2"]
-        limits = {
-            key: (math.nan, math.nan) if whole else percentile_interval(mean_bootstrap(own, subject.resamples, rng))
-            for key, own in terms.items()
-        }
+        terms = _terms_of(subject, name, index, tolerance, max_products)
         bound = float(terms["z_bound"].mean())
         if whole:
             largest = curvature.once(subject, name, "hessian", tolerance).value
         else:
             largest = curvature.group_curvature(subject.functional, index, tolerance=tolerance, seed=subject.seed).value
         n = len(chosen)
-        rows += [Row(name, key, float(own.mean()), *limits[key], n=n) for key, own in terms.items()]
+        for key, own in terms.items():
+            limits = (math.nan, math.nan) if whole else mean_interval(own)
+            rows.append(Row(name, key, float(own.mean()), *limits, n=n))
         rows.append(Row(name, "z_bound_holds", float(largest <= bound), n=n))
         rows.append(Row(name, "z_bound_looseness", bound / largest if largest > 0 else math.nan, n=n))
     return rows
+
+
+def _terms_of(subject: Subject, name: str, index: Tensor, tolerance: float, max_products: int) -> dict[str, Floats]:
+    """Terms of Proposition 4.5 and their sum for samples of a group, (n,) each, telling how far it is."""
+    parts: list[Terms] = []
+    chunks = index.split(200)
+    for done, chunk in enumerate(chunks, start=1):
+        parts.append(
+            binary_terms(subject.functional, chunk, tolerance=tolerance, max_products=max_products, seed=subject.seed)
+        )
+        subject.report(f"Proposition 4.5, {name}", done, len(chunks))
+    terms = {key: np.concatenate([getattr(part, key) for part in parts]) for key in ("z1", "z2", "z2_printed")}
+    return {**terms, "z_bound": terms["z1"] + terms["z2"]}

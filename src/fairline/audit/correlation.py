@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fairline.audit.accuracy import percentile_interval
 from fairline.audit.base import Row, Subject
+from fairline.audit.intervals import percentile_interval
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 

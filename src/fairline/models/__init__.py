@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from fairline.errors import FairlineError
+from fairline.models import own
 
 #: Architecture → (module, function). The function takes num_classes, in_channels, image_size and its options.
 REGISTRY: dict[str, tuple[str, str]] = {
@@ -43,8 +41,8 @@ def build(
         The network, in training mode.
 
     Raises:
-        FairlineError: The name or an option is unknown, or the network does not take images of this size.
-        TypeError: A function of your own failed.
+        FairlineError: The name or an option is unknown, or your own function cannot be imported, raises, or returns
+            something else.
 
     >>> import torch
     >>> network = build("cnn", num_classes=5, image_size=16, width=4)
@@ -55,28 +53,26 @@ def build(
         module, function = REGISTRY[name]
         make: Callable[..., Any] = getattr(importlib.import_module(module), function)
     elif ":" in name:
-        make = _import(name)
+        make = own.find(name)
     else:
         raise FairlineError(
-            f"There is no model '{name}'; choose one of {', '.join(REGISTRY)}, or name your own as module:function."
+            f"There is no model '{name}'; choose one of {', '.join(REGISTRY)}, or name your own as module:function or "
+            "file.py:function."
         )
     sides = image_sides(image_size)
     size = sides[0] if sides[0] == sides[1] else sides
     arguments = {"num_classes": num_classes, "in_channels": in_channels, "image_size": size}
-    known = inspect.signature(make).parameters
+    source = name.rpartition(":")[0]
+    with own.told(f"Model '{name}' cannot be built", source):
+        known = inspect.signature(make).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         for option in options:
             if option not in known:
                 raise FairlineError(f"Model '{name}' knows no option '{option}'; it takes {', '.join(known)}.")
         arguments = {key: value for key, value in arguments.items() if key in known}
-    try:
+    given = "" if size == sides[0] else f" with image_size={size}"
+    with own.told(f"Model '{name}' cannot be built{given}", source):
         model = make(**arguments, **options)
-    except TypeError as error:
-        if isinstance(size, int):
-            raise
-        raise FairlineError(
-            f"Model '{name}' cannot be built with image_size=({size[0]}, {size[1]}): {error}."
-        ) from None
     if not isinstance(model, nn.Module):
         raise FairlineError(f"'{name}' returned a {type(model).__name__}, not an nn.Module.")
     return model
@@ -127,26 +123,6 @@ def rescaled(model: nn.Module, alpha: float, rho: float) -> tuple[nn.Module, dic
         "stem_stride": int(1 / rho) * arguments["stem_stride"],
     }
     return type(model)(**{**arguments, **changed}), changed
-
-
-def _import(name: str) -> Callable[..., Any]:
-    source, _, function = name.rpartition(":")
-    try:
-        if source.endswith(".py"):
-            path = Path(source).resolve()
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            if spec is None or spec.loader is None or not path.exists():
-                raise FairlineError(f"{source} does not exist.")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules.setdefault(path.stem, module)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(source)
-    except ImportError as error:
-        raise FairlineError(f"Model '{name}' cannot be imported ({error}).") from None
-    if not callable(getattr(module, function, None)):
-        raise FairlineError(f"{source} has no function '{function}'.")
-    return cast(Callable[..., Any], getattr(module, function))
 
 
 __all__ = ["REGISTRY", "build", "image_sides", "rescaled"]

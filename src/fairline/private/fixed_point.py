@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fairline.audit.accuracy import wilson_interval
+from fairline.audit.intervals import wilson_interval
 from fairline.data.grouped import OVERALL, GroupedData
 from fairline.errors import FairlineError
 from fairline.private.export import to_graph

@@ -12,7 +12,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from fairline.audit.accuracy import wilson_interval
+from fairline.audit.intervals import wilson_interval
 from fairline.charts import PALETTE, themed
 from fairline.data.grouped import OVERALL
 from fairline.report.figures import (

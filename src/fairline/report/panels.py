@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from fairline.audit.accuracy import relative_drop, student_interval
+from fairline.audit.accuracy import relative_drop
+from fairline.audit.intervals import student_interval
 from fairline.errors import FairlineError
 from fairline.report.figures import METHOD_NAMES, budget_labels
 

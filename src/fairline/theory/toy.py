@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fairline.audit.accuracy import student_interval
+from fairline.audit.intervals import student_interval
 from fairline.errors import FairlineError
 from fairline.masking import mask_relus, masked_relus
 

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fairline._io import resolve_device
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.inference import group_mean, logits_of, predict
+from fairline.inference import group_mean, logits_of, predict, require_classes
 from fairline.objectives.base import Batch, Objective
 from fairline.training.augment import random_crop_and_flip
 from fairline.training.checkpoint import Stateful, restore, save
@@ -63,7 +63,7 @@ class LoopSettings(TypedDict, total=False):
     """Settings of the loop that whoever trains may pass on; :data:`LOOP_DEFAULTS` where nothing is said.
 
     Attributes:
-        batch_size: Samples in a step.
+        batch_size: Samples in a step; a last one that were alone joins the step before.
         augment: Random crops, and flips where ``train.flip`` allows them.
         seed: Of shuffling, augmentation and the model's own randomness.
         device: The accelerator if there is one, by default.
@@ -120,7 +120,7 @@ def run_epochs(
         One :class:`Epoch` for each epoch not already done.
 
     Raises:
-        FairlineError: The loss turns non-finite, or the checkpoint belongs to another run.
+        FairlineError: The loss turns non-finite, the checkpoint is another run's, or outputs do not fit the data.
     """
     chosen = LOOP_DEFAULTS | settings
     run = _Run(model, train, epochs, optimizer, objective, scheduler, teacher, penalty, stage, stateful, **chosen)
@@ -175,6 +175,7 @@ class _Run:
         self.memory_format = torch.channels_last if self.on_gpu else torch.contiguous_format
         self.model.to(self.where, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.train = self.train.to(self.where)
+        self.batch_sizes = _batch_sizes(len(self.train), self.batch_size)
         self.generator = torch.Generator().manual_seed(self.seed)
         self.parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "objective": self.objective}
         self.parts |= self.stateful or {}
@@ -207,7 +208,6 @@ class _Run:
         """One pass over the training part, a step a batch; means of the objective and of the penalty over samples."""
         self.model.train()
         total, total_penalty = torch.zeros((), device=self.where), torch.zeros((), device=self.where)
-        batches = math.ceil(len(self.train) / self.batch_size)
         for step, batch in enumerate(self.batches(), start=1):
             logits, teacher_logits = self.forward(batch)
             loss = self.objective.reduce(self.objective.losses(logits, teacher_logits, batch), batch)
@@ -220,6 +220,7 @@ class _Run:
             loss.backward()
             self.optimizer.step()
             if self.progress is not None:
+                batches = len(self.batch_sizes)
                 done = (epoch - 1) * batches + step
                 self.progress(Progress(self.stage, done, self.epochs * batches, self.message))
         # Once an epoch: asking earlier would wait for the device at every step.
@@ -234,7 +235,7 @@ class _Run:
     def batches(self) -> Iterator[Batch]:
         """The training part once, in random order, normalised and augmented."""
         order = torch.randperm(len(self.train), generator=self.generator).to(self.where)
-        for index in order.split(self.batch_size):
+        for index in order.split(self.batch_sizes):
             images = self.train.normalized(index)
             if self.augment:
                 images = random_crop_and_flip(images, self.generator, flip=self.train.flip)
@@ -244,13 +245,31 @@ class _Run:
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Logits (B, K) of the model, and of the teacher if there is one."""
         with torch.autocast(self.where.type, torch.bfloat16, enabled=self.on_gpu):
-            logits = logits_of(self.model(batch.images), self.model, batch.images).float()
-            if self.teacher_logits is not None:
-                return logits, self.teacher_logits[batch.index]
+            logits = self.logits(self.model, batch)
             if self.teacher is None:
                 return logits, None
             with torch.no_grad():
-                return logits, logits_of(self.teacher(batch.images), self.teacher, batch.images).float()
+                known = self.teacher_logits
+                teacher_logits = self.logits(self.teacher, batch) if known is None else known[batch.index]
+        if logits.shape != teacher_logits.shape:
+            raise FairlineError(
+                f"{type(self.model).__name__} has {logits.shape[1]} outputs, but its teacher "
+                f"{type(self.teacher).__name__} has {teacher_logits.shape[1]}."
+            )
+        return logits, teacher_logits
+
+    def logits(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Logits (B, K) of a network, of all classes of the data at least."""
+        try:
+            output = network(batch.images)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise FairlineError(
+                f"{type(network).__name__} normalises over the images of a batch and cannot train on one alone; "
+                f"batch_size is {self.batch_size}, and {self.train.name} has {len(self.train)} training images."
+            ) from None
+        return require_classes(logits_of(output, network, batch.images).float(), self.train)
 
     def tell_objective(self, epoch: int) -> None:
         """Show an objective that asks for them the losses over the whole training part."""
@@ -280,6 +299,18 @@ class _Run:
         """Write the checkpoint, where there is one."""
         if self.checkpoint is not None:
             save(Path(self.checkpoint), self.parts, self.generator, epoch)
+
+
+def _batch_sizes(images: int, batch_size: int) -> list[int]:
+    """Sizes of an epoch's batches; a last image that were alone joins the batch before, as BatchNorm needs two.
+
+    >>> _batch_sizes(9, 4), _batch_sizes(10, 4), _batch_sizes(2, 1)
+    ([4, 5], [4, 4, 2], [1, 1])
+    """
+    full, rest = divmod(images, batch_size)
+    if rest == 1 and full and batch_size > 1:
+        return [batch_size] * (full - 1) + [batch_size + 1]
+    return [batch_size] * full + [rest] * (rest > 0)
 
 
 def _group_losses(
