@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from fairline._io import resolve_device, write_table
-from fairline.audit.comparison import BASE, WORST, Scored, compare
+from fairline.audit.comparison import BASE, Scored, compare
+from fairline.data.grouped import WORST
 from fairline.errors import FairlineError
 from fairline.inference import predict
 from fairline.jobs._common import STUDENTS, do_once, lineage_of, load_parts, open_runs, require_bootstrap
