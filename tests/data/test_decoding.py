@@ -116,6 +116,8 @@ def test_tiffs_of_other_numbers():
     assert np.array_equal(decode_image(tiff(ramp, sample_format=3, photometric=0))[..., 0], 255 - expected)
     deep = (ramp * 65535).astype("<u2")
     assert np.array_equal(decode_image(tiff(deep, photometric=0))[..., 0], 255 - np.rint(deep / 257).astype(np.uint8))
+    with pytest.raises(UnusableImage, match="would be white: its largest value is 4095 of 65535"):
+        decode_image(tiff(deep // 16, photometric=0))
     for values, kind, message in [
         (255 * ramp, 3, "values from 0 to 255, outside of 0 .black. to 1 .white."),
         (ramp - 0.5, 3, "values from -0.5 to 0.5, outside"),

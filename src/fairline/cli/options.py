@@ -45,7 +45,9 @@ Groups = Annotated[
 ]
 DataOption = Annotated[
     list[str] | None,
-    typer.Option("--data-option", metavar="KEY=VALUE", help="Further option of the data set, e.g. image_size=64."),
+    typer.Option(
+        "--data-option", metavar="KEY=VALUE", help="Further option of the data set, e.g. image_size=64 or 48x64."
+    ),
 ]
 Unbalanced = Annotated[
     bool | None,

@@ -72,11 +72,18 @@ def data(
     spec = data_spec(name, root, groups, unbalanced, data_option, seed)
     with err_console.status(Text(f"reading {name}")):
         whole = registry.load(spec.name, spec.root, **spec.options)
-        parts = dict(zip(("train", "val", "test"), whole.split(seed), strict=True))
     shape = "×".join(map(str, whole.images.shape[1:]))
     out_console.print(
         f"{whole.name}: {len(whole):,} images of {shape}, {whole.num_classes} classes, {whole.num_groups} groups"
     )
+    if whole.skipped:
+        out_console.print(f"{len(whole.skipped)} files were skipped:")
+        for item in whole.skipped[:20]:
+            out_console.print(f"  {item.file}: {item.reason}", markup=False, highlight=False)
+        if len(whole.skipped) > 20:
+            out_console.print(f"  … and {len(whole.skipped) - 20} more")
+    # After the list: it may tell why a group is too small to be split.
+    parts = dict(zip(("train", "val", "test"), whole.split(seed), strict=True))
     counts = whole.counts().assign(**{part: chosen.counts()["n"] for part, chosen in parts.items()})
     print_frame(
         counts,
@@ -85,12 +92,6 @@ def data(
     )
     if not whole.groups_are_classes:
         print_frame(whole.counts(by="class"), "images by group and class", {})
-    if whole.skipped:
-        out_console.print(f"{len(whole.skipped)} files were skipped:")
-        for item in whole.skipped[:20]:
-            out_console.print(f"  {item.file}: {item.reason}", highlight=False)
-        if len(whole.skipped) > 20:
-            out_console.print(f"  … and {len(whole.skipped) - 20} more")
 
 
 @app.command()

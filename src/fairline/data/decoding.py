@@ -175,14 +175,16 @@ def _scaled(picture: Image.Image, tags: dict[int, Any], white: float | None) -> 
     low, high = float(values.min()), float(values.max())
     if not np.isfinite(values).all():
         raise UnusableImage("has values that are not finite")
+    inverted = tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO
     given, white = white, white or _white(picture.mode, tags)
     if white is None:
         raise UnusableImage(f"has values from {low:g} to {high:g} and does not tell which is white")
     if low < 0 or high > white:
         raise UnusableImage(f"has values from {low:g} to {high:g}, outside of 0 (black) to {white:g} (white)")
     if given is None and picture.mode != "F" and high < _VISIBLE * white:
-        raise UnusableImage(f"would be black: its largest value is {high:g}, and white is {white:g}")
-    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        blank = "white" if inverted else "black"
+        raise UnusableImage(f"would be {blank}: its largest value is {high:g} of {white:g}")
+    if inverted:
         values = white - values
     return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
 
@@ -207,7 +209,7 @@ def _require_visible_colours(picture: Image.Image, white: float | None) -> None:
         raise UnusableImage("has colours of 16 bits, which are read as RGB with a white of 65535 alone")
     colours = picture.split()[: 1 if picture.mode == "LA" else 3]
     if max(int(np.asarray(colour).max()) for colour in colours) < _VISIBLE * 255:
-        raise UnusableImage("would be black: no colour reaches 4096, and white is 65535")
+        raise UnusableImage("would be black: no colour reaches 4096 of 65535")
 
 
 def _opaque(picture: Image.Image) -> Image.Image:

@@ -92,9 +92,7 @@ def train_job(
 def _model_for(data: GroupedData, model: str, options: Mapping[str, Any] | None) -> ModelSpec:
     """The architecture for images and classes of these data."""
     _, channels, height, width = data.images.shape
-    if height != width:
-        raise FairlineError(f"{data.name}: images are {height}×{width}; square ones are needed.")
-    return ModelSpec(model, data.num_classes, channels, height, dict(options or {}))
+    return ModelSpec(model, data.num_classes, channels, (height, width), dict(options or {}))
 
 
 def _started(spec: ModelSpec, weights: str | Path | None, seed: int) -> nn.Module:
