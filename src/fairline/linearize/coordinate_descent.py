@@ -24,7 +24,7 @@ from fairline.errors import FairlineError
 from fairline.inference import logits_of
 from fairline.linearize.base import Linearized, resolve_budgets
 from fairline.linearize.surrogates import require_surrogate, start_masked
-from fairline.masking import Surrogate, masked_graph, masked_relus, relu_count
+from fairline.masking import Surrogate, copy_model, masked_graph, masked_relus, relu_count
 from fairline.objectives.base import Batch, Objective
 from fairline.objectives.erm import ERM
 from fairline.training import Progress, ProgressCallback, run_epochs
@@ -106,7 +106,7 @@ class CoordinateDescent:
             FairlineError: A budget is impossible, the model has no ReLU, or there are too few images to set any aside.
         """
         where = resolve_device(device)
-        teacher = copy.deepcopy(model).to(where).eval()
+        teacher = copy_model(model).to(where).eval()
         student = start_masked(model, train, self.surrogate, where, seed=self.seed)
         total = relu_count(student)
         pending = resolve_budgets(budgets, total)
@@ -130,7 +130,7 @@ class CoordinateDescent:
             student.load_state_dict(state["model"])
             rows, done = state["rows"], state["round"]
             for budget in [b for b in pending if b >= relu_count(student)]:
-                snapshot = copy.deepcopy(student)
+                snapshot = copy_model(student)
                 snapshot.load_state_dict(load_state(file.with_name(f"snapshot-{budget}.safetensors")))
                 yield self._cut(snapshot, budget, total, rows, history)
                 pending.remove(budget)
@@ -224,7 +224,7 @@ class CoordinateDescent:
     ) -> Linearized:
         if history is not None:
             history[:] = rows
-        cut = copy.deepcopy(student)
+        cut = copy_model(student)
         return Linearized(cut, budget, relu_count(cut), total, self.name, self.seed, {"reached": True})
 
 

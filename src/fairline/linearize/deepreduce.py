@@ -11,7 +11,6 @@ Together they make a ladder of configurations; :meth:`DeepReDuce.ladder` lists i
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from fairline.errors import FairlineError
 from fairline.inference import predict
 from fairline.linearize.base import Linearized, resolve_budgets
 from fairline.linearize.surrogates import fit_quadratics, require_surrogate, start_masked
-from fairline.masking import Surrogate, mask_relus, masked_graph, masked_relus, relu_count
+from fairline.masking import Surrogate, copy_model, mask_relus, masked_graph, masked_relus, relu_count
 from fairline.models import rescaled
 from fairline.objectives.erm import ERM
 from fairline.training import ProgressCallback, finetune, named_stage
@@ -176,7 +175,7 @@ class DeepReDuce:
             rung = next(rung for rung in rungs if rung.relus <= budget)
             info: dict[str, Any] = {"configuration": rung.label, "reached": True}
             if rung.alpha == 1 and rung.rho == 1:
-                student = copy.deepcopy(start)
+                student = copy_model(start)
                 self._switch_off(student, rung)
             else:
                 student, info["model_options"] = self._reshaped(model, rung, train, where, progress, folder)
@@ -241,10 +240,10 @@ class DeepReDuce:
         measuring, training = train.select(shuffled[:aside]), train.select(shuffled[aside:])
         start = start_masked(model, training, self.surrogate, where, seed=self.seed)
         stages = stages_of(start, self.stages)
-        teacher = copy.deepcopy(model)
+        teacher = copy_model(model)
         rows = []
         for name, own in stages.items():
-            student = copy.deepcopy(start)
+            student = copy_model(start)
             for layer_name, layer in masked_relus(student).items():
                 layer.set_mask(torch.full(layer.shape, layer_name in own))
             finetune(
@@ -374,7 +373,7 @@ class DeepReDuce:
             fit_quadratics(student, train.to(device), seed=self.seed)
         finetune(
             student,
-            copy.deepcopy(model),
+            copy_model(model),
             train,
             epochs=self.reshape_epochs,
             lr=self.reshape_lr,

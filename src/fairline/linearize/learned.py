@@ -5,7 +5,6 @@ Since the price only grows, one run passes every budget on its way down, and eac
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from fairline.masking import (
     Granularity,
     MaskedReLU,
     Surrogate,
+    copy_model,
     keep_largest,
     masked_relus,
     relu_count,
@@ -166,13 +166,13 @@ class MaskLearning:
         """
         device = resolve_device(device)
         folder = None if checkpoint is None else Path(checkpoint)
-        teacher = copy.deepcopy(model).to(device)
+        teacher = copy_model(model).to(device)
         student = start_masked(model, train, self.surrogate, device, seed=self.seed)
         total = relu_count(student)
         pending = resolve_budgets(budgets, total)
         self.prepare(student)
         layers = masked_relus(student)
-        frozen = copy.deepcopy(student)
+        frozen = copy_model(student)
         scale = self.price_scale(total)
 
         def penalty() -> Tensor:
@@ -221,7 +221,7 @@ class MaskLearning:
 
         def cut(budget: int) -> Linearized:
             file = None if folder is None else folder / f"snapshot-{budget}.safetensors"
-            snapshot = copy.deepcopy(frozen).to(device)
+            snapshot = copy_model(frozen).to(device)
             if file is not None and file.exists():
                 tensors, saved = load_tensors(file)
                 snapshot.load_state_dict(tensors)

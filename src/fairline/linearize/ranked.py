@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from fairline._io import resolve_device
 from fairline.data.grouped import GroupedData
 from fairline.linearize.base import Linearized, resolve_budgets
 from fairline.linearize.surrogates import require_surrogate, start_masked
-from fairline.masking import Surrogate, masked_relus, relu_count
+from fairline.masking import Surrogate, copy_model, masked_relus, relu_count
 from fairline.training import Progress, ProgressCallback
 
 
@@ -67,13 +66,13 @@ class Ranked:
         masked = start_masked(model, train, self.surrogate, where, seed=self.seed)
         total = relu_count(masked)
         counts = resolve_budgets(budgets, total)
-        found = self.scores(copy.deepcopy(masked).eval(), train.to(where))
+        found = self.scores(copy_model(masked).eval(), train.to(where))
         flat = torch.cat([found[name].detach().flatten().cpu().double() for name in masked_relus(masked)])
         # A random order first, so that ties do not favour the first layers.
         shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))
         order = shuffled[torch.sort(flat[shuffled], descending=True, stable=True).indices]
         for position, budget in enumerate(counts, start=1):
-            cut = copy.deepcopy(masked)
+            cut = copy_model(masked)
             kept = torch.zeros(total, dtype=torch.bool)
             kept[order[:budget]] = True
             start = 0

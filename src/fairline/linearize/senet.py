@@ -47,7 +47,7 @@ from fairline.errors import FairlineError
 from fairline.linearize.activations import each_activation
 from fairline.linearize.base import Linearized, resolve_budgets
 from fairline.linearize.surrogates import require_surrogate, start_masked
-from fairline.masking import Granularity, MaskedReLU, Surrogate, masked_graph, masked_relus, relu_count
+from fairline.masking import Granularity, MaskedReLU, Surrogate, copy_model, masked_graph, masked_relus, relu_count
 from fairline.objectives.base import Objective
 from fairline.objectives.erm import ERM
 from fairline.training import Epoch, History, ProgressCallback, run_epochs
@@ -140,12 +140,12 @@ class SENet:
         pending = resolve_budgets(budgets, total)
         sources = weights_before(start)
         train = train.to(where)
-        run = _Runs(self, copy.deepcopy(model).to(where).eval(), train, where, progress)
+        run = _Runs(self, copy_model(model).to(where).eval(), train, where, progress)
         densities = None
 
         for budget in pending:
             file = None if folder is None else folder / f"snapshot-{budget}.safetensors"
-            student = copy.deepcopy(start)
+            student = copy_model(start)
             info: dict[str, Any] = {"reached": True}
             if file is not None and file.exists():
                 tensors, saved = load_tensors(file)
@@ -180,7 +180,7 @@ class SENet:
         file = None if folder is None else folder / "densities.safetensors"
         if file is not None and file.exists():
             return dict(load_state(file)["densities"])
-        pruned = copy.deepcopy(model)
+        pruned = copy_model(model)
         names = sorted({name for own in sources.values() for name in own})
         weights = [(pruned.get_submodule(name), "weight") for name in names]
         for module, parameter in weights:
