@@ -259,7 +259,7 @@ def resolve_budgets(budgets: Sequence[float], total: int) -> list[int]:
     """
     counts = set()
     for budget in budgets:
-        is_count = isinstance(budget, Integral) and not isinstance(budget, bool)
+        is_count = _is_integer(budget)
         count = int(budget) if is_count else float(budget) * total
         if not (0 <= count <= total):
             what = f"{budget} ReLUs" if is_count else f"the fraction {budget}"
@@ -268,3 +268,7 @@ def resolve_budgets(budgets: Sequence[float], total: int) -> list[int]:
     if not counts:
         raise FairlineError("No ReLU budget was given.")
     return sorted(counts, reverse=True)
+
+
+def _is_integer(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)

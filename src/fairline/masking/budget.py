@@ -94,10 +94,10 @@ def fullest(sizes: Sequence[int], budget: int) -> Tensor:
     """
     if sum(sizes) <= budget:
         return torch.ones(len(sizes), dtype=torch.bool)
-    if max(sizes) == 1:
-        return torch.arange(len(sizes)) < budget
     unit = math.gcd(*sizes)
     sizes, budget = [size // unit for size in sizes], budget // unit
+    if max(sizes) == 1:
+        return torch.arange(len(sizes)) < budget
     # Subset sums as the bits of an integer: those of every stretch-th tail, the others again when they are needed.
     stretch = math.isqrt(len(sizes)) + 1
     tails = {len(sizes): 1}
