@@ -10,6 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -239,7 +240,7 @@ def resolve_budgets(budgets: Sequence[float], total: int) -> list[int]:
     """ReLU counts, from the largest to the smallest, each once.
 
     Args:
-        budgets: A float in [0, 1] is a fraction of ``total``, an int a count.
+        budgets: A float in [0, 1] is a fraction of ``total``, an int a count; NumPy's numbers are what they are named.
         total: ReLUs of the whole network.
 
     Returns:
@@ -258,8 +259,8 @@ def resolve_budgets(budgets: Sequence[float], total: int) -> list[int]:
     """
     counts = set()
     for budget in budgets:
-        is_count = isinstance(budget, int) and not isinstance(budget, bool)
-        count = int(budget) if is_count else budget * total
+        is_count = _is_integer(budget)
+        count = int(budget) if is_count else float(budget) * total
         if not (0 <= count <= total):
             what = f"{budget} ReLUs" if is_count else f"the fraction {budget}"
             raise FairlineError(f"A budget of {what} is impossible: the network has {total} ReLUs.")
@@ -267,3 +268,7 @@ def resolve_budgets(budgets: Sequence[float], total: int) -> list[int]:
     if not counts:
         raise FairlineError("No ReLU budget was given.")
     return sorted(counts, reverse=True)
+
+
+def _is_integer(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)

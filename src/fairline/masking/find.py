@@ -98,7 +98,7 @@ def _mask_relus(model: nn.Module, example: Tensor) -> nn.Module:
     if found is not None:
         raise FairlineError(f"{type(model).__name__} {found} once it is masked.")
     others = passes[0][0]
-    if any(kind in ACTIVATIONS for kind, _ in others.others):
+    if ACTIVATIONS & others.others.keys():
         logger.warning("%s: masks act on its ReLUs alone%s", type(model).__name__, _others(others))
     return masked
 
@@ -135,7 +135,8 @@ def _separate(model: nn.Module) -> None:
             if child is None or not is_plain_relu(child):
                 continue
             if id(child) in seen:
-                module._modules[name] = copy.copy(child)
+                module._modules[name] = twin = copy.copy(child)
+                vars(twin).update({key: copy.copy(value) for key, value in vars(child).items()})
             seen.add(id(child))
 
 
@@ -348,11 +349,9 @@ def _require_lines(name: str, scope: str, evaluated: Iterable[Call], trained: Se
 
 def _others(seen: Seen) -> str:
     """What else is nonlinear, and where."""
-    where: dict[str, list[str]] = {}
-    for kind, path in seen.others:
-        where.setdefault(kind, []).append(path)
     texts = []
-    for kind, paths in where.items():
+    for paths in seen.others.values():
+        path, label = next(iter(paths.items()))
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        texts.append(f"{kind} (in '{paths[0] or 'forward'}'{more})")
+        texts.append(f"{label} ('{path or 'forward'}'{more})")
     return f"; other nonlinear functions stay as they are: {', '.join(texts)}" if texts else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -179,13 +179,13 @@ class Seen:
     Attributes:
         calls: Of ReLUs, in order.
         hidden: Path and class of modules with ReLUs inside one of torch's operators.
-        others: How often each other nonlinear function ran where: (name, path) → calls.
+        others: Where each other nonlinear function ran: function → path → name of the function or of torch's module.
         turns: Calls of each module, by its path.
     """
 
     calls: list[Call] = field(default_factory=list)
     hidden: dict[str, str] = field(default_factory=dict)
-    others: Counter[tuple[str, str]] = field(default_factory=Counter)
+    others: defaultdict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
     turns: Counter[str] = field(default_factory=Counter)
 
 
@@ -307,8 +307,11 @@ class _Functions(TorchFunctionMode):
             if name.startswith("rnn_relu"):
                 self.reach.note_hidden()
             elif name in OTHERS and any(self.reach.holds(each) for each in _tensors((args, kwargs))):
-                path = next((self.paths[id(each)] for each in caller().modules if id(each) in self.paths), "")
-                self.seen.others[name, path] += 1
+                modules = caller().modules
+                path = next((self.paths[id(each)] for each in modules if id(each) in self.paths), "")
+                kind = type(modules[0]) if modules else nn.Module
+                own = kind.__module__ in ("torch.nn.modules.activation", "torch.nn.modules.pooling")
+                self.seen.others[name].setdefault(path, kind.__name__ if own else name)
             return func(*args, **kwargs)
         self.note(*found)
         self.reach.in_function = True

@@ -41,8 +41,8 @@ def build(
         The network, in training mode.
 
     Raises:
-        FairlineError: The name or an option is unknown, or your own function cannot be imported, raises, or returns
-            something else.
+        FairlineError: The name or an option is unknown, the network does not take images of this size, or your own
+            function cannot be imported, raises, or returns something else.
 
     >>> import torch
     >>> network = build("cnn", num_classes=5, image_size=16, width=4)
@@ -63,15 +63,15 @@ def build(
     size = sides[0] if sides[0] == sides[1] else sides
     arguments = {"num_classes": num_classes, "in_channels": in_channels, "image_size": size}
     source = name.rpartition(":")[0]
-    with own.told(f"Model '{name}' cannot be built", source):
+    failed = f"Model '{name}' cannot be built" + ("" if isinstance(size, int) else f" with image_size={size}")
+    with own.told(failed, source):
         known = inspect.signature(make).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         for option in options:
             if option not in known:
                 raise FairlineError(f"Model '{name}' knows no option '{option}'; it takes {', '.join(known)}.")
         arguments = {key: value for key, value in arguments.items() if key in known}
-    given = "" if size == sides[0] else f" with image_size={size}"
-    with own.told(f"Model '{name}' cannot be built{given}", source):
+    with own.told(failed, source):
         model = make(**arguments, **options)
     if not isinstance(model, nn.Module):
         raise FairlineError(f"'{name}' returned a {type(model).__name__}, not an nn.Module.")
