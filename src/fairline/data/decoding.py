@@ -34,6 +34,8 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF"
 
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
+#: Markers of a JPEG 2000 codestream (ITU-T T.800, Table A.1), which its data cannot contain.
+_START_OF_DATA, _END_OF_CODE = b"\xff\x93", b"\xff\xd9"
 #: A 16-bit picture whose brightest value is below this share of white is black in eight bits.
 _VISIBLE = 1 / 16
 
@@ -146,9 +148,13 @@ def _open(source: bytes | Pixels | Image.Image) -> Image.Image:
         raise UnusableImage("file is empty")
     Image.init()
     try:
-        return Image.open(io.BytesIO(source), formats=[name for name in FORMATS if name in Image.OPEN])
+        opened = Image.open(io.BytesIO(source), formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:
         raise UnusableImage(f"not a readable image (it begins with {source[:12]!r})") from None
+    if opened.format == "JPEG2000" and source.rfind(_END_OF_CODE) <= source.find(_START_OF_DATA):
+        # OpenJPEG fills what is missing with black.
+        raise UnusableImage("not a readable image (it is cut short)")
+    return opened
 
 
 def _upright(opened: Image.Image, white: float | None) -> Image.Image:
