@@ -38,7 +38,8 @@ class Ranked(Linearizer):
         """Score of every unit of each masked layer, of the mask's shape; larger ones are kept.
 
         Args:
-            model: With all masks 1, in evaluation mode; may be changed.
+            model: Masked as it is given, in evaluation mode; may be changed. What it has cut already stays cut,
+                whatever its score.
             train: Training part, on the model's device.
         """
 
@@ -65,9 +66,11 @@ class Ranked(Linearizer):
             yield Cut(budget, network)
 
     def _ranking(self, run: Linearization) -> Tensor:
-        """Positions of all ReLUs, from the largest score on; int64, (total,)."""
+        """Positions of the ReLUs that are there, from the largest score on; int64, (open,)."""
         found = self.scores(copy.deepcopy(run.student).eval(), run.train)
         flat = torch.cat([found[name].detach().flatten().cpu().double() for name in masked_relus(run.student)])
         # A random order first, so that ties do not favour the first layers.
         shuffled = torch.randperm(run.total, generator=torch.Generator().manual_seed(self.seed))
-        return shuffled[torch.sort(flat[shuffled], descending=True, stable=True).indices]
+        order = shuffled[torch.sort(flat[shuffled], descending=True, stable=True).indices]
+        there = torch.cat([layer.kept.flatten().cpu() for layer in masked_relus(run.student).values()])
+        return order[there[order]]
