@@ -219,5 +219,5 @@ def test_a_model_without_relus(parts):
 def test_defaults_are_the_published_ones():
     snl = SNL()
     assert (snl.lam, snl.growth, snl.patience, snl.threshold) == (1e-5, 1.1, 5, 1e-2)
-    assert (snl.lr, snl.temperature, snl.batch_size, snl.max_epochs) == (1e-3, 4.0, 256, 2000)
+    assert (snl.lr, snl.temperature, snl.batch_size, snl.max_epochs) == (1e-3, 4.0, 128, 2000)
     assert list(itertools.islice(resolve_budgets([0.5], 10), 1)) == [5]

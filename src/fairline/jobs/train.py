@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from fairline._io import resolve_device
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.jobs._common import do_once
-from fairline.masking import mask_relus, masked_relus
+from fairline.masking import copy_model, mask_relus, masked_relus
 from fairline.masking.published import take_over_published
 from fairline.runs import (
     DataSpec,
@@ -69,7 +68,7 @@ def train_job(
     trains = settings.get("epochs") != 0
     if weights is None and not trains:
         raise FairlineError("A network that is not trained (epochs 0) needs weights.")
-    if take_over_published(copy.deepcopy(network), model_spec.example()):
+    if take_over_published(copy_model(network), model_spec.example()):
         network = mask_relus(network, model_spec.example())
     relus = count_relus(network, model_spec)
     total = sum(layer.kept.numel() for layer in masked_relus(network).values()) or relus
