@@ -26,13 +26,11 @@ class CountReLUs(TorchDispatchMode):
 
 
 def count_relus(model: nn.Module, images: Tensor) -> int:
-    """ReLUs for each image in evaluation mode, those that no image reaches among them."""
+    """ReLUs of all images together in evaluation mode, those that no image reaches among them."""
     counter = CountReLUs()
     with torch.no_grad(), counter:
         copy.deepcopy(model).eval()(images.clone())
-    units, rest = divmod(counter.units, len(images))
-    assert rest == 0
-    return units
+    return counter.units
 
 
 def everything(model: nn.Module, images: Tensor, *, training: bool, seed: int) -> dict[str, Tensor | None]:
