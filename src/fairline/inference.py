@@ -44,7 +44,14 @@ def predict(
 
 
 def require_classes(logits: Tensor, data: GroupedData) -> Tensor:
-    """Refuse logits (B, K) of fewer classes than the data have; returns them. More are not chosen, and do no harm.
+    """Refuse logits (B, K) of fewer classes than the data have. More are not chosen, and do no harm.
+
+    Args:
+        logits: Of a network.
+        data: Its classes are counted.
+
+    Returns:
+        The logits.
 
     Raises:
         FairlineError: There are too few.

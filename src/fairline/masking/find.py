@@ -176,6 +176,9 @@ def _missed(masked: nn.Module, images: Tensor, *, varies: bool) -> str | None:
         masked: The masked model.
         images: (B, …).
         varies: Whether other images may call other ReLUs.
+
+    Returns:
+        What is wrong; None if nothing is.
     """
     masked = copy_model(masked).eval()
     layers = masked_relus(masked)
