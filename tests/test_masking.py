@@ -18,8 +18,9 @@ from fairline.masking import (
     relu_count,
     save_masks,
 )
+from fairline.masking.budget import fullest
 from fairline.models import build
-from tests.reference.masking import masked_relu
+from tests.reference.masking import fullest_of_all, masked_relu
 
 
 def fixed(mask: torch.Tensor) -> MaskedReLU:
@@ -333,6 +334,44 @@ def test_channels_are_kept_whole_and_fit_the_budget():
     assert masked_relus(model)["1"].kept.tolist() == [[[False] * 3], [[True] * 3]]
     assert keep_largest(soft([0.7], "layer"), 5) == 0
     assert keep_largest(soft([0.7], "layer"), 6) == 6
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=9), budget=st.integers(0, 80), unit=st.integers(1, 16))
+def test_the_most_that_fits_and_the_first_that_can_be(sizes, budget, unit):
+    """Against all choices: the largest sum, then the first entry, then the second, …"""
+    sizes = [unit * size for size in sizes]
+    assert tuple(fullest(sizes, budget).tolist()) == fullest_of_all(sizes, budget)
+
+
+def test_many_entries_of_unequal_size_fill_a_budget():
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([1024, 256, 64, 15])[torch.randint(0, 4, (4000,), generator=generator)].tolist()
+    kept = fullest(sizes, 491_527)
+    assert int((torch.tensor(sizes) * kept).sum()) == 491_527
+    # Only the last entries give way: greedily, the first are kept as well.
+    greedy = int((torch.tensor(sizes).cumsum(0) <= 491_527).sum())
+    assert kept[: greedy - 100].all()
+
+
+@pytest.mark.parametrize("granularity", ["pixel", "channel", "layer"])
+def test_what_was_cut_before_learning_stays_cut(granularity):
+    model = mask_relus(nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU()), torch.zeros(1, 1, 2, 2))
+    layer = masked_relus(model)["1"]
+    cut = torch.tensor([[[1, 0], [1, 1]], [[0, 0], [0, 0]], [[0, 0], [0, 1]]], dtype=torch.bool)
+    layer.set_mask(cut)
+    x = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    before = model(x)
+    weight = layer.learn(granularity)
+    torch.testing.assert_close(model(x), before)
+    model(x).square().sum().backward()
+    assert (weight.grad[layer.covered() == 0] == 0).all()
+    assert int(layer.covered().sum()) == 4
+    with torch.no_grad():
+        weight.fill_(1.0)
+    torch.testing.assert_close(model(x), before)
+    assert keep_largest(model, 12) == 4
+    assert torch.equal(masked_relus(model)["1"].kept, cut)
 
 
 def test_masks_survive_a_file_and_refuse_another_model(tmp_path):

@@ -44,14 +44,14 @@ def predict(
 
 
 def require_classes(logits: Tensor, data: GroupedData) -> Tensor:
-    """Refuse logits of fewer classes than the data have. More than that are never right, and do no harm.
+    """Refuse logits (B, K) of fewer classes than the data have. More are not chosen, and do no harm.
 
     Args:
-        logits: (B, K).
-        data: With its classes.
+        logits: Of a network.
+        data: Its classes are counted.
 
     Returns:
-        The logits themselves.
+        The logits.
 
     Raises:
         FairlineError: There are too few.

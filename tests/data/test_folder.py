@@ -193,6 +193,7 @@ def test_what_is_not_listed_or_wholly_lost_is_told(tmp_path, caplog):
     folder = write(tmp_path, rows)
     (folder / "1.png").write_bytes(b"")
     (folder / "extra.JPG").write_bytes(b"")
+    (folder / "._0.png").write_bytes(b"")
     with caplog.at_level(logging.WARNING):
         assert load("folder", folder).class_names == ("a",)
     assert "no image of label 'b' can be used" in caplog.text
@@ -301,6 +302,16 @@ def test_sizes(tmp_path, size, shape):
 def test_no_sizes(tmp_path, size):
     with pytest.raises(FairlineError, match=r"image_size is pixels \(32\) or HEIGHTxWIDTH"):
         load("folder", write(tmp_path, rows_of(["a"])), image_size=size)
+
+
+def test_columns_that_the_command_line_reads_as_numbers(tmp_path):
+    rows = [
+        {"file_name": "0.png", "1": "a", "2": "g", "3": "test"},
+        {"file_name": "1.png", "1": "b", "2": "h", "3": ""},
+    ]
+    data = load("folder", write(tmp_path, rows), label=1, groups=2, split=3)
+    assert (names_of(data, "class"), names_of(data)) == (["a", "b"], ["g", "h"])
+    assert data.official_test.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("option", ["image_size", "groups", "label", "split", "metadata", "flip", "white"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from tests.reference.autorep import Gate
 from tests.reference.snl import learn_masks
 
 TOTAL = 4 * 64 + 8 * 16 + 16 * 4
-FAST = {"lam": 60.0, "lr": 1e-3, "mask_lr": 0.02, "batch_size": 32, "max_epochs": 30}
+FAST = {"lam": 60.0, "lr": 1e-3, "mask_lr": 0.02, "hold": 3, "batch_size": 32, "max_epochs": 40}
 
 
 def kept(model):
@@ -115,10 +116,67 @@ def test_budgets_are_exact_and_surrogates_quadratic(parts, trained):
     assert cuts[1].info["reached"]
 
 
+def test_the_run_stays_at_each_budget(parts, trained):
+    """There ReLUs change places, nothing is charged, and learning rates fall."""
+    history: list[dict[str, float]] = []
+    settings = {"lam": 1.0, "lr": 1e-3, "mask_lr": 0.01, "batch_size": 8, "hold": 8}
+    cuts = list(AutoReP(**settings).linearize(trained, parts[0], [0.5, 0.2], history=history))
+    epochs = [cut.info["epoch"] for cut in cuts]
+    assert [cut.info["reached"] for cut in cuts] == [True, True]
+    assert epochs[-1] == len(history)
+    counts = [row["relus"] for row in history]
+    crossed = [next(epoch for epoch, count in enumerate(counts, 1) if count <= cut.budget) for cut in cuts]
+    assert epochs == [epoch + 8 for epoch in crossed]
+    for start, stop, cut in zip(crossed, epochs, cuts, strict=True):
+        # Masks would go on falling.
+        assert all(0.5 * cut.budget < count < 1.1 * cut.budget for count in counts[start : stop - 1])
+        rates = [row["learning_rate"] for row in history[start - 1 : stop]]
+        assert rates[0] == pytest.approx(1e-3)
+        assert rates == sorted(rates, reverse=True)
+        assert len(set(rates)) > 6
+    # Masks are then further from those that were drawn.
+    (early,) = AutoReP(**{**settings, "hold": 0}).linearize(trained, parts[0], [0.5])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([torch.rand(n, generator=generator) for n in (256, 128, 64)])
+    largest = torch.zeros(TOTAL, dtype=torch.bool)
+    largest[drawn.argsort(descending=True)[:224]] = True
+    assert (kept(cuts[0].model) & largest).sum() < (kept(early.model) & largest).sum()
+
+
+def test_the_charge_and_its_gradient():
+    share = torch.tensor(100.0, requires_grad=True)
+    assert AutoReP().charged(share, 40) == 60
+    assert AutoReP(hold=0).charged(share, 40) == 100
+    AutoReP().charged(share, 40).backward()
+    assert share.grad == 1
+    assert AutoReP().charged(share, 140) == 0
+    (gradient,) = torch.autograd.grad(AutoReP().charged(share, 140), share)
+    assert gradient == 0
+
+
+def test_another_factor_of_the_square(parts, trained):
+    """The square of the start is that many times its fit, and c₀ and c₁ are fitted to what it leaves."""
+    images = parts[0].normalized()
+    fits = {}
+    for square in (0.01, 0.1, 0.2):
+        student = AutoReP(square=square).start(trained, parts[0], torch.device("cpu"))
+        fits[square] = next(iter(masked_relus(student).values())).coefficients.detach()[:, :, 0, 0]
+    torch.testing.assert_close(fits[0.1][2], fits[0.2][2] / 2)
+    torch.testing.assert_close(fits[0.01][2], fits[0.2][2] / 20)
+    seen = []
+    student.get_submodule("2").register_forward_pre_hook(lambda _, x: seen.append(x[0].detach()))
+    student.eval()(images)
+    x = seen[0][:, 0].flatten().double().numpy()
+    rest = np.maximum(x, 0) - 0.2 * float(fits[0.1][2, 0]) * x**2
+    line = np.linalg.lstsq(np.stack([np.ones_like(x), x], 1), rest, rcond=None)[0]
+    np.testing.assert_allclose(fits[0.1][:2, 0], line, atol=1e-3)
+
+
 def test_what_the_hysteresis_keeps_stays_when_the_cut_fills_the_budget(parts, trained):
     history: list[dict[str, float]] = []
-    (cut,) = AutoReP(**FAST).linearize(trained, parts[0], [0.5], history=history)
-    (fewer,) = AutoReP(**FAST, exact=False).linearize(trained, parts[0], [0.5])
+    crossing = {**FAST, "hold": 0}
+    (cut,) = AutoReP(**crossing).linearize(trained, parts[0], [0.5], history=history)
+    (fewer,) = AutoReP(**crossing, exact=False).linearize(trained, parts[0], [0.5])
     assert fewer.relus == history[-1]["relus"] < cut.relus == TOTAL // 2
     assert (kept(cut.model) >= kept(fewer.model)).all()
 
@@ -144,7 +202,18 @@ def test_a_broken_run_resumes_to_the_same_networks(parts, trained, tmp_path):
 
 
 def test_on_the_command_line(runs, tmp_path):
-    options = ["--method", "autorep", "--budgets", "0.5,20", "--option", "mask_lr=0.05", "--max-epochs", "15"]
+    options = [
+        "--method",
+        "autorep",
+        "--budgets",
+        "0.5,20",
+        "--option",
+        "mask_lr=0.05",
+        "--option",
+        "hold=2",
+        "--max-epochs",
+        "15",
+    ]
     out = ok("linearize", runs / "base", *options, "--out", tmp_path / "cut")
     assert "20 of 448 ReLUs" in out
     ok("finetune", tmp_path / "cut", "--epochs", "1", "--out", tmp_path / "students")
@@ -162,6 +231,8 @@ def test_on_the_command_line(runs, tmp_path):
         ({"mask_lr": 0.0}, "mask_lr > 0"),
         ({"threshold": -1.0}, "threshold ≥ 0"),
         ({"lam": 0.0}, "AutoReP needs lam > 0"),
+        ({"hold": -1}, "hold ≥ 0"),
+        ({"square": -0.1}, "square ≥ 0"),
         ({"surrogate": "cubic"}, "identity or quadratic, not 'cubic'"),
     ],
 )

@@ -19,6 +19,7 @@ from tests.test_masking import ImageNetResNet
 STAGES = "2,5,8"
 TOTAL = 256 + 128 + 64
 FAST = {"criticality_epochs": 1, "batch_size": 64, "reshape_epochs": 1}
+WARM = {**FAST, "fresh": False}
 
 
 def counts_of(model):
@@ -88,7 +89,7 @@ def test_the_ladder_of_resnet18_by_hand(parts):
 
 def test_thinning_drops_the_second_relu_of_each_block(parts, small):
     stages = ["layer1", "layer2", "layer3", "layer4"]
-    method = DeepReDuce(order=stages, exact=False)
+    method = DeepReDuce(order=stages, exact=False, fresh=False)
     thin = int(method.ladder(small, parts[0]).set_index("configuration").loc["cull layer1, thin", "relus"])
     cuts = list(method.linearize(small, parts[0], [thin]))
     assert cuts[0].info["configuration"] == "cull layer1, thin"
@@ -128,8 +129,59 @@ def test_budgets_are_exact_and_the_network_is_untouched(parts, trained):
     assert counts_of(cuts[1].model) == {"2": 186, "5": 128, "8": 0}
     assert counts_of(cuts[3].model) == {"2": 0, "5": 50, "8": 0}
     assert all(torch.equal(before[name], value) for name, value in trained.state_dict().items())
-    published = list(DeepReDuce(stages=STAGES, order="8,2,5", exact=False).linearize(trained, parts[0], [0.7, 50]))
+    published = list(
+        DeepReDuce(stages=STAGES, order="8,2,5", exact=False, fresh=False).linearize(trained, parts[0], [0.7, 50])
+    )
     assert [cut.relus for cut in published] == [128, 0]
+
+
+def test_students_start_untrained_and_learn_from_the_teacher(parts, trained, small):
+    """Against the same network built anew, culled, and trained by hand."""
+    order = ["layer1", "layer2", "layer3", "layer4"]
+    settings = {"order": order, "exact": False, "batch_size": 64, "reshape_lr": 0.05}
+    (blank,) = DeepReDuce(**settings, reshape_epochs=0).linearize(small, parts[0], [0.5])
+    (learned,) = DeepReDuce(**settings, reshape_epochs=2).linearize(small, parts[0], [0.5])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        anew = build("resnet18", 3, in_channels=1, image_size=8, width=2)
+    student = mask_relus(anew, parts[0].normalized(slice(2)))
+    for layer, like in zip(masked_relus(student).values(), masked_relus(blank.model).values(), strict=True):
+        layer.set_mask(like.kept)
+    state = blank.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in student.state_dict().items())
+    fl.finetune(student, copy.deepcopy(small), parts[0], epochs=2, lr=0.05, batch_size=64, seed=0)
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(learned.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    (warm,) = DeepReDuce(**settings, fresh=False).linearize(small, parts[0], [0.5])
+    assert torch.equal(warm.model.state_dict()["conv1.weight"], small.state_dict()["conv1.weight"])
+    # A network that does not say how it was built is drawn anew module by module.
+    other = DeepReDuce(stages=STAGES, order="8,2,5", reshape_epochs=0)
+    (drawn,) = other.linearize(trained, parts[0], [100])
+    (again,) = other.linearize(trained, parts[0], [100])
+    before = trained.state_dict()
+    for name, value in drawn.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name])
+        if name.endswith("weight") and value.ndim > 1:
+            assert not torch.equal(value, before[name])
+        elif name.endswith("running_mean"):
+            assert not value.any()
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor, self.linear, self.stage1 = nn.Parameter(torch.ones(1)), nn.Linear(64, 8), nn.ReLU()
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.stage1(self.linear(x.flatten(1)) * self.factor))
+
+
+def test_a_network_that_cannot_be_drawn_anew(parts):
+    with pytest.raises(FairlineError, match=r"its module '' \(Scaled\) has no reset_parameters.*fresh=False"):
+        list(DeepReDuce(order="stage1").linearize(Scaled(), parts[0], [4]))
+    (cut,) = DeepReDuce(order="stage1", fresh=False).linearize(Scaled(), parts[0], [4])
+    assert cut.relus == 4
 
 
 def test_a_smaller_network_where_culling_cannot_reach(parts, small):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fairline import SNL, AutoReP, CoordinateDescent, FairlineError
-from fairline.linearize.coordinate_descent import _draw_block
+from fairline.linearize.coordinate_descent import draw_within_a_layer
 from fairline.linearize.learned import _State
 from fairline.masking import mask_relus, masked_relus
 from fairline.models import build
@@ -33,10 +33,17 @@ def layers_in_use(cut):
     ("make", "strength"),
     [
         (lambda k: SNL(empty_layers=k, **{**FAST, "lam": 1e-2}), 0.5),
-        (lambda k: AutoReP(empty_layers=k, mask_lr=0.02, batch_size=32, max_epochs=40), 0.5),
+        (lambda k: AutoReP(empty_layers=k, mask_lr=0.02, hold=2, batch_size=32, max_epochs=40), 0.5),
         (
             lambda k: CoordinateDescent(
-                empty_layers=k, rate=0.2, blocks=6, candidates=6, batch_size=64, refresh_epochs=0
+                empty_layers=k,
+                within_layers=True,
+                step=1,
+                rate=0.2,
+                blocks=6,
+                candidates=6,
+                batch_size=64,
+                refresh_epochs=0,
             ),
             0.2,
         ),
@@ -81,7 +88,7 @@ def test_layers_are_emptied_by_their_density(parts, trained):
     "make",
     [
         lambda: SNL(empty_layers=0.9, **FAST),
-        lambda: AutoReP(empty_layers=0.9, mask_lr=0.02, batch_size=32, max_epochs=20),
+        lambda: AutoReP(empty_layers=0.9, mask_lr=0.02, hold=2, batch_size=32, max_epochs=20),
     ],
     ids=["snl", "autorep"],
 )
@@ -116,7 +123,7 @@ def test_blocks_are_drawn_evenly(parts, trained):
     first = next(iter(layers.values()))
     first.set_mask(torch.zeros(first.shape, dtype=torch.bool))
     generator = torch.Generator().manual_seed(0)
-    names = [_draw_block(layers, 5, generator, evenly=True)[0] for _ in range(400)]
+    names = [draw_within_a_layer(layers, 5, generator, evenly=True)[0] for _ in range(400)]
     # Two layers are left: 200 each, with a standard deviation of 10.
     assert set(names) == set(list(layers)[1:])
     assert abs(names.count(names[0]) - 200) < 50

@@ -134,6 +134,60 @@ def test_stage_2_compares_activations(parts, trained):
     assert (found[first][masked_relus(student)[first].kept] < 1e-6).all()
 
 
+def test_stage_2_compares_units_as_if_they_were_linear(parts, trained):
+    """By hand: where nothing differs before it, every unit is off by its negative part, kept or not."""
+    example = parts[0].normalized(slice(2))
+    teacher, student = mask_relus(trained, example).eval(), mask_relus(trained, example).eval()
+    first, layer = next(iter(masked_relus(student).items()))
+    layer.set_mask(torch.rand(layer.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
+    found = differences(student, teacher, parts[0], samples=10_000, as_linear=True)[first]
+    seen = []
+    layer.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    with torch.no_grad():
+        student(parts[0].normalized())
+    torch.testing.assert_close(found, seen[0].clamp_max(0).abs().mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.1])
+def test_the_search_settles(parts, trained, budget):
+    """Read to the letter, masks alternate between two sets until the last epoch."""
+    settings = {**FAST, "mask_epochs": 12, "epochs": 0}
+    history: list[dict[str, float]] = []
+    (cut,) = SENet(**settings).linearize(trained, parts[0], [budget], history=history)
+    changed = [row["changed"] for row in history]
+    assert changed[-1] < SENet().tolerance
+    assert len(changed) < 12
+    assert cut.relus == round(budget * TOTAL)
+    literal: list[dict[str, float]] = []
+    list(SENet(**settings, literal=True).linearize(trained, parts[0], [budget], history=literal))
+    assert len(literal) == 12
+    assert literal[-1]["changed"] > 10 * changed[-1]
+
+
+class OneByOne(nn.Module):
+    """Channels of 16, of 1, and of a vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.relu1 = nn.Conv2d(1, 6, 3, 2, padding=1), nn.ReLU()
+        self.conv2, self.relu2 = nn.Conv2d(6, 7, 4), nn.ReLU()
+        self.linear, self.relu3, self.out = nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.relu2(self.conv2(self.relu1(self.conv1(x))))
+        return self.out(self.relu3(self.linear(x.flatten(1))))
+
+
+def test_channels_spend_the_budget_where_some_are_single_units(parts):
+    torch.manual_seed(0)
+    method = SENet(**{**FAST, "mask_epochs": 1, "epochs": 0}, granularity="channel")
+    budgets = [97, 96, 63, 60, 45, 29, 13, 5]
+    cuts = list(method.linearize(OneByOne(), parts[0], budgets))
+    # Sixteens, and twelve ones to fill what they leave.
+    assert [cut.relus for cut in cuts] == [97, 96, 60, 60, 44, 28, 12, 5]
+    assert all(sum(cut.info["layers"].values()) == cut.budget for cut in cuts)
+
+
 def test_stage_2_keeps_the_largest_differences_of_each_layer(parts, trained):
     method = SENet(**{**FAST, "mask_epochs": 1, "lr": 1e-9, "epochs": 0, "samples": 10_000})
     (cut,) = method.linearize(trained, parts[0], [100])
@@ -223,6 +277,8 @@ def test_a_broken_run_resumes_to_the_same_networks(parts, trained, tmp_path):
         list(SENet(**FAST).linearize(trained, parts[0], budgets, checkpoint=tmp_path, progress=breaker))
     resumed = list(SENet(**FAST).linearize(trained, parts[0], budgets, checkpoint=tmp_path, history=again))
     for a, b in zip(whole, resumed, strict=True):
+        assert a.info == b.info
+        assert sum(b.info["layers"].values()) == b.budget
         for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True):
             assert torch.equal(x, y)
     assert [row["loss"] for row in history] == [row["loss"] for row in again]

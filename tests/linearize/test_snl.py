@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -184,6 +185,13 @@ def test_impossible_budgets(parts, trained, budgets, message):
 def test_budgets_are_counts_or_fractions():
     assert resolve_budgets([0.5, 1, 1.0, 0.02], 491_520) == [491_520, 245_760, 9_830, 1]
     assert resolve_budgets([0.5, 245_760], 491_520) == [245_760]
+    assert resolve_budgets([np.int64(5), np.int32(1), np.uint8(7)], 448) == [7, 5, 1]
+    assert resolve_budgets(np.array([5, 1]), 448) == [5, 1]
+    assert resolve_budgets([np.float32(0.5), np.float64(1.0)], 448) == [448, 224]
+    with pytest.raises(FairlineError, match="A budget of 449 ReLUs is impossible"):
+        resolve_budgets([np.int64(449)], 448)
+    with pytest.raises(FairlineError, match="the fraction nan is impossible"):
+        resolve_budgets([np.float32("nan")], 448)
 
 
 @pytest.mark.parametrize(
@@ -211,5 +219,5 @@ def test_a_model_without_relus(parts):
 def test_defaults_are_the_published_ones():
     snl = SNL()
     assert (snl.lam, snl.growth, snl.patience, snl.threshold) == (1e-5, 1.1, 5, 1e-2)
-    assert (snl.lr, snl.temperature, snl.batch_size, snl.max_epochs) == (1e-3, 4.0, 256, 2000)
+    assert (snl.lr, snl.temperature, snl.batch_size, snl.max_epochs) == (1e-3, 4.0, 128, 2000)
     assert list(itertools.islice(resolve_budgets([0.5], 10), 1)) == [5]

@@ -159,7 +159,7 @@ def test_quadratics_fit_better_than_the_identity(parts, trained):
     [
         Magnitude(surrogate="quadratic"),
         SNL(surrogate="quadratic", lr=0.02, lam=1e-3, batch_size=32, max_epochs=20),
-        CoordinateDescent(surrogate="quadratic", rate=0.5, blocks=2, candidates=2),
+        CoordinateDescent(surrogate="quadratic", step=100, candidates=2, refresh_epochs=1),
     ],
     ids=lambda method: method.name,
 )

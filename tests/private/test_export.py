@@ -100,6 +100,16 @@ def test_constants_scale_and_shift(forward, shape, folded, images):
         assert not [node for node in graph.nodes if node.op == "affine"]
 
 
+def test_an_operator_with_several_outputs_is_refused_by_its_name():
+    class Halves(nn.Module):
+        def forward(self, x):
+            left, _ = x.mean((2, 3)).relu().chunk(2, 1)
+            return left
+
+    with pytest.raises(FairlineError, match="no operator 'chunk'"):
+        to_graph(Halves(), EXAMPLE)
+
+
 def test_constants_that_change_the_shape_are_refused():
     class Grown(nn.Module):
         def __init__(self):

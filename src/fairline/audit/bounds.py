@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from fairline.audit.functional import Functional
 from fairline.audit.intervals import mean_interval
 from fairline.audit.lanczos import start_vector
 from fairline.errors import FairlineError
-from fairline.masking import relu_count
+from fairline.masking import copy_model, relu_count
 
 Floats = NDArray[np.float64]
 
@@ -79,7 +78,7 @@ def _transplanted(subject: Subject, reference: Subject) -> Floats | None:
     shared = shared_parameters(subject.model, reference.model)
     if shared.keys() != dict(reference.model.named_parameters()).keys():
         return None
-    network = copy.deepcopy(reference.model)
+    network = copy_model(reference.model)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.copy_(shared[name][0])

@@ -45,7 +45,9 @@ Groups = Annotated[
 ]
 DataOption = Annotated[
     list[str] | None,
-    typer.Option("--data-option", metavar="KEY=VALUE", help="Further option of the data set, e.g. image_size=64."),
+    typer.Option(
+        "--data-option", metavar="KEY=VALUE", help="Further option of the data set, e.g. image_size=64 or 48x64."
+    ),
 ]
 Unbalanced = Annotated[
     bool | None,
@@ -67,7 +69,7 @@ ModelOption = Annotated[
     list[str] | None,
     typer.Option("--model-option", metavar="KEY=VALUE", help="Further option of the model, e.g. stem_relu=true."),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of every random choice; for train, also of the split.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of every random choice; for train, also of the split.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; the accelerator by default.")]
 
 #: Kept here so that help need not load torch; a test compares it with the registry.
@@ -118,13 +120,15 @@ def parse_options(pairs: list[str] | None) -> dict[str, Any]:
         Values by key, each as what it looks like (:func:`parse_value`).
 
     Raises:
-        FairlineError: A pair has no ``=``.
+        FairlineError: A pair has no ``=``, no key, or no value.
     """
     options: dict[str, Any] = {}
     for pair in pairs or []:
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
             raise FairlineError(f"'{pair}' is not KEY=VALUE.")
+        if not text.strip():
+            raise FairlineError(f"'{pair}' gives no value; write none for no value.")
         options[key.strip()] = parse_value(text.strip())
     return options
 
@@ -150,16 +154,26 @@ def parse_measure_options(pairs: list[str] | None) -> dict[str, dict[str, Any]]:
     return options
 
 
-def parse_names(text: str) -> list[str]:
+def parse_names(text: str, what: str = "name") -> list[str]:
     """Read names, comma-separated.
 
     >>> parse_names("cheetah, semi2k,")
     ['cheetah', 'semi2k']
 
+    Args:
+        text: As it was given.
+        what: One of them, for the error message.
+
     Returns:
-        The names.
+        The names, one at least.
+
+    Raises:
+        FairlineError: There is none.
     """
-    return [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise FairlineError(f"No {what} was given.")
+    return names
 
 
 def parse_value(text: str) -> Any:
@@ -251,9 +265,10 @@ def parse_counts(text: str, what: str) -> list[int]:
         The numbers.
 
     Raises:
-        FairlineError: An entry is none; ``what`` names them.
+        FairlineError: There is none, or an entry is no whole number; ``what`` names them.
     """
+    names = parse_names(text, "whole number")
     try:
-        return [int(entry) for entry in parse_names(text)]
+        return [int(entry) for entry in names]
     except ValueError:
         raise FairlineError(f"{what} '{text}' are not whole numbers, separated by commas.") from None

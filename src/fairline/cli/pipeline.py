@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from fairline.cli.console import (
     err_console,
@@ -69,13 +70,20 @@ def data(
     from fairline import data as registry
 
     spec = data_spec(name, root, groups, unbalanced, data_option, seed)
-    with err_console.status(f"reading {name}"):
+    with err_console.status(Text(f"reading {name}")):
         whole = registry.load(spec.name, spec.root, **spec.options)
-        parts = dict(zip(("train", "val", "test"), whole.split(seed), strict=True))
     shape = "×".join(map(str, whole.images.shape[1:]))
     out_console.print(
         f"{whole.name}: {len(whole):,} images of {shape}, {whole.num_classes} classes, {whole.num_groups} groups"
     )
+    if whole.skipped:
+        out_console.print(f"{len(whole.skipped)} files were skipped:")
+        for item in whole.skipped[:20]:
+            out_console.print(f"  {item.file}: {item.reason}", highlight=False)
+        if len(whole.skipped) > 20:
+            out_console.print(f"  … and {len(whole.skipped) - 20} more")
+    # After the list: it may tell why a group is too small to be split.
+    parts = dict(zip(("train", "val", "test"), whole.split(seed), strict=True))
     counts = whole.counts().assign(**{part: chosen.counts()["n"] for part, chosen in parts.items()})
     print_frame(
         counts,
@@ -84,12 +92,6 @@ def data(
     )
     if not whole.groups_are_classes:
         print_frame(whole.counts(by="class"), "images by group and class", {})
-    if whole.skipped:
-        out_console.print(f"{len(whole.skipped)} files were skipped:")
-        for item in whole.skipped[:20]:
-            out_console.print(f"  {item.file}: {item.reason}", markup=False, highlight=False)
-        if len(whole.skipped) > 20:
-            out_console.print(f"  … and {len(whole.skipped) - 20} more")
 
 
 @app.command()
@@ -326,7 +328,7 @@ def audit(
         run = audit_job(
             sources,
             out,
-            measures=parse_names(measures),
+            measures=parse_names(measures, "measure"),
             options=parse_measure_options(option),
             explain=explain,
             split=split,
@@ -401,7 +403,7 @@ def ablate(
             source,
             out,
             key.strip(),
-            [parse_value(value) for value in parse_names(values)],
+            [parse_value(value) for value in parse_names(values, f"value of {key.strip()}")],
             objective,
             parse_options(objective_option),
             **drop_none(epochs=epochs, lr=lr, batch_size=batch_size),
@@ -436,8 +438,6 @@ def frontier(
     ] = None,
 ) -> None:
     """Accuracy against cost: Pareto front, and the cheapest network that keeps every group's accuracy."""
-    import pandas as pd
-
     from fairline.jobs.frontier import frontier_job
     from fairline.private.frontier import require_within
     from fairline.report.costs import answers, write_frontier
@@ -450,11 +450,11 @@ def frontier(
             out,
             measured=measured or [],
             fixed_point=fixed_point,
-            protocols=parse_names(protocol),
+            protocols=parse_names(protocol, "protocol"),
             network=network,
             progress=progress,
         )
-    table = pd.read_parquet(run.folder / "frontier.parquet")
+    table = run.table("frontier.parquet")
     print_frontier(table, network)
     predicted = list(dict.fromkeys(table.loc[table["source"] == "predicted", "model"]))
     if predicted:
@@ -517,15 +517,14 @@ def theory(
     with progress_bars() as progress:
         run = theory_job(out, seeds=seeds, progress=progress)
     write_theory_figures(run.folder)
-    import pandas as pd
 
-    table = pd.read_parquet(run.folder / "figure_2_summary.parquet")
+    table = run.table("figure_2_summary.parquet")
     table["cell"] = [
         f"{100 * m:.1f} [{100 * a:.1f}, {100 * b:.1f}]" for m, a, b in table[["mean", "low", "high"]].to_numpy()
     ]
     wide = table.pivot_table(index="variant", columns="measure", values="cell", aggfunc="first", sort=False)
     print_frame(wide, f"accuracy in percent [95 % interval over {seeds} seeds]")
-    balance = pd.read_parquet(run.folder / "appendix_a1.parquet")
+    balance = run.table("appendix_a1.parquet")
     for count, part in balance.groupby("groups"):
         print_frame(
             part.set_index("group")[["n", "gradient_norm", "ratio", "inverse_size"]],
@@ -584,6 +583,6 @@ def demo(
             costs, reason = None, str(error)
     print_audit(run)
     if costs is None:
-        err_console.print(f"No costs in the report: {reason}", markup=False, highlight=False, soft_wrap=True)
+        err_console.print(f"No costs in the report: {reason}", highlight=False, soft_wrap=True)
     path = write_report(run.folder, out / "report.html", costs=costs)
     out_console.print(f"Report: {path.resolve()}", soft_wrap=True)

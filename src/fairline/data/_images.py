@@ -20,8 +20,9 @@ from fairline.errors import FairlineError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 
-#: Images that one thread decodes in a row.
-_CHUNK = 64
+#: Images that one thread decodes in a row, and threads.
+_CHUNK = 16
+_THREADS = min(32, (os.cpu_count() or 1) + 4)
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,10 @@ def _in_threads(
     images = iter(undecoded)
     waiting: deque[Future[list[tuple[Undecoded, Pixels | Skipped]]]] = deque()
     # Pillow releases the interpreter lock while it decodes.
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         while chunk := list(islice(images, _CHUNK)):
             waiting.append(pool.submit(load_all, chunk))
-            if len(waiting) > 2 * (os.cpu_count() or 1):
+            if len(waiting) > _THREADS:
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()

@@ -25,6 +25,9 @@ from fairline.errors import FairlineError
 
 _DELIMITERS = (",", ";", "\t")
 
+#: Rows of a parquet file that are read at once.
+_ROWS = 16
+
 
 class Table(Protocol):
     """Rows of images, each with texts in named columns."""
@@ -117,7 +120,7 @@ class CsvTable:
 
 
 class ParquetTable:
-    """Parquet files with the same columns, read a few rows at a time.
+    """Parquet files with the same columns, read a row group at a time at most.
 
     Images are encoded bytes, paths, both in a struct (as Hugging Face writes them), or pixels (H, W), (H, W, C) or
     (C, H, W).
@@ -145,8 +148,8 @@ class ParquetTable:
         """Where each cell of a column stands (row and file), and what it holds."""
         for file in self.files:
             try:
-                with pq.ParquetFile(file) as opened:
-                    batches = opened.iter_batches(64, columns=[column])
+                with pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as opened:
+                    batches = opened.iter_batches(_ROWS, columns=[column])
                     cells = (cell for batch in batches for cell in batch.column(0).to_pylist())
                     for row, cell in enumerate(cells, start=1):
                         yield f"row {row} of {file.name}", cell
@@ -238,7 +241,7 @@ def _parse(text: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
                 columns = [name.strip() for name in row]
                 continue
             if any(cell.strip() for cell in row[len(columns) :]):
-                raise csv.Error(f"{len(row)} cells, but the header has {len(columns)}")
+                raise csv.Error(f"{len(row)} cells, but the header has {len(columns)}; names with commas need quotes")
             rows.append((reader.line_num, row[: len(columns)] + [""] * (len(columns) - len(row))))
     except csv.Error as error:
         raise csv.Error(f"line {reader.line_num}: {error}") from None

@@ -34,6 +34,8 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF"
 
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
+#: Markers of a JPEG 2000 codestream (ITU-T T.800, Table A.1), which its data cannot contain.
+_START_OF_DATA, _END_OF_CODE = b"\xff\x93", b"\xff\xd9"
 #: A 16-bit picture whose brightest value is below this share of white is black in eight bits.
 _VISIBLE = 1 / 16
 
@@ -146,9 +148,13 @@ def _open(source: bytes | Pixels | Image.Image) -> Image.Image:
         raise UnusableImage("file is empty")
     Image.init()
     try:
-        return Image.open(io.BytesIO(source), formats=[name for name in FORMATS if name in Image.OPEN])
+        opened = Image.open(io.BytesIO(source), formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:
         raise UnusableImage(f"not a readable image (it begins with {source[:12]!r})") from None
+    if opened.format == "JPEG2000" and source.rfind(_END_OF_CODE) <= source.find(_START_OF_DATA):
+        # OpenJPEG fills what is missing with black.
+        raise UnusableImage("not a readable image (it is cut short)")
+    return opened
 
 
 def _upright(opened: Image.Image, white: float | None) -> Image.Image:
@@ -175,14 +181,16 @@ def _scaled(picture: Image.Image, tags: dict[int, Any], white: float | None) -> 
     low, high = float(values.min()), float(values.max())
     if not np.isfinite(values).all():
         raise UnusableImage("has values that are not finite")
+    inverted = tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO
     given, white = white, white or _white(picture.mode, tags)
     if white is None:
         raise UnusableImage(f"has values from {low:g} to {high:g} and does not tell which is white")
     if low < 0 or high > white:
         raise UnusableImage(f"has values from {low:g} to {high:g}, outside of 0 (black) to {white:g} (white)")
     if given is None and picture.mode != "F" and high < _VISIBLE * white:
-        raise UnusableImage(f"would be black: its largest value is {high:g}, and white is {white:g}")
-    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        blank = "white" if inverted else "black"
+        raise UnusableImage(f"would be {blank}: its largest value is {high:g} of {white:g}")
+    if inverted:
         values = white - values
     return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
 
@@ -207,7 +215,7 @@ def _require_visible_colours(picture: Image.Image, white: float | None) -> None:
         raise UnusableImage("has colours of 16 bits, which are read as RGB with a white of 65535 alone")
     colours = picture.split()[: 1 if picture.mode == "LA" else 3]
     if max(int(np.asarray(colour).max()) for colour in colours) < _VISIBLE * 255:
-        raise UnusableImage("would be black: no colour reaches 4096, and white is 65535")
+        raise UnusableImage("would be black: no colour reaches 4096 of 65535")
 
 
 def _opaque(picture: Image.Image) -> Image.Image:

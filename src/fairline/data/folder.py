@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,12 @@ def load(
     if white is not None and not (isinstance(white, int | float) and white > 0):
         raise FairlineError(f"Data 'folder': white is a number above 0, not '{white}'.")
     path = require_root(root, "folder")
-    tables = [_find(path, metadata)] + ([] if test_metadata is None else [_find(path, test_metadata)])
+    tables = [_find(path, str(name)) for name in (metadata, test_metadata) if name is not None]
     # The command line reads a column called 1 as a number.
     label = str(label)
     rows = _Rows(tables, label, str(groups or label), str(split) if test_metadata is None else None)
     decoded = decode(rows.images(), size, white=white)
-    _warn_of_unlisted(rows.listed, tables)
+    _warn_of_unlisted(rows.listed, {file.parent for file in rows.listed}, tables)
     return rows.grouped(decoded, path.resolve().name, flip)
 
 
@@ -166,12 +166,11 @@ def _find(path: Path, metadata: str) -> Table:
     return ParquetTable(files, path)
 
 
-def _warn_of_unlisted(listed: dict[Path, Any], tables: Sequence[Table]) -> None:
+def _warn_of_unlisted(listed: Container[Path], folders: Iterable[Path], tables: Sequence[Table]) -> None:
     """Log how many images lie beside the listed ones without being listed."""
-    beside = (
-        file for folder in sorted({file.parent for file in listed}) if folder.is_dir() for file in folder.iterdir()
-    )
-    unlisted = [file for file in beside if file.suffix.lower() in IMAGE_SUFFIXES and file not in listed]
+    beside = (file for folder in folders if folder.is_dir() for file in folder.iterdir())
+    images = (file for file in beside if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
+    unlisted = [file for file in images if file not in listed]
     if unlisted:
         table = " and ".join(map(str, tables))
         logger.warning("%d images are not listed in %s, first %s", len(unlisted), table, min(unlisted))

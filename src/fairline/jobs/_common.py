@@ -85,6 +85,17 @@ def require_split(split: str) -> None:
         raise FairlineError(f"The split is train, val or test, not '{split}'.")
 
 
+def require_bootstrap(split: str, resamples: int) -> None:
+    """Refuse a bootstrap over a part that data do not have, or of no resample.
+
+    Raises:
+        FairlineError: The split is none of the three, or there is not one resample.
+    """
+    require_split(split)
+    if resamples < 1:
+        raise FairlineError(f"The bootstrap needs at least one resample, not {resamples}.")
+
+
 def data_of(run: Run, root: str | None) -> DataSpec:
     """The run's data, from another folder if they have moved."""
     return run.data if root is None else replace(run.data, root=root)
@@ -97,7 +108,7 @@ def load_parts(run: Run, root: str | None) -> dict[str, GroupedData]:
 
 def load_base(run: Run) -> tuple[nn.Module, NetworkInfo]:
     """The base network that a run's networks come from."""
-    return load_network(run.base().networks()["base"])
+    return load_network(run.base().base_network())
 
 
 def remake(

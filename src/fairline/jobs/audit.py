@@ -20,7 +20,7 @@ from fairline.jobs._common import (
     load_base,
     load_parts,
     open_runs,
-    require_split,
+    require_bootstrap,
 )
 from fairline.runs import NetworkInfo, Run, load_info, load_network
 from fairline.training import Progress, ProgressCallback
@@ -66,7 +66,7 @@ def audit_job(
         FairlineError: The runs do not belong together, or a measure does not suit them.
     """
     where = resolve_device(device)
-    require_split(split)
+    require_bootstrap(split, resamples)
     request = _Request(measures, options or {}, explain, split, resamples, seed)
     runs = open_runs("An audit", sources, "train", *STUDENTS)
     base = _common_base(runs)
@@ -159,7 +159,7 @@ def _common_base(runs: Sequence[Run]) -> Run:
 
 def _networks(base: Run, runs: Sequence[Run], with_base: bool) -> dict[str, Path]:
     """Folders of the networks under audit, by name."""
-    folders = {"base": base.networks()["base"]} if with_base else {}
+    folders = {"base": base.base_network()} if with_base else {}
     for run in runs:
         if run.command != "train":
             folders |= {f"{run.folder.name}/{name}": path for name, path in run.networks().items()}

@@ -16,9 +16,10 @@ from torch import nn
 
 from fairline._io import resolve_device, write_table
 from fairline.audit.comparison import BASE, Scored, compare
+from fairline.data.grouped import WORST
 from fairline.errors import FairlineError
 from fairline.inference import predict
-from fairline.jobs._common import STUDENTS, do_once, lineage_of, load_parts, open_runs, require_split
+from fairline.jobs._common import STUDENTS, do_once, lineage_of, load_parts, open_runs, require_bootstrap
 from fairline.masking import masked_relus
 from fairline.runs import NetworkInfo, Run, load_info, load_network
 from fairline.training import Progress, ProgressCallback
@@ -85,7 +86,7 @@ def compare_job(
         FairlineError: The runs are of different data, or not the same for every base network.
     """
     where = resolve_device(device)
-    require_split(split)
+    require_bootstrap(split, resamples)
     runs = open_runs("A comparison", sources, *STUDENTS)
     families = _families(runs)
     config = {
@@ -193,6 +194,8 @@ def _kept_by_layer(model: nn.Module, info: NetworkInfo) -> list[dict[str, Any]]:
 def _compared(tables: Sequence[pd.DataFrame], baseline: str | None, resamples: int, seed: int) -> pd.DataFrame:
     """Rows of ``comparison.parquet`` from the predictions of each family."""
     groups = list(dict.fromkeys(pd.concat(tables)["group"]))
+    if WORST in groups:
+        raise FairlineError(f"A comparison speaks of the '{WORST}' of each method; a group cannot be called so.")
     replicates = [_scored(table, groups) for table in tables]
     if len({replicate.total for replicate in replicates}) > 1:
         raise FairlineError("The base networks have different numbers of ReLUs and cannot be replicates.")
@@ -203,7 +206,7 @@ def _compared(tables: Sequence[pd.DataFrame], baseline: str | None, resamples: i
 
 def _labelled(family: _Family) -> list[tuple[tuple[str, NetworkInfo], Path]]:
     """Every network of one base network, and the name of its method."""
-    folder = family.base.networks()["base"]
+    folder = family.base.base_network()
     found = [((BASE, load_info(folder)), folder)]
     taken: dict[tuple[str, int], Path] = {}
     for run in family.runs:

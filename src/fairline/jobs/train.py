@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from fairline._io import resolve_device
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.jobs._common import do_once
-from fairline.masking import mask_relus, masked_relus
+from fairline.masking import copy_model, mask_relus, masked_relus
 from fairline.masking.published import take_over_published
 from fairline.runs import (
     DataSpec,
@@ -69,7 +68,7 @@ def train_job(
     trains = settings.get("epochs") != 0
     if weights is None and not trains:
         raise FairlineError("A network that is not trained (epochs 0) needs weights.")
-    if take_over_published(copy.deepcopy(network), model_spec.example()):
+    if take_over_published(copy_model(network), model_spec.example()):
         network = mask_relus(network, model_spec.example())
     relus = count_relus(network, model_spec)
     total = sum(layer.kept.numel() for layer in masked_relus(network).values()) or relus
@@ -92,9 +91,7 @@ def train_job(
 def _model_for(data: GroupedData, model: str, options: Mapping[str, Any] | None) -> ModelSpec:
     """The architecture for images and classes of these data."""
     _, channels, height, width = data.images.shape
-    if height != width:
-        raise FairlineError(f"{data.name}: images are {height}×{width}; square ones are needed.")
-    return ModelSpec(model, data.num_classes, channels, height, dict(options or {}))
+    return ModelSpec(model, data.num_classes, channels, (height, width), dict(options or {}))
 
 
 def _started(spec: ModelSpec, weights: str | Path | None, seed: int) -> nn.Module:

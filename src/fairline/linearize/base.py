@@ -5,11 +5,11 @@ Source: none. :class:`Linearizer` does what all methods do; a method implements 
 
 from __future__ import annotations
 
-import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from fairline._io import load_tensors, resolve_device, save_tensors
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.linearize.surrogates import require_surrogate, start_masked
-from fairline.masking import Surrogate, relu_count
+from fairline.masking import Surrogate, copy_model, masked_relus, relu_count
 from fairline.training import ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -75,9 +75,11 @@ class Linearization:
 
     Attributes:
         teacher: A copy of the trained network on ``device``, in evaluation mode.
-        student: A masked copy on ``device``, all ReLUs kept, its surrogates fitted; the method may change it.
+        student: A masked copy on ``device``, its surrogates fitted; the method may change it. It keeps the ReLUs that
+            the network has: all, or what an earlier linearization left.
         train: Training part on ``device``.
-        total: ReLUs of the network.
+        total: ReLUs of the network, cut ones counted.
+        open: Those of them that it has still.
         asked: All budgets as counts, from the largest to the smallest.
         budgets: Those of them that the method must still give a network for.
         device: Where the work is done.
@@ -90,6 +92,7 @@ class Linearization:
     student: nn.Module
     train: GroupedData
     total: int
+    open: int
     asked: tuple[int, ...]
     budgets: list[int]
     device: torch.device
@@ -118,7 +121,7 @@ class Linearization:
             if file is None or not file.exists():
                 return
             tensors, about = load_tensors(file)
-            network = copy.deepcopy(self.student)
+            network = copy_model(self.student)
             network.load_state_dict(tensors)
             self.rows = about["rows"]
             yield Cut(self.budgets.pop(0), network, about["info"])
@@ -128,8 +131,12 @@ class Linearization:
 class Linearizer(ABC):
     """A method that switches ReLUs off. Subclasses are dataclasses of their settings and implement :meth:`cuts`.
 
+    A network that is linearized already may be given to every method: what is cut stays cut, and budgets are counted
+    against all ReLUs that it had at first.
+
     Attributes:
         surrogate: What stands in a ReLU's place: ``"identity"`` or ``"quadratic"``, fitted.
+        teacher: Source of distillation; the network that is linearized, as it is given, by default.
         seed: Of the whole run.
     """
 
@@ -139,6 +146,7 @@ class Linearizer(ABC):
     keeps_snapshots: ClassVar[bool] = True
 
     surrogate: Surrogate = "identity"
+    teacher: nn.Module | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -148,6 +156,8 @@ class Linearizer(ABC):
             FairlineError: One of them is impossible.
         """
         require_surrogate(self.surrogate)
+        if self.teacher is not None and not isinstance(self.teacher, nn.Module):
+            raise FairlineError(f"A teacher is a network (nn.Module), not {self.teacher!r}.")
 
     @abstractmethod
     def cuts(self, run: Linearization) -> Iterator[Cut]:
@@ -174,7 +184,7 @@ class Linearizer(ABC):
         """Yield one network a budget, from the largest budget to the smallest.
 
         Args:
-            model: The trained network, also the teacher where there is one; not changed.
+            model: The trained network, linearized already or not; not changed.
             train: Training part.
             budgets: Fractions (float, up to 1.0) or counts (int) of ReLUs to keep.
             device: The accelerator if there is one, by default.
@@ -197,6 +207,19 @@ class Linearizer(ABC):
             logger.info("%s, budget %d: %d of %d ReLUs; %s", self.name, cut.budget, kept, run.total, info)
             yield Linearized(cut.model, cut.budget, kept, run.total, self.name, self.seed, info)
 
+    def start(self, model: nn.Module, train: GroupedData, device: torch.device) -> nn.Module:
+        """The student as a run begins with it: a masked copy of the network that computes what the network does.
+
+        Args:
+            model: The network.
+            train: Training part, that surrogates are fitted on.
+            device: Where to put it.
+
+        Returns:
+            The student.
+        """
+        return start_masked(model, train, self.surrogate, device, seed=self.seed)
+
     def _start(
         self,
         model: nn.Module,
@@ -206,14 +229,15 @@ class Linearizer(ABC):
         progress: ProgressCallback | None,
         checkpoint: str | Path | None,
     ) -> Linearization:
-        student = start_masked(model, train, self.surrogate, device, seed=self.seed)
-        total = relu_count(student)
+        student = self.start(model, train, device)
+        total = sum(layer.kept.numel() for layer in masked_relus(student).values())
         counts = resolve_budgets(budgets, total)
         return Linearization(
-            teacher=copy.deepcopy(model).to(device).eval(),
+            teacher=copy_model(self.teacher or model).to(device).eval(),
             student=student,
             train=train.to(device),
             total=total,
+            open=relu_count(student),
             asked=tuple(counts),
             budgets=counts,
             device=device,
@@ -222,9 +246,9 @@ class Linearizer(ABC):
         )
 
     def _all_cuts(self, run: Linearization) -> Iterator[Cut]:
-        """The whole network, what an interrupted run has met, then what the method finds."""
-        if run.budgets[0] == run.total:
-            yield Cut(run.budgets.pop(0), copy.deepcopy(run.student))
+        """What the network meets as it is, what an interrupted run has met, then what the method finds."""
+        while run.budgets and run.budgets[0] >= run.open:
+            yield Cut(run.budgets.pop(0), copy_model(run.student))
         if self.keeps_snapshots:
             yield from run.saved()
         if not run.budgets:
@@ -235,11 +259,32 @@ class Linearizer(ABC):
             yield cut
 
 
+def set_aside(train: GroupedData, share: float, seed: int) -> tuple[GroupedData, GroupedData]:
+    """Split the training part into images to measure on and images to train on.
+
+    Args:
+        train: Training part.
+        share: Of it that is measured on.
+        seed: Of the choice.
+
+    Returns:
+        Both parts.
+
+    Raises:
+        FairlineError: There are too few images.
+    """
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    aside = int(share * len(train))
+    if not 0 < aside < len(train):
+        raise FairlineError(f"{train.name}: {len(train)} images are too few to set {share:.0%} aside.")
+    return train.select(order[:aside]), train.select(order[aside:])
+
+
 def resolve_budgets(budgets: Sequence[float], total: int) -> list[int]:
     """ReLU counts, from the largest to the smallest, each once.
 
     Args:
-        budgets: A float in [0, 1] is a fraction of ``total``, an int a count.
+        budgets: A float in [0, 1] is a fraction of ``total``, an int a count; NumPy's numbers are what they are named.
         total: ReLUs of the whole network.
 
     Returns:
@@ -258,8 +303,8 @@ def resolve_budgets(budgets: Sequence[float], total: int) -> list[int]:
     """
     counts = set()
     for budget in budgets:
-        is_count = isinstance(budget, int) and not isinstance(budget, bool)
-        count = int(budget) if is_count else budget * total
+        is_count = _is_integer(budget)
+        count = int(budget) if is_count else float(budget) * total
         if not (0 <= count <= total):
             what = f"{budget} ReLUs" if is_count else f"the fraction {budget}"
             raise FairlineError(f"A budget of {what} is impossible: the network has {total} ReLUs.")
@@ -267,3 +312,7 @@ def resolve_budgets(budgets: Sequence[float], total: int) -> list[int]:
     if not counts:
         raise FairlineError("No ReLU budget was given.")
     return sorted(counts, reverse=True)
+
+
+def _is_integer(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)

@@ -4,14 +4,25 @@
   ``(accuracy with its ReLUs alone − the lowest such accuracy of any stage) / ReLUs^0.07``.
 - **Thin**: in the stages that are kept, every second ReLU of each block becomes linear too.
 - **Reshape**: a new network with α times the channels (``int(α·width)``) and ρ times the resolution (a stem of stride
-  ``int(1/ρ)``), culled and thinned the same way, is trained from scratch under distillation.
+  ``int(1/ρ)``), culled and thinned the same way.
 
-Together they make a ladder of configurations; :meth:`DeepReDuce.ladder` lists it with its ReLU counts.
+Together they make a ladder of configurations; :meth:`DeepReDuce.ladder` lists it with its ReLU counts. Every student is
+trained from scratch under distillation, reshaped or not.
+
+Where this differs from the description and the published code, or they leave something open:
+
+- *Budgets* are filled up to the last ReLU (``exact``); the ladder meets none exactly.
+- *Criticality* is measured after ``criticality_epochs`` of distillation from the trained weights, not after a training
+  from scratch of each network with one stage's ReLUs, which would cost as many trainings as there are stages.
+- *Which ReLUs a block's second one is*: counted in the order of execution.
+- *Where the training happens*: here (``reshape_epochs``), so that a short finetune may follow as behind any method.
+  ``reshape_epochs=0`` leaves it to the finetune, as in the published code; then finetune with the preset
+  ``deepreduce`` or ``deepreduce_fairness``.
+- *A network that is linearized already*: a configuration keeps what is left of a stage.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,9 +37,9 @@ from fairline._io import load_state, load_tensors, resolve_device, save_state, s
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
-from fairline.linearize.base import Cut, Linearization, Linearizer
+from fairline.linearize.base import Cut, Linearization, Linearizer, set_aside
 from fairline.linearize.surrogates import fit_quadratics, start_masked
-from fairline.masking import mask_relus, masked_graph, masked_relus, relu_count
+from fairline.masking import MaskedReLU, copy_model, mask_relus, masked_graph, masked_relus, relu_count
 from fairline.models import rescaled
 from fairline.objectives.erm import ERM
 from fairline.training import ProgressCallback, finetune, named_stage
@@ -39,7 +50,7 @@ logger = logging.getLogger(__name__)
 #: does; as the DeepReDuce paper says; as the code does that was published with the fairness paper.
 FINETUNE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "snl": {
-        "settings": {"epochs": 100, "lr": 1e-3, "batch_size": 256, "weight_decay": 5e-4},
+        "settings": {"epochs": 100, "lr": 1e-3, "batch_size": 128, "weight_decay": 5e-4},
         "objective": {"temperature": 4.0},
     },
     "deepreduce": {
@@ -75,6 +86,11 @@ class Configuration:
     relus: int
 
     @property
+    def same_shape(self) -> bool:
+        """Whether it has the network's own channels and resolution."""
+        return self.alpha == 1 and self.rho == 1
+
+    @property
     def label(self) -> str:
         """In words: ``"cull layer1, thin, α = 0.5"``."""
         parts = [f"cull {' '.join(self.culled)}" if self.culled else "", "thin" if self.thinned else ""]
@@ -102,7 +118,10 @@ class DeepReDuce(Linearizer):
         alphas: Channel factors to try, such as ``(1, 0.5)``.
         rhos: Resolution factors to try.
         reshape: Builds an untrained network for (α, ρ); :func:`fairline.models.rescaled` by default.
-        reshape_epochs: Epochs of training of a reshaped network.
+        fresh: Students start untrained and learn everything from the teacher, as published; False starts those of the
+            network's own shape from its weights, which a short finetune then suffices for.
+        reshape_epochs: Epochs of training of a student that starts untrained, reshaped or not. 0 leaves all training to
+            the finetune that follows, as in the published code.
         reshape_lr: Learning rate of that training.
         exact: Fill each budget.
         lr: Of the distillation before criticalities are measured.
@@ -123,6 +142,7 @@ class DeepReDuce(Linearizer):
     alphas: Sequence[float] | str | float = (1.0,)
     rhos: Sequence[float] | str | float = (1.0,)
     reshape: Callable[[float, float], nn.Module] | None = None
+    fresh: bool = True
     reshape_epochs: int = 200
     reshape_lr: float = 0.1
     exact: bool = True
@@ -136,9 +156,9 @@ class DeepReDuce(Linearizer):
             self.stages = _words(self.stages)
         if isinstance(self.order, str):
             self.order = _words(self.order)
-        if self.criticality_epochs < 1 or self.reshape_epochs < 1 or self.batch_size < 1:
+        if self.criticality_epochs < 1 or self.reshape_epochs < 0 or self.batch_size < 1:
             raise FairlineError(
-                f"DeepReDuce needs criticality_epochs, reshape_epochs and batch_size ≥ 1, not "
+                f"DeepReDuce needs criticality_epochs ≥ 1, reshape_epochs ≥ 0 and batch_size ≥ 1, not "
                 f"{self.criticality_epochs}, {self.reshape_epochs} and {self.batch_size}."
             )
         if not 0 < self.held_out < 1 or not self.lr > 0 or not self.reshape_lr > 0:
@@ -158,21 +178,21 @@ class DeepReDuce(Linearizer):
             build it where it was reshaped.
 
         Raises:
-            FairlineError: A stage does not exist, or a network that should be reshaped cannot be.
+            FairlineError: A stage does not exist, or a network that should start anew or be reshaped cannot.
         """
         order = self._order(run)
-        rungs = self._rungs(run.teacher, order, run.train.normalized(slice(2)))
+        rungs = self._rungs(run.student, run.teacher, order, run.train.normalized(slice(2)))
         for budget in run.budgets:
             rung = next(rung for rung in rungs if rung.relus <= budget)
-            info: dict[str, Any] = {"configuration": rung.label}
-            if rung.alpha == 1 and rung.rho == 1:
-                student = copy.deepcopy(run.student)
-                self._switch_off(student, rung)
-            else:
-                student, info["model_options"] = self._reshaped(rung, run)
+            student, options = self._start_of(rung, run)
+            there = {name: layer.kept for name, layer in masked_relus(student).items()}
+            self._switch_off(student, rung)
             if self.exact:
-                self._fill(student, rung, rungs, budget)
-            yield Cut(budget, student, info)
+                self._fill(student, rung, rungs, budget, there)
+            if self.reshape_epochs and (self.fresh or not rung.same_shape):
+                self._train(student, rung, run)
+            info: dict[str, Any] = {"configuration": rung.label}
+            yield Cut(budget, student, info if rung.same_shape else {**info, "model_options": options})
 
     def ladder(
         self,
@@ -199,7 +219,7 @@ class DeepReDuce(Linearizer):
         else:
             table = self.criticality(model, train, device=device, progress=progress)
             order = _least_critical_first(table.reset_index().to_dict("records"))
-        rungs = self._rungs(model, order, train.normalized(slice(2)))
+        rungs = self._rungs(model, model, order, train.normalized(slice(2)))
         table = pd.DataFrame([{"configuration": rung.label, **asdict(rung)} for rung in rungs])
         table = table.sort_values("relus", ascending=False, kind="stable", ignore_index=True)
         return table.assign(share=table["relus"] / table["relus"].max())
@@ -225,24 +245,18 @@ class DeepReDuce(Linearizer):
 
         Returns:
             Indexed by stage, in the order of the network: ``relus``, ``accuracy`` and ``criticality``.
-
-        Raises:
-            FairlineError: There are too few images to hold any out, or a stage does not exist.
         """
         where = resolve_device(device)
-        shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed))
-        aside = int(self.held_out * len(train))
-        if not 0 < aside < len(train):
-            raise FairlineError(f"{train.name}: {len(train)} images are too few to set {self.held_out:.0%} aside.")
-        measuring, training = train.select(shuffled[:aside]), train.select(shuffled[aside:])
+        measuring, training = set_aside(train, self.held_out, self.seed)
         start = start_masked(model, training, self.surrogate, where, seed=self.seed)
         stages = stages_of(start, self.stages)
-        teacher = copy.deepcopy(model)
+        teacher = copy_model(model)
         rows = []
         for name, own in stages.items():
-            student = copy.deepcopy(start)
+            student = copy_model(start)
             for layer_name, layer in masked_relus(student).items():
-                layer.set_mask(torch.full(layer.shape, layer_name in own))
+                if layer_name not in own:
+                    layer.set_mask(torch.zeros(layer.shape, dtype=torch.bool))
             finetune(
                 student,
                 teacher,
@@ -258,7 +272,8 @@ class DeepReDuce(Linearizer):
             rows.append({"stage": name, "relus": relu_count(student), "accuracy": float(right.double().mean())})
         table = pd.DataFrame(rows).set_index("stage")
         gained = table["accuracy"] - table["accuracy"].min()
-        return table.assign(criticality=gained / table["relus"] ** self.power)
+        # A stage that has been linearized before has nothing to gain.
+        return table.assign(criticality=gained / table["relus"].clip(lower=1) ** self.power)
 
     def _order(self, run: Linearization) -> list[str]:
         """Stages from the least critical on, as given, or as measured now or by an interrupted run."""
@@ -283,23 +298,25 @@ class DeepReDuce(Linearizer):
             )
         return list(self.order)
 
-    def _rungs(self, model: nn.Module, order: Sequence[str], example: Tensor) -> list[Configuration]:
+    def _rungs(
+        self, student: nn.Module, model: nn.Module, order: Sequence[str], example: Tensor
+    ) -> list[Configuration]:
         """All configurations: those of the network's own shape first, then from the largest count to the smallest."""
         found = []
         assert not isinstance(self.alphas, str | float)
         assert not isinstance(self.rhos, str | float)
         for alpha in self.alphas:
             for rho in self.rhos:
-                network = model if alpha == rho == 1 else self._untrained(model, alpha, rho)[0]
+                network = student if alpha == rho == 1 else self._reshaped(model, alpha, rho)[0]
                 masked = mask_relus(network, example)
                 for count in range(len(order) + 1):
                     for thinned in (False, True) if count < len(order) else (False,):
                         rung = Configuration(tuple(order[:count]), thinned, alpha, rho, 0)
                         kept = self._kept(masked, rung)
-                        relus = sum(layer.kept.numel() for name, layer in masked_relus(masked).items() if name in kept)
+                        relus = sum(layer.num_kept for name, layer in masked_relus(masked).items() if name in kept)
                         found.append(Configuration(rung.culled, thinned, alpha, rho, relus))
         # Reshaping costs a training from scratch, so it is for what culling and thinning cannot reach with ReLUs left.
-        return sorted(found, key=lambda r: (r.relus == 0, (r.alpha, r.rho) != (1, 1), -r.relus, r.thinned))
+        return sorted(found, key=lambda r: (r.relus == 0, not r.same_shape, -r.relus, r.thinned))
 
     def _kept(self, masked: nn.Module, rung: Configuration) -> set[str]:
         """Layers whose ReLUs a configuration keeps."""
@@ -318,10 +335,18 @@ class DeepReDuce(Linearizer):
     def _switch_off(self, masked: nn.Module, rung: Configuration) -> None:
         kept = self._kept(masked, rung)
         for name, layer in masked_relus(masked).items():
-            layer.set_mask(torch.full(layer.shape, name in kept))
+            if name not in kept:
+                layer.set_mask(torch.zeros(layer.shape, dtype=torch.bool))
 
-    def _fill(self, student: nn.Module, rung: Configuration, rungs: Sequence[Configuration], budget: int) -> None:
-        """Give what is left of the budget to ReLUs of the next larger configurations of the same shape."""
+    def _fill(
+        self,
+        student: nn.Module,
+        rung: Configuration,
+        rungs: Sequence[Configuration],
+        budget: int,
+        there: Mapping[str, Tensor],
+    ) -> None:
+        """Give what is left of the budget to ReLUs that the next larger configurations of the same shape have."""
         generator = torch.Generator().manual_seed(self.seed)
         layers = masked_relus(student)
         same = [other for other in rungs if (other.alpha, other.rho) == (rung.alpha, rung.rho)]
@@ -331,29 +356,38 @@ class DeepReDuce(Linearizer):
                 return
             more = [name for name in execution_order(student) if name in self._kept(student, larger)]
             more = [name for name in more if layers[name].num_kept == 0]
-            closed = torch.cat([torch.full((layers[name].kept.numel(),), i) for i, name in enumerate(more)])
-            chosen = torch.zeros(len(closed), dtype=torch.bool)
-            chosen[torch.randperm(len(closed), generator=generator)[:left]] = True
-            for i, name in enumerate(more):
-                layers[name].set_mask(chosen[closed == i].view(layers[name].shape))
+            closed = torch.cat([there[name].flatten().cpu() for name in more]).nonzero().flatten()
+            chosen = torch.zeros(sum(there[name].numel() for name in more), dtype=torch.bool)
+            chosen[closed[torch.randperm(len(closed), generator=generator)[:left]]] = True
+            for name, own in zip(more, chosen.split([there[name].numel() for name in more]), strict=True):
+                layers[name].set_mask(own.view(layers[name].shape))
 
-    def _untrained(self, model: nn.Module, alpha: float, rho: float) -> tuple[nn.Module, dict[str, int]]:
+    def _start_of(self, rung: Configuration, run: Linearization) -> tuple[nn.Module, dict[str, int]]:
+        """A student of a configuration's shape before anything is culled, and the options that shape it."""
+        if rung.same_shape and not self.fresh:
+            return copy_model(run.student), {}
+        options: dict[str, int] = {}
+        if rung.same_shape:
+            student = untrained(run.student, run.teacher, self.seed)
+        else:
+            network, options = self._reshaped(run.teacher, rung.alpha, rung.rho)
+            student = mask_relus(network, run.train.normalized(slice(2)), self.surrogate).to(run.device)
+        if self.surrogate == "quadratic":
+            fit_quadratics(student, run.train, seed=self.seed)
+        return student, options
+
+    def _reshaped(self, model: nn.Module, alpha: float, rho: float) -> tuple[nn.Module, dict[str, int]]:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             return rescaled(model, alpha, rho) if self.reshape is None else (self.reshape(alpha, rho), {})
 
-    def _reshaped(self, rung: Configuration, run: Linearization) -> tuple[nn.Module, dict[str, int]]:
-        """Train a smaller network under distillation, its ReLUs culled and thinned from the start."""
-        network, options = self._untrained(run.teacher, rung.alpha, rung.rho)
-        student = mask_relus(network, run.train.normalized(slice(2)), self.surrogate).to(run.device)
-        self._switch_off(student, rung)
-        stem = f"reshaped-{len(rung.culled)}-{rung.thinned:d}-{rung.alpha:g}-{rung.rho:g}"
-        file = run.file(f"{stem}-trained")
+    def _train(self, student: nn.Module, rung: Configuration, run: Linearization) -> None:
+        """Train a student from scratch under distillation, its ReLUs culled and thinned from the start."""
+        shape = f"{len(rung.culled)}-{rung.thinned:d}-{rung.alpha:g}-{rung.rho:g}-{relu_count(student)}"
+        file = run.file(f"reshaped-{shape}-trained")
         if file is not None and file.exists():
             student.load_state_dict(load_tensors(file)[0])
-            return student, options
-        if self.surrogate == "quadratic":
-            fit_quadratics(student, run.train, seed=self.seed)
+            return
         finetune(
             student,
             run.teacher,
@@ -365,11 +399,46 @@ class DeepReDuce(Linearizer):
             seed=self.seed,
             device=run.device,
             progress=named_stage(run.progress, f"training {rung.label}"),
-            checkpoint=run.file(stem),
+            checkpoint=run.file(f"reshaped-{shape}"),
         )
         if file is not None:
             save_tensors(file, student.state_dict())
-        return student, options
+
+
+def untrained(student: nn.Module, model: nn.Module, seed: int) -> nn.Module:
+    """A copy of a masked network with weights as before any training.
+
+    Args:
+        student: Masked; its masks stay.
+        model: The network without masks, which may say how it was built, as this package's do.
+        seed: Of the weights.
+
+    Returns:
+        The copy, on the student's device.
+
+    Raises:
+        FairlineError: A module draws its weights in no known way.
+    """
+    fresh = copy_model(student).cpu()
+    arguments = getattr(model, "arguments", None)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if isinstance(arguments, dict):
+            fresh.load_state_dict(type(model)(**arguments).state_dict(), strict=False)
+        else:
+            for name, module in fresh.named_modules():
+                if isinstance(module, MaskedReLU) or not any(True for _ in module.parameters(recurse=False)):
+                    continue
+                draw = getattr(module, "reset_parameters", None)
+                if draw is None:
+                    kind = type(module).__name__ if name else type(model).__name__
+                    raise FairlineError(
+                        f"DeepReDuce cannot train {type(model).__name__} from scratch: its module '{name}' "
+                        f"({kind}) has no reset_parameters(). Start from the trained weights, with "
+                        "fresh=False."
+                    )
+                draw()
+    return fresh.to(next(iter(masked_relus(student).values())).kept.device)
 
 
 def _least_critical_first(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -52,9 +52,10 @@ class Layerwise(Ranked):
         before = float(F.cross_entropy(predict(model, data), data.labels))
         rises = {}
         for name, layer in masked_relus(model).items():
+            kept, count = layer.kept, layer.num_kept
             layer.set_mask(torch.zeros(layer.shape, dtype=torch.bool))
             rise = float(F.cross_entropy(predict(model, data), data.labels)) - before
-            layer.set_mask(torch.ones(layer.shape, dtype=torch.bool))
-            logger.info("%s alone linear: loss %+.4f nats, %d ReLUs", name, rise, layer.kept.numel())
-            rises[name] = torch.full(layer.shape, rise / layer.kept.numel(), dtype=torch.float64)
+            layer.set_mask(kept)
+            logger.info("%s alone linear: loss %+.4f nats, %d ReLUs", name, rise, count)
+            rises[name] = torch.full(layer.shape, rise / max(count, 1), dtype=torch.float64)
         return rises

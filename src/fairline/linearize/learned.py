@@ -7,7 +7,6 @@ Source: Cho et al. (ICML 2022), Algorithm 1, lines 1 to 11; ``protect`` and ``em
 
 from __future__ import annotations
 
-import copy
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from fairline.masking import (
     Granularity,
     MaskedReLU,
     Surrogate,
+    copy_model,
     keep_largest,
     masked_relus,
     relu_count,
@@ -51,7 +51,7 @@ class MaskLearning(Linearizer):
         threshold: Where a mask counts as a ReLU.
         lr: Of Adam.
         temperature: T of the distillation.
-        batch_size: Samples in a step.
+        batch_size: Samples in a step; λ grows by the epoch, so that it matters. 128 as in the published scripts.
         max_epochs: The run stops here at the latest; budgets not reached take the largest masks as they are.
         granularity: One mask a ``"pixel"`` (as published), ``"channel"`` or ``"layer"``.
         exact: Keep exactly the budgeted number of ReLUs, those with the largest masks. False is the published
@@ -78,7 +78,7 @@ class MaskLearning(Linearizer):
     threshold: float = 1e-2
     lr: float = 1e-3
     temperature: float = 4.0
-    batch_size: int = 256
+    batch_size: int = 128
     max_epochs: int = 2000
     granularity: Granularity = "pixel"
     exact: bool = True
@@ -138,6 +138,17 @@ class MaskLearning(Linearizer):
         """Of λ, for a network of ``total`` ReLUs."""
         return 1.0
 
+    def charged(self, kept: Tensor, budget: int) -> Tensor:
+        """What is paid for of Σ wᵢ·mᵢ (scalar) on the way to a budget; all of it, unless a subclass says otherwise."""
+        return kept
+
+    def epochs_at_budget(self) -> int:
+        """How long a run stays at a budget before the network is taken; by default it is taken when it is crossed."""
+        return 0
+
+    def settle(self, optimizer: Optimizer, epochs: int) -> None:
+        """Change learning rates, ``epochs`` epochs after a budget was reached (0: it is not); by default do nothing."""
+
     def cuts(self, run: Linearization) -> Iterator[Cut]:
         """Learn until the last budget is crossed; what is not crossed takes the largest masks as they are.
 
@@ -151,11 +162,11 @@ class MaskLearning(Linearizer):
         learning = _Learning(self, run)
         for epoch in learning.epochs():
             learning.after(epoch)
-            while run.budgets and learning.state.count <= run.budgets[0]:
-                yield learning.cut(run.budgets.pop(0))
+            yield from learning.met()
             if not run.budgets:
                 return
-        for budget in run.budgets:
+        while run.budgets:
+            budget = run.budgets.pop(0)
             logger.warning(
                 "%s stopped after %d epochs with %d ReLUs open; budget %d keeps the largest masks as they are",
                 self.title,
@@ -171,7 +182,7 @@ class MaskLearning(Linearizer):
         opens = {name: self.open(layer) for name, layer in layers.items()}
         if not fill:
             for name, layer in layers.items():
-                layer.set_mask(opens[name])
+                layer.set_mask(opens[name] & layer.kept)
             return relu_count(snapshot)
         ranks = {}
         for name, layer in layers.items():
@@ -183,15 +194,12 @@ class MaskLearning(Linearizer):
 
     def _empty(self, layers: dict[str, MaskedReLU], state: _State) -> None:
         """Close layers of low density for good."""
-        using = {name: self.open(layer) for name, layer in layers.items() if name not in state.closed}
-        density = sum(float(o.double().mean()) * layers[n].kept.numel() for n, o in using.items())
-        density /= sum(layers[name].kept.numel() for name in using)
-        for name, is_open in using.items():
-            if float(is_open.double().mean()) < self.empty_layers * density:
+        using = {name: open_in(self, layer) for name, layer in layers.items() if name not in state.closed}
+        density = sum(using.values()) / sum(layers[name].kept.numel() for name in using)
+        for name, count in using.items():
+            if count / layers[name].kept.numel() < self.empty_layers * density:
                 state.closed.append(name)
-                logger.info(
-                    "%s is emptied: %d of its ReLUs were open", name, int(is_open.sum()) * units_of(layers[name])
-                )
+                logger.info("%s is emptied: %d of its ReLUs were open", name, count)
         for name in state.closed:
             self.close(layers[name])
 
@@ -209,9 +217,12 @@ class _Learning:
         self.run = run
         self.layers = masked_relus(run.student)
         # Snapshots start from it: training may change how the student's weights lie in memory.
-        self.untrained = copy.deepcopy(run.student)
+        self.untrained = copy_model(run.student)
+        self.units = {name: units_of(layer) for name, layer in self.layers.items()}
         self.scale = method.price_scale(run.total)
-        self.state = _State(method.lam, run.total, self._close_again)
+        self.aims = [budget for budget in run.asked if budget < run.open]
+        self.state = _State(method.lam, run.open, self._close_again)
+        self.optimizer = method.optimizer(run.student)
         self.protection = None
         if method.protect > 0:
             self.protection = Protection(run.train, run.teacher, method.protect, method.protect_samples, method.seed)
@@ -223,7 +234,7 @@ class _Learning:
             run.student,
             run.train,
             epochs=method.max_epochs,
-            optimizer=method.optimizer(run.student),
+            optimizer=self.optimizer,
             objective=method.objective or ERM(method.temperature),
             teacher=run.teacher,
             batch_size=method.batch_size,
@@ -238,15 +249,16 @@ class _Learning:
         )
 
     def penalty(self) -> Tensor:
-        """λ·Σ wᵢ·mᵢ over ReLUs, scalar: a mask that covers several counts for each."""
+        """λ times what is charged of Σ wᵢ·mᵢ over ReLUs, scalar: a mask that covers several counts for each."""
         sums = []
         for name, layer in self.layers.items():
             masks = self.method.sparsity(layer)
             if self.state.prices:
                 sums.append((masks * self.state.prices[name].to(masks)).sum())
             else:
-                sums.append(masks.sum() * units_of(layer))
-        return self.state.lam * self.scale * torch.stack(sums).sum()
+                units = self.units[name]
+                sums.append(masks.sum() * units if isinstance(units, int) else (masks * units).sum())
+        return self.state.lam * self.scale * self.method.charged(torch.stack(sums).sum(), self.aim)
 
     def report(self, update: Progress) -> None:
         """Where the run ends is not known beforehand; the count says how far it is."""
@@ -261,11 +273,14 @@ class _Learning:
         state.count = open_relus(method, self.run.student)
         if state.count < state.lowest:
             state.lowest = state.count
-        elif epoch.epoch > method.patience:
+        elif epoch.epoch > method.patience and not state.reached:
             state.lam *= method.growth
         if method.empty_layers > 0:
             method._empty(self.layers, state)
             state.count = open_relus(method, self.run.student)
+        if state.reached or state.count <= self.aim:
+            state.reached += 1
+        method.settle(self.optimizer, state.reached)
         logger.info("epoch %d: %d ReLUs open, λ = %.3g", state.epoch, state.count, state.lam)
         row = {**epoch.row(), "relus": state.count, "lambda": state.lam}
         if self.protection is not None:
@@ -275,14 +290,33 @@ class _Learning:
         row["layers"] = sum(bool(method.open(layer).any()) for layer in self.layers.values())
         state.rows.append(row)
 
+    @property
+    def aim(self) -> int:
+        """The budget that the run is on its way to, or stays at."""
+        return self.aims[self.state.met]
+
+    def met(self) -> Iterator[Cut]:
+        """Networks of the budgets that this epoch has met, but for those that an interrupted run has given."""
+        while self.state.met < len(self.aims) and self.state.reached > self.method.epochs_at_budget():
+            budget = self.aim
+            if budget in self.run.budgets:
+                self.run.budgets.remove(budget)
+                yield self.cut(budget)
+            self.state.met += 1
+            if self.state.met < len(self.aims):
+                # It may have been crossed in the same epoch.
+                self.state.reached = int(self.state.count <= self.aim)
+                self.state.lowest = self.state.count
+                self.method.settle(self.optimizer, self.state.reached)
+
     def cut(self, budget: int) -> Cut:
         """The student as it is now, its masks made binary."""
         method, state = self.method, self.state
         self.run.rows = state.rows
-        network = copy.deepcopy(self.untrained)
+        network = copy_model(self.untrained)
         network.load_state_dict(self.run.student.state_dict())
-        reached = state.count <= budget
-        method._fix(network, budget, fill=method.exact or not reached)
+        reached = budget == self.aim and state.reached > 0
+        method._fix(network, budget, fill=method.exact or state.count > budget)
         return Cut(
             budget, network, {"epoch": state.epoch, "lambda": state.lam, "open": state.count, "reached": reached}
         )
@@ -292,14 +326,21 @@ class _Learning:
             self.method.close(self.layers[name])
 
 
-def units_of(layer: MaskedReLU) -> int:
-    """How many ReLUs one entry of a learned mask covers."""
-    return layer.kept.numel() // cast(Tensor, layer.weight).numel()
+def units_of(layer: MaskedReLU) -> int | Tensor:
+    """How many ReLUs each entry of a learned mask covers: one number where all cover as many."""
+    counts = layer.covered()
+    first = int(counts.flatten()[0])
+    return first if bool((counts == first).all()) else counts
+
+
+def open_in(method: MaskLearning, layer: MaskedReLU) -> int:
+    """How many of a layer's ReLUs have a mask that counts."""
+    return int((method.open(layer) * layer.covered()).sum())
 
 
 def open_relus(method: MaskLearning, model: nn.Module) -> int:
     """How many ReLUs have a mask that counts."""
-    return sum(int(method.open(layer).sum()) * units_of(layer) for layer in masked_relus(model).values())
+    return sum(open_in(method, layer) for layer in masked_relus(model).values())
 
 
 class _State:
@@ -309,6 +350,9 @@ class _State:
         self.lam = lam
         self.lowest = total
         self.count = total
+        #: Budgets that have been met, and epochs since the next one was reached, 0 before.
+        self.met = 0
+        self.reached = 0
         self.closed: list[str] = []
         self.epoch = 0
         self.rows: list[dict[str, float]] = []

@@ -80,7 +80,8 @@ class Protection:
 
 
 def covered(price: Tensor, layer: MaskedReLU) -> Tensor:
-    """Sum of the prices of the units that each entry of a learned mask covers, in the mask's compact shape."""
+    """Sum of the prices of the ReLUs that each entry of a learned mask covers, in the mask's compact shape."""
+    price = price * layer.kept
     shape = price.shape if layer.weight is None else layer.weight.shape
     axes = [axis for axis, size in enumerate(shape) if size != price.shape[axis]]
     return price.sum(axes, keepdim=True) if axes else price

@@ -16,12 +16,18 @@ No implementation was published. What the description leaves open, and what is d
   without passing another ReLU, such as both branches of a residual block; a layer without any takes the mean density.
 - *In proportion to what*: to the sensitivity alone, or to sensitivity times size (``weigh="size"``). The former is the
   default: it is what the description says.
+- *Which activation of the student is compared*: that of the unit without its ReLU, kept or not. Read to the letter
+  (``literal=True``) it is the unit's activation as it is; then a kept ReLU agrees with the teacher, scores low and is
+  dropped in the next epoch, so that masks alternate between two sets and ``tolerance`` never ends the search.
 - *Where masks start*: at random positions. *When they end*: after ``mask_epochs``, or when less than ``tolerance`` of
   the entries changed. *Over which images the mean is*: ``samples`` training images, after each epoch.
 - *How large β is*: 0.1, with which the gap weighs about as much as the two other terms; the scale of a β depends on
   which mean is taken over units, which is not said.
 - *Channels*: a channel's difference is the mean of its units'; a layer keeps as many channels as fit into its budget,
-  and what is left over goes to the channels that differ most anywhere, as long as they fit.
+  and what is left over goes to the channels that differ most anywhere, so that as much of the budget is spent as whole
+  channels can (:func:`~fairline.masking.budget.fullest`).
+- *A network that is linearized already*: sensitivities are those of the network as it is, and only the ReLUs that it
+  has left are divided among and within the layers.
 """
 
 from __future__ import annotations
@@ -46,8 +52,8 @@ from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.linearize.activations import each_activation
 from fairline.linearize.base import Cut, Linearization, Linearizer
-from fairline.linearize.surrogates import start_masked
-from fairline.masking import Granularity, MaskedReLU, masked_graph, masked_relus
+from fairline.masking import Granularity, MaskedReLU, copy_model, mask_relus, masked_graph, masked_relus
+from fairline.masking.budget import fullest
 from fairline.objectives.base import Objective
 from fairline.objectives.erm import ERM
 from fairline.training import Epoch, History, ProgressCallback, run_epochs
@@ -74,6 +80,7 @@ class SENet(Linearizer):
         temperature: T of the distillation.
         batch_size: Samples in a step.
         granularity: ``"pixel"`` or ``"channel"``.
+        literal: Compare activations as they are, by which the search never settles; see above.
         objective: What is minimised beside the activation gap; ERM at ``temperature`` by default.
         surrogate: What stands in a ReLU's place: ``"identity"``, as published, or ``"quadratic"``.
         seed: Of the whole run.
@@ -93,6 +100,7 @@ class SENet(Linearizer):
     temperature: float = 4.0
     batch_size: int = 256
     granularity: Granularity = "pixel"
+    literal: bool = False
     objective: Objective | None = None
 
     def __post_init__(self) -> None:
@@ -130,9 +138,9 @@ class SENet(Linearizer):
         training = _Runs(self, run.teacher, run.train, run.device, run.progress)
         training.history.rows = run.rows
         densities = self.densities(run.student, sources, training, run.folder)
-        sizes = {name: layer.kept.numel() for name, layer in masked_relus(run.student).items()}
+        sizes = {name: layer.num_kept for name, layer in masked_relus(run.student).items()}
         for budget in run.budgets:
-            student = copy.deepcopy(run.student)
+            student = copy_model(run.student)
             shares = layer_budgets(densities, sizes, budget, self.weigh)
             self.search(student, shares, budget, training, run.folder)
             if self.epochs:
@@ -157,7 +165,7 @@ class SENet(Linearizer):
         file = None if folder is None else folder / "densities.safetensors"
         if file is not None and file.exists():
             return dict(load_state(file)["densities"])
-        pruned = copy.deepcopy(model)
+        pruned = copy_model(model)
         names = sorted({name for own in sources.values() for name in own})
         weights = [(pruned.get_submodule(name), "weight") for name in names]
         for module, parameter in weights:
@@ -195,16 +203,20 @@ class SENet(Linearizer):
             folder: Of checkpoints.
         """
         layers = masked_relus(student)
-        teacher = start_masked(run.teacher, run.data, "identity", run.device)
+        teacher = run.masked_teacher()
+        allowed = {name: layer.kept.clone() for name, layer in layers.items()}
         generator = torch.Generator().manual_seed(self.seed)
         scores = {name: torch.rand(layer.shape, generator=generator) for name, layer in layers.items()}
-        self._keep(layers, scores, shares, budget)
+        self._keep(layers, scores, shares, budget, allowed)
         file = None if folder is None else folder / f"search-{budget}.safetensors"
         stage = f"SENet positions ({budget:,} ReLUs)"
-        for epoch in run.epochs(student, self.mask_epochs, stage, file):
+        run.objective = run.new_objective()
+        for epoch in run.epochs(student, self.mask_epochs, stage, file, objective=run.objective):
             before = {name: layer.kept.clone() for name, layer in layers.items()}
-            scores = differences(student, teacher, run.data, samples=self.samples, seed=self.seed)
-            self._keep(layers, scores, shares, budget)
+            scores = differences(
+                student, teacher, run.data, samples=self.samples, seed=self.seed, as_linear=not self.literal
+            )
+            self._keep(layers, scores, shares, budget, allowed)
             changed = sum(int((before[name] != layer.kept).sum()) for name, layer in layers.items())
             share = changed / sum(layer.kept.numel() for layer in layers.values())
             run.history.rows.append({**epoch.row(), "budget": budget, "changed": share})
@@ -221,45 +233,60 @@ class SENet(Linearizer):
             folder: Of checkpoints.
         """
         file = None if folder is None else folder / f"train-{budget}.safetensors"
-        with ActivationGap(student, start_masked(run.teacher, run.data, "identity", run.device)) as gap:
+        with ActivationGap(student, run.masked_teacher()) as gap:
             stage = f"SENet training ({budget:,} ReLUs)"
 
             def penalty() -> Tensor:
                 return self.beta / 2 * gap()
 
-            epochs = run.epochs(student, self.epochs, stage, file, cosine=True, penalty=penalty if self.beta else None)
-            for epoch in epochs:
+            charged = penalty if self.beta else None
+            goes_on = None if run.objective is None else cast(Objective, _Started(run.objective))
+            for epoch in run.epochs(student, self.epochs, stage, file, cosine=True, penalty=charged, objective=goes_on):
                 run.history.rows.append({**epoch.row(), "budget": budget})
 
     def _keep(
-        self, layers: Mapping[str, MaskedReLU], scores: Mapping[str, Tensor], shares: Mapping[str, int], budget: int
+        self,
+        layers: Mapping[str, MaskedReLU],
+        scores: Mapping[str, Tensor],
+        shares: Mapping[str, int],
+        budget: int,
+        allowed: Mapping[str, Tensor],
     ) -> None:
-        """Keep the units, or channels, with the largest scores."""
-        left = budget
-        over = []
-        for name, layer in layers.items():
-            units = layer.kept.numel() // layer.shape[0] if self.granularity == "channel" else 1
-            score = scores[name].cpu()
-            entries = score.flatten(1).mean(1) if self.granularity == "channel" else score.flatten()
-            order = torch.sort(entries, descending=True, stable=True).indices
-            count = shares[name] // units
-            chosen = torch.zeros(len(entries), dtype=torch.bool)
-            chosen[order[:count]] = True
-            left -= count * units
-            shape = (layer.shape[0], *[1] * (len(layer.shape) - 1)) if self.granularity == "channel" else layer.shape
-            layer.set_mask(chosen.view(shape))
-            over += [(-float(entries[entry]), name, int(entry), units) for entry in order[count:]] if units > 1 else []
-        for _, name, entry, units in sorted(over):
-            if units <= left:
-                kept = layers[name].kept.clone()
-                kept[entry] = True
-                layers[name].set_mask(kept)
-                left -= units
+        """Keep the units, or channels, with the largest scores; none but allowed ones."""
+        channels = self.granularity == "channel"
+        values, sizes, first = [], [], []
+        for name in layers:
+            use, score = allowed[name].cpu(), scores[name].cpu()
+            if channels:
+                own = use.view(len(use), -1).sum(1)
+                value = (score * use).view(len(use), -1).sum(1) / own.clamp_min(1)
+            else:
+                own, value = use.flatten().long(), score.flatten()
+            order = torch.sort(value, descending=True, stable=True).indices
+            order = order[own[order] > 0]
+            in_share = torch.zeros(len(own), dtype=torch.bool)
+            in_share[order[fullest(own[order].tolist(), shares[name])]] = True
+            values.append(value)
+            sizes.append(own)
+            first.append(in_share)
+        # What the layers' shares leave goes to whatever scores highest anywhere.
+        order = torch.sort(torch.cat(values), descending=True, stable=True).indices
+        order = order[torch.sort(torch.cat(first)[order].long(), descending=True, stable=True).indices]
+        order = order[torch.cat(sizes)[order] > 0]
+        chosen = torch.zeros(sum(map(len, sizes)), dtype=torch.bool)
+        chosen[order[fullest(torch.cat(sizes)[order].tolist(), budget)]] = True
+        for (name, layer), own in zip(layers.items(), chosen.split([len(each) for each in sizes]), strict=True):
+            shape = (layer.shape[0], *[1] * (len(layer.shape) - 1)) if channels else layer.shape
+            layer.set_mask(own.view(shape).to(layer.kept.device) & allowed[name])
 
 
 @dataclass
 class _Runs:
-    """What the stages' training runs share."""
+    """What the stages' training runs share.
+
+    Attributes:
+        objective: Of the budget that is worked on; what it has learned in stage 2 it keeps in stage 3.
+    """
 
     method: SENet
     teacher: nn.Module
@@ -267,6 +294,14 @@ class _Runs:
     device: torch.device
     progress: ProgressCallback | None
     history: History = field(default_factory=History)
+    objective: Objective | None = None
+
+    def new_objective(self) -> Objective:
+        return copy.deepcopy(self.method.objective) or ERM(self.method.temperature)
+
+    def masked_teacher(self) -> nn.Module:
+        """The teacher with masks, as it is: its activations can be watched."""
+        return mask_relus(self.teacher, self.data.normalized(slice(2))).to(self.device)
 
     def epochs(
         self,
@@ -277,6 +312,7 @@ class _Runs:
         *,
         cosine: bool = False,
         penalty: Callable[[], Tensor] | None = None,
+        objective: Objective | None = None,
     ) -> Iterator[Epoch]:
         optimizer = SGD(model.parameters(), lr=self.method.lr, momentum=0.9, weight_decay=5e-4)
         return run_epochs(
@@ -285,7 +321,7 @@ class _Runs:
             epochs=count,
             optimizer=optimizer,
             scheduler=CosineAnnealingLR(optimizer, count) if cosine else None,
-            objective=copy.deepcopy(self.method.objective) or ERM(self.method.temperature),
+            objective=objective or self.new_objective(),
             teacher=self.teacher,
             batch_size=self.method.batch_size,
             penalty=penalty,
@@ -296,6 +332,19 @@ class _Runs:
             checkpoint=file,
             stateful={"history": self.history},
         )
+
+
+class _Started:
+    """An objective that a training loop must not start anew."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+
+    def start(self, train_data: GroupedData) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._objective, name)
 
 
 def weights_before(model: nn.Module) -> dict[str, list[str]]:
@@ -392,7 +441,7 @@ def layer_budgets(
 
 
 def differences(
-    student: nn.Module, teacher: nn.Module, data: GroupedData, *, samples: int, seed: int = 0
+    student: nn.Module, teacher: nn.Module, data: GroupedData, *, samples: int, seed: int = 0, as_linear: bool = False
 ) -> dict[str, Tensor]:
     """Mean |student's activation − teacher's| of each unit, after the (masked) ReLU.
 
@@ -402,6 +451,7 @@ def differences(
         data: On their device.
         samples: Images, at most.
         seed: Of their choice.
+        as_linear: Take of each unit of the student what it would be without its ReLU, kept or not.
 
     Returns:
         For each masked layer a tensor of its mask's shape.
@@ -422,7 +472,8 @@ def differences(
             current[:] = [index]
             teacher(data.normalized(index))
         # forward(), not a call: this is a hook of the layer itself.
-        totals[name] += (layers[name].forward(x) - outputs[name]).abs().sum(0)
+        own = layers[name].substitute(x) if as_linear else layers[name].forward(x)
+        totals[name] += (own - outputs[name]).abs().sum(0)
 
     try:
         seen = each_activation(student, data, compare, samples=samples, seed=seed)

@@ -3,8 +3,9 @@
 The quadratic ``g(x) = c₀ + c₁x + 0.2·c₂x²`` starts from the least-squares fit of the ReLU on the channel's own
 pre-activations and is trained with the other weights. c₂ minimises ``E[(relu(x) − c₀ − c₁x − c₂x²)²]``; where x is
 normal this is AutoReP's distribution-aware approximation (Peng et al. 2023), of N(0, 1) ``(1 + x²)/√(8π) + x/2``. As in
-AutoReP's code the square then enters with a factor of 0.2, without which deep networks overflow; here c₀ and c₁ are
-fitted again to what that leaves.
+AutoReP's code the square then enters with a smaller factor, without which deep networks overflow; here c₀ and c₁ are
+fitted again to what that leaves. The code's factor differs from script to script (0.1 or 0.2 on CIFAR, 2 with clipping
+on Tiny ImageNet); 0.2 is part of fairline's file format, and ``square`` starts with another one.
 """
 
 from __future__ import annotations
@@ -36,8 +37,12 @@ def start_masked(
     *,
     samples: int = 2000,
     seed: int = 0,
+    square: float = SQUARE_SCALE,
 ) -> nn.Module:
-    """A masked copy of a network on ``device``, all ReLUs kept, its surrogates fitted.
+    """A masked copy of a network on ``device`` that computes what the network does, its surrogates fitted.
+
+    All ReLUs are kept that the network has. Where it is linearized already, what stands in the place of the others
+    stays as it is: a channel with a ReLU that was cut to the identity starts from the identity.
 
     Args:
         model: The trained network, masked or not; not changed.
@@ -46,28 +51,43 @@ def start_masked(
         device: Where to put it.
         samples: Training images to fit on, at most.
         seed: Of their choice.
+        square: As for :func:`fit_quadratics`.
 
     Returns:
         The copy, in the mode of the network.
 
     Raises:
-        FairlineError: The model has no ReLU, or there is no such surrogate.
+        FairlineError: The model has no ReLU, there is no such surrogate, or ReLUs were cut to quadratics and the
+            identity is asked for.
     """
-    fitted = any(layer.coefficients is not None for layer in masked_relus(model).values())
+    layers = masked_relus(model).values()
+    fitted = any(layer.coefficients is not None for layer in layers)
+    if surrogate == "identity" and any(
+        layer.coefficients is not None and layer.num_kept < layer.kept.numel() for layer in layers
+    ):
+        raise FairlineError(
+            f"ReLUs of {type(model).__name__} have been replaced by quadratics, which the identity cannot stand for; "
+            "linearize it further with surrogate='quadratic'."
+        )
     masked = mask_relus(model, train.normalized(slice(2)), surrogate).to(device)
     if surrogate == "quadratic" and not fitted:
-        fit_quadratics(masked, train.to(device), samples=samples, seed=seed)
+        fit_quadratics(masked, train.to(device), samples=samples, seed=seed, square=square)
     return masked
 
 
-def fit_quadratics(model: nn.Module, data: GroupedData, *, samples: int = 2000, seed: int = 0) -> None:
-    """Set the coefficients of all quadratic surrogates to the fit of the ReLU.
+def fit_quadratics(
+    model: nn.Module, data: GroupedData, *, samples: int = 2000, seed: int = 0, square: float = SQUARE_SCALE
+) -> None:
+    """Set the coefficients of all quadratic surrogates that nothing depends on yet to the fit of the ReLU.
 
     Args:
-        model: Masked, with quadratic surrogates; evaluated as its masks are now.
+        model: Masked, with quadratic surrogates; evaluated as its masks are now. Channels with a ReLU that is cut keep
+            their coefficients.
         data: On the model's device.
         samples: Images to fit on, at most.
         seed: Of their choice.
+        square: Factor that the fitted square enters with. The coefficient that is stored is multiplied by 0.2 wherever
+            it is used, whatever this is, so that it is ``square / 0.2`` times the fit.
     """
     layers = {name: layer for name, layer in masked_relus(model).items() if layer.coefficients is not None}
     moments = {name: torch.zeros(layer.shape[0], 8, dtype=torch.float64) for name, layer in layers.items()}
@@ -81,25 +101,28 @@ def fit_quadratics(model: nn.Module, data: GroupedData, *, samples: int = 2000, 
 
     each_activation(model, data, add, samples=samples, seed=seed)
     for name, layer in layers.items():
-        coefficients = damped(least_squares(moments[name]), moments[name])
+        coefficients = damped(least_squares(moments[name]), moments[name], square)
         assert layer.coefficients is not None
+        whole = layer.kept.view(len(layer.kept), -1).all(1).view(layer.coefficients.shape[1:])
         with torch.no_grad():
-            layer.coefficients.copy_(coefficients.T.reshape(layer.coefficients.shape))
+            fit = coefficients.T.reshape(layer.coefficients.shape).to(layer.coefficients)
+            layer.coefficients.copy_(torch.where(whole, fit, layer.coefficients))
 
 
-def damped(coefficients: Tensor, moments: Tensor) -> Tensor:
-    """The same c₂; c₀ and c₁ fitted to ``relu(x) − 0.2·c₂x²``.
+def damped(coefficients: Tensor, moments: Tensor, square: float = SQUARE_SCALE) -> Tensor:
+    """A smaller square: c₀ and c₁ fitted to ``relu(x) − square·c₂x²``.
 
     Args:
         coefficients: From :func:`least_squares`, (C, 3).
         moments: As there, (C, 8).
+        square: Factor of the square.
 
     Returns:
-        float64, (C, 3).
+        float64, (C, 3); c₂ is ``square / 0.2`` times the fit, since 0.2 stands before it wherever it is used.
     """
-    left = moments[:, 5:7] - SQUARE_SCALE * coefficients[:, 2:] * moments[:, 2:4]
+    left = moments[:, 5:7] - square * coefficients[:, 2:] * moments[:, 2:4]
     line = _solve(moments, left)
-    return torch.cat([line, coefficients[:, 2:]], 1)
+    return torch.cat([line, coefficients[:, 2:] * (square / SQUARE_SCALE)], 1)
 
 
 def least_squares(moments: Tensor) -> Tensor:

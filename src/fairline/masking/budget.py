@@ -1,8 +1,12 @@
-"""ReLU counts, and the masks that a budget allows."""
+"""ReLU counts, and the masks that a budget allows.
+
+Source: none; :func:`fullest` is the subset-sum recursion of Bellman (1957) on the bits of an integer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -10,10 +14,7 @@ from torch import Tensor, nn
 
 from fairline.errors import FairlineError
 from fairline.masking.find import mask_relus
-from fairline.masking.layer import (
-    MaskedReLU,
-    masked_relus,
-)
+from fairline.masking.layer import masked_relus
 
 
 def relu_count(model: nn.Module, example: Tensor | None = None) -> int:
@@ -46,41 +47,79 @@ def layer_table(model: nn.Module) -> Iterator[tuple[str, int, int]]:
 def keep_largest(model: nn.Module, budget: int, ranks: Mapping[str, Tensor] | None = None) -> int:
     """Fix learned masks so that the ``budget`` largest entries are 1 and all others 0.
 
-    Entries that cover several units (channel- and layer-wise masks) are taken from the largest on, as long as
-    they fit into the budget.
+    Entries that cover several units (channel- and layer-wise masks) may not fit the budget exactly. As many units as
+    possible are kept; which entries those are is said by :func:`fullest`, the largest first.
 
     Args:
-        model: With learned masks.
+        model: With learned masks. ReLUs that were cut before they were learned stay cut and count for nothing.
         budget: ReLUs to keep for each sample.
         ranks: What to compare in place of the masks, for each layer a tensor of its learned mask's shape.
 
     Returns:
-        ReLUs kept: exactly ``budget`` for pixel-wise masks, else the most that fits.
+        ReLUs kept: exactly ``budget`` for pixel-wise masks, if the network has as many; else the most that fits.
     """
     named = {name: layer for name, layer in masked_relus(model).items() if layer.weight is not None}
-    layers = list(named.values())
     compared = {name: cast(Tensor, layer.weight).detach() for name, layer in named.items()} if ranks is None else ranks
-    values = torch.cat([compared[name].flatten() for name in named])
-    sizes = [layer.kept.numel() // cast(Tensor, layer.weight).numel() for layer in layers]
-    units = torch.cat([torch.full((cast(Tensor, w.weight).numel(),), s) for w, s in zip(layers, sizes, strict=True)])
+    values = torch.cat([compared[name].flatten() for name in named]).cpu()
+    sizes = torch.cat([layer.covered().flatten() for layer in named.values()]).cpu()
     # Stable, so that ties fall the same way on every device.
-    order = torch.sort(values.cpu(), descending=True, stable=True).indices
+    order = torch.sort(values, descending=True, stable=True).indices
+    order = order[sizes[order] > 0]
     chosen = torch.zeros(len(values), dtype=torch.bool)
-    if max(sizes) == 1:
-        chosen[order[:budget]] = True
-    else:
-        left = budget
-        for entry, size in zip(order.tolist(), units[order].tolist(), strict=True):
-            if size <= left:
-                chosen[entry] = True
-                left -= size
-    _fix(layers, chosen)
+    chosen[order[fullest(sizes[order].tolist(), budget)]] = True
+    parts = chosen.split([cast(Tensor, layer.weight).numel() for layer in named.values()])
+    for layer, own in zip(named.values(), parts, strict=True):
+        layer.set_mask(own.view(cast(Tensor, layer.weight).shape).to(layer.kept.device) & layer.kept)
     return relu_count(model)
 
 
-def _fix(layers: list[MaskedReLU], chosen: Tensor) -> None:
-    start = 0
-    for layer in layers:
-        weight = cast(Tensor, layer.weight)
-        layer.set_mask(chosen[start : start + weight.numel()].view(weight.shape))
-        start += weight.numel()
+def fullest(sizes: Sequence[int], budget: int) -> Tensor:
+    """Which entries to keep so that as many units as possible fit into a budget, and the first entries if they can be.
+
+    The sum of the kept sizes is the largest that any choice allows. Of the choices with this sum it is the one that
+    keeps the first entry if one of them does, then the second if one of those does, and so on.
+
+    Args:
+        sizes: Units of each entry, positive, the most wanted entry first.
+        budget: Units to keep, at most.
+
+    Returns:
+        bool, (len(sizes),).
+
+    Examples:
+        >>> fullest([64, 48, 48], budget=96).tolist()
+        [False, True, True]
+        >>> fullest([64, 48, 16, 16, 16], budget=96).tolist()
+        [True, False, True, True, False]
+    """
+    if sum(sizes) <= budget:
+        return torch.ones(len(sizes), dtype=torch.bool)
+    unit = math.gcd(*sizes)
+    sizes, budget = [size // unit for size in sizes], budget // unit
+    if max(sizes) == 1:
+        return torch.arange(len(sizes)) < budget
+    # Subset sums as the bits of an integer: those of every stretch-th tail, the others again when they are needed.
+    stretch = math.isqrt(len(sizes)) + 1
+    tails = {len(sizes): 1}
+    sums = 1
+    for place in reversed(range(len(sizes))):
+        sums = _with(sums, sizes[place], budget)
+        if place % stretch == 0:
+            tails[place] = sums
+    left = sums.bit_length() - 1
+    kept = []
+    for start in range(0, len(sizes), stretch):
+        stop = min(start + stretch, len(sizes))
+        behind = [tails[stop]]
+        for place in reversed(range(start + 1, stop)):
+            behind.append(_with(behind[-1], sizes[place], budget))
+        for place in range(start, stop):
+            after = behind.pop()
+            kept.append(sizes[place] <= left and after >> (left - sizes[place]) & 1 == 1)
+            left -= sizes[place] * kept[-1]
+    return torch.tensor(kept)
+
+
+def _with(sums: int, size: int, limit: int) -> int:
+    """The sums up to a limit that one more entry allows."""
+    return (sums | sums << size) & ((1 << limit + 1) - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ def copy_model(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in _values(vars(module)):
-            if isinstance(value, torch.Generator):
+            if isinstance(value, ModuleType):
+                memo[id(value)] = value
+            elif isinstance(value, torch.Generator):
                 memo[id(value)] = torch.Generator(value.device).set_state(value.get_state())
             elif not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
@@ -60,8 +63,8 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def _values(value: object, depth: int = 3) -> Iterator[Any]:
-    """Tensors and generators in containers within containers."""
-    if isinstance(value, Tensor | torch.Generator):
+    """Tensors, generators and Python's modules in containers within containers."""
+    if isinstance(value, Tensor | torch.Generator | ModuleType):
         yield value
     elif depth and isinstance(value, Mapping | list | tuple):
         for each in list(value.values() if isinstance(value, Mapping) else value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -23,7 +24,9 @@ def same_random(seed: int) -> Iterator[None]:
     """Random numbers of torch, NumPy and Python from a seed; afterwards as if nothing had been drawn."""
     # What a forward draws from NumPy comes from its global generator.
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        # What a forward warns of is said when the user runs it.
+        warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         random.seed(seed)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fairline.masking.copying import copy_model
 from fairline.masking.equal import same_random, tensors_of
 from fairline.masking.layer import MaskedReLU, masked_relus
 from fairline.masking.watch import RELU_LIKE, is_plain_relu
@@ -47,29 +48,31 @@ def masked_graph(model: nn.Module, images: Tensor | None = None) -> fx.GraphModu
         A graph in which each masked ReLU is one call of a module, under its name. None where ``torch.fx`` cannot trace
         the network, does not see its masks, or computes something else.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    # Of a copy, since a forward may keep what it computes.
+    root = _Root(copy_model(model)).eval()
     try:
-        for module, _ in modes:
-            module.training = False
-        root = _Root(model)
         graph = _Tracer().trace(root)
-        held = {}
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr"):
-                value = attrgetter(node.target)(root)
                 node.target = node.target.removeprefix("network.")
-                held[node.target] = value
-        traced = fx.GraphModule(held, graph, class_name=type(model).__name__).eval()
-        if images is not None:
-            with torch.no_grad(), same_random(0):
-                pairs = zip(tensors_of(model(images)), tensors_of(traced(images)), strict=True)
-                if not all(torch.allclose(*pair, rtol=1e-4, atol=1e-5, equal_nan=True) for pair in pairs):
-                    return None
+        if images is not None and not _same(root, _over(root, graph, root.network), images):
+            return None
+        traced = _over(root, graph, model)
     except Exception:
         # The user's own forward may do anything.
         return None
-    finally:
-        for module, training in modes:
-            module.training = training
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     return traced if all(calls.count(name) == 1 for name in masked_relus(model)) else None
+
+
+def _over(root: nn.Module, graph: fx.Graph, network: nn.Module) -> fx.GraphModule:
+    """A graph of the modules and weights of a network, and of the constants that tracing has left on the root."""
+    names = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    held = {name: attrgetter(name)(root if name in vars(root) or name in root._buffers else network) for name in names}
+    return fx.GraphModule(held, graph, class_name=type(network).__name__)
+
+
+def _same(model: nn.Module, traced: nn.Module, images: Tensor) -> bool:
+    with torch.no_grad(), same_random(0):
+        pairs = zip(tensors_of(model(images)), tensors_of(traced(images)), strict=True)
+        return all(torch.allclose(*pair, rtol=1e-4, atol=1e-5, equal_nan=True) for pair in pairs)

@@ -187,14 +187,27 @@ class MaskedReLU(nn.Module):
 
     @property
     def mask(self) -> Tensor:
-        """The mask, float, with the shape of the activation; a view of ``compact_mask`` while it is learned."""
-        return self.kept.float() if self.weight is None else self.compact_mask.expand(self.shape)
+        """The mask, float, with the shape of the activation.
+
+        While it is learned it is a view of ``compact_mask``, or 0 where the fixed mask was 0 before.
+        """
+        if self.weight is None:
+            return self.kept.float()
+        mask = self.compact_mask.expand(self.shape)
+        return mask if self._num_kept == self.kept.numel() else mask * self.kept
 
     @property
     def compact_mask(self) -> Tensor:
         """The learned mask, of the shape of ``weight``: the weight itself, or what the gate makes of it."""
         weight = cast(Tensor, self.weight)
         return weight if self.gate is None else cast(Tensor, self.gate(weight))
+
+    def covered(self) -> Tensor:
+        """How many ReLUs each entry of the learned mask switches, int64, of the shape of ``weight``."""
+        shape = cast(Tensor, self.weight).shape
+        axes = [axis for axis, size in enumerate(shape) if size != self.shape[axis]]
+        counts = self.kept.long()
+        return counts.sum(axes, keepdim=True) if axes else counts
 
     @property
     def num_kept(self) -> int:
@@ -212,19 +225,19 @@ class MaskedReLU(nn.Module):
         self._refresh()
 
     def learn(self, granularity: Granularity = "pixel") -> nn.Parameter:
-        """Make the mask learnable, starting from the fixed one.
+        """Make the mask learnable, starting from the fixed one; ReLUs that it has cut stay cut.
 
         Args:
             granularity: One entry a ``"pixel"`` (unit), ``"channel"`` or ``"layer"``.
 
         Returns:
-            The parameter to optimise. An entry that covers several units starts at their mean.
+            The parameter to optimise. An entry starts at 1 where one of its units is kept, else at 0.
         """
         start = self.kept.float()
         shared = {"pixel": 0, "channel": 1, "layer": None}[granularity]
         if shared != 0:
             axes = tuple(range(shared or 0, len(self.shape)))
-            start = start.mean(axes, keepdim=True) if axes else start
+            start = start.amax(axes, keepdim=True) if axes else start
         self.weight = nn.Parameter(start.clone())
         return self.weight
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fairline.errors import FairlineError
+from fairline.masking.copying import copy_model
 from fairline.masking.layer import MaskedReLU
 
 
@@ -80,7 +81,7 @@ def _calls(
         return hook
 
     if layers:
-        watched = copy.deepcopy(model).eval()
+        watched = copy_model(model).eval()
         for name in layers:
             watched.get_submodule(name).register_forward_hook(note(name))
         # A forward that fails is told of by whoever needs its result.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,7 +36,8 @@ _FUSED = ("_addmm_activation", "_transformer_encoder_layer_fwd")
 _NO_FUSED = ("leaky_relu", "prelu", "rrelu", "relu6")
 _VALUES_DO_NOT_MATTER = ("_like", "new_", "empty", "zeros", "ones", "full")
 
-Place = tuple[CodeType, int] | None
+#: Lines of code, outside of torch, from which a module's forward comes to a call: the innermost first.
+Place = tuple[tuple[CodeType, int], ...]
 
 
 #: Functions that can be a ReLU, and the names of their arguments.
@@ -77,7 +79,9 @@ def relu_input(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[
 
 def is_plain_relu(module: nn.Module) -> bool:
     """Whether a module only calls a function: ``nn.ReLU``, ``nn.Threshold`` and heirs that change nothing."""
-    return "forward" not in vars(module) and type(module).forward in (nn.ReLU.forward, nn.Threshold.forward)
+    if not isinstance(module, nn.ReLU | nn.Threshold) or "forward" in vars(module):
+        return False
+    return type(module).forward in (nn.ReLU.forward, nn.Threshold.forward)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Caller:
     Attributes:
         modules: Whose forward is running, the innermost first; a plain ReLU module is left out.
         relu: The plain ReLU module that is called, or None for a function.
-        place: The line of code within the innermost module, outside of torch, that calls; None if torch's own does.
+        place: The lines of code of the innermost module that lead to the call; none if torch's own code calls.
         checkpointed: How many of ``modules`` run within the innermost checkpoint; None without one.
     """
 
@@ -112,7 +116,7 @@ def caller(*, innermost: bool = False) -> Caller:
     """
     modules: list[nn.Module] = []
     relu: nn.Module | None = None
-    place: Place = None
+    place: list[tuple[CodeType, int]] = []
     checkpointed: int | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not (innermost and modules):
@@ -125,17 +129,17 @@ def caller(*, innermost: bool = False) -> Caller:
                 modules.append(module)
         elif module_name == "torch.utils.checkpoint.":
             checkpointed = len(modules) if checkpointed is None else checkpointed
-        elif not modules and place is None and not module_name.startswith(_NOT_THE_USERS):
-            place = (frame.f_code, frame.f_lasti)
+        elif not modules and not module_name.startswith(_NOT_THE_USERS):
+            place.append((frame.f_code, frame.f_lasti))
         frame = frame.f_back
-    return Caller(tuple(modules), relu, place, checkpointed)
+    return Caller(tuple(modules), relu, tuple(place), checkpointed)
 
 
 def line_of(place: Place) -> str:
     """Where a place is, for people."""
-    if place is None:
-        return "its own code"
-    code, offset = place
+    if not place:
+        return "a line of torch"
+    code, offset = place[0]
     line = next((line for start, end, line in code.co_lines() if start <= offset < end), None)
     return f"line {line} of {code.co_name}"
 
@@ -147,7 +151,7 @@ class Call:
     Attributes:
         scope: Path of the module whose code calls it.
         turn: Which call of that module this is, from 0.
-        place: The line of code that calls.
+        place: The lines of code that call.
         nth: Which call from there this is, within the turn.
         relu: Path of the ``nn.ReLU`` that is called, or None for a function.
         shape: Of the activation, with its batch axis.
@@ -177,15 +181,17 @@ class Seen:
     """What one forward pass evaluated.
 
     Attributes:
+        size: Of the batch.
         calls: Of ReLUs, in order.
         hidden: Path and class of modules with ReLUs inside one of torch's operators.
-        others: How often each other nonlinear function ran where: (name, path) → calls.
+        others: Where each other nonlinear function ran: function → path → name of the function or of torch's module.
         turns: Calls of each module, by its path.
     """
 
+    size: int
     calls: list[Call] = field(default_factory=list)
     hidden: dict[str, str] = field(default_factory=dict)
-    others: Counter[tuple[str, str]] = field(default_factory=Counter)
+    others: defaultdict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
     turns: Counter[str] = field(default_factory=Counter)
 
 
@@ -199,7 +205,7 @@ def watch(model: nn.Module, images: Tensor) -> Seen:
     Returns:
         What was seen.
     """
-    seen = Seen()
+    seen = Seen(len(images))
     paths = {id(module): path for path, module in model.named_modules()}
     reach = _Reach(seen, paths, images)
     with _counting(model, seen.turns), reach, _Functions(seen, paths, reach):
@@ -225,6 +231,8 @@ def _counting(model: nn.Module, turns: Counter[str]) -> Iterator[None]:
     handles = [
         module.register_forward_pre_hook(lambda _module, _inputs, path=path: count(path))
         for path, module in model.named_modules()
+        # They take no hooks, and nothing that runs inside them is redirected.
+        if not isinstance(module, torch.jit.ScriptModule)
     ]
     try:
         yield
@@ -307,8 +315,11 @@ class _Functions(TorchFunctionMode):
             if name.startswith("rnn_relu"):
                 self.reach.note_hidden()
             elif name in OTHERS and any(self.reach.holds(each) for each in _tensors((args, kwargs))):
-                path = next((self.paths[id(each)] for each in caller().modules if id(each) in self.paths), "")
-                self.seen.others[name, path] += 1
+                modules = caller().modules
+                path = next((self.paths[id(each)] for each in modules if id(each) in self.paths), "")
+                kind = type(modules[0]) if modules else nn.Module
+                own = kind.__module__ in ("torch.nn.modules.activation", "torch.nn.modules.pooling")
+                self.seen.others[name].setdefault(path, kind.__name__ if own else name)
             return func(*args, **kwargs)
         self.note(*found)
         self.reach.in_function = True

@@ -263,7 +263,8 @@ class _Reader:
 
 
 def _gives_no_tensor(traced: fx.Node) -> bool:
-    return not isinstance(traced.meta.get("val"), Tensor)
+    value = traced.meta.get("val")
+    return not any(isinstance(each, Tensor) for each in (value if isinstance(value, list | tuple) else [value]))
 
 
 def _operator_name(traced: Any) -> str:
@@ -498,6 +499,15 @@ def _read_identity(reader: _Reader, traced: fx.Node) -> None:
     reader.same(traced, traced.args[0])
 
 
+def _read_copy(reader: _Reader, traced: fx.Node) -> None:
+    """An in-place ReLU that has been masked: whoever reads its input later reads its output."""
+    overwritten, source = cast(tuple[fx.Node, fx.Node], traced.args[:2])
+    if _sample_shape(overwritten) != _sample_shape(source):
+        raise _refuse(traced, "inputs of different shapes")
+    reader.same(traced, source)
+    reader.same(overwritten, source)
+
+
 def _read_dropout(reader: _Reader, traced: fx.Node) -> None:
     if _argument(traced, 2, "train", False):
         raise _refuse(traced, "training=True")
@@ -538,6 +548,7 @@ _HANDLERS: dict[Any, Callable[[_Reader, fx.Node], None]] = {
         ),
         _read_reshape,
     ),
+    _aten.copy_.default: _read_copy,
     **dict.fromkeys((_aten.dropout.default, _aten.dropout_.default, _aten.feature_dropout.default), _read_dropout),
     **dict.fromkeys((_aten.alias.default, _aten.clone.default, _aten.contiguous.default), _read_identity),
 }

@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fairline._io import read_json, save_tensors
+from fairline.data.decoding import UnusableImage, decode_image, quiet_pillow
 from fairline.errors import FairlineError
 from fairline.private.graph import PlainGraph
 from fairline.private.party import require_free
@@ -113,32 +114,27 @@ def load_preprocessing(path: Path) -> Preprocessing:
 
 
 def read_images(paths: Sequence[str | Path], preprocessing: Preprocessing) -> Tensor:
-    """Read image files as the network takes them.
+    """Image files as the network takes them, read as the loaders of data sets read them.
 
     Args:
-        paths: Of the N files.
-        preprocessing: Of the network.
+        paths: The files.
+        preprocessing: What the network takes.
 
     Returns:
-        float32, (N, C, H, W), scaled to the network's size and normalised.
+        float32, (N, C, H, W).
 
     Raises:
-        FairlineError: A file is missing or no image.
+        FairlineError: A file is missing or no image that can be read.
     """
-    import numpy as np
-    from PIL import Image
-
     channels, height, width = preprocessing.shape
     read = []
-    for path in paths:
-        try:
-            with Image.open(path) as opened:
-                image = opened.convert("L" if channels == 1 else "RGB").resize(
-                    (width, height), Image.Resampling.BILINEAR
-                )
-                read.append(torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1))
-        except OSError as error:
-            raise FairlineError(f"{path} is not an image that can be read ({error.strerror or error}).") from None
+    with quiet_pillow():
+        for path in paths:
+            try:
+                pixels = decode_image(Path(path), channels=channels, size=(height, width))
+            except UnusableImage as error:
+                raise FairlineError(f"{path}: {error}.") from None
+            read.append(torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     return ((torch.stack(read).float() / 255 - mean) / std).contiguous()
 

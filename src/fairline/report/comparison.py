@@ -13,7 +13,7 @@ import pandas as pd
 from fairline.charts import PALETTE, save_charts, themed
 from fairline.data.grouped import OVERALL, WORST
 from fairline.report.figures import METHOD_NAMES, budget_labels, budget_order
-from fairline.report.page import read_table, settings, write_page
+from fairline.report.page import settings, write_page
 from fairline.runs import Run
 
 
@@ -41,10 +41,11 @@ def differences(frame: pd.DataFrame, measure: str, title: str) -> Any:
     methods = list(dict.fromkeys(frame.loc[frame["measure"] == "accuracy", "method"]))
     drawn = [method for method in methods if method in set(rows["method"])]
     groups = [group for group in group_order(frame) if group in set(rows["group"])]
+    width = min(880, max(80, 12 * len(drawn)) * len(groups))
     panels = []
     for budget in budget_order(rows):
         base = alt.Chart(rows[rows["budget"] == budget])
-        x = alt.X("group:N", sort=groups, title=None, axis=alt.Axis(labelAngle=0, labelLimit=130))
+        x = alt.X("group:N", sort=groups, title=None, axis=alt.Axis(labelAngle=0, labelLimit=width / len(groups) - 4))
         offset = alt.XOffset("method:N", sort=drawn, scale=alt.Scale(paddingOuter=0.35))
         colour = alt.Color(
             "method:N", sort=drawn, scale=colours(methods), title=None, legend=alt.Legend(values=drawn, labelLimit=320)
@@ -63,7 +64,7 @@ def differences(frame: pd.DataFrame, measure: str, title: str) -> Any:
         )
         panels.append(
             alt.layer(zero, whiskers, points).properties(
-                width=min(880, max(64, 12 * len(drawn)) * len(groups)),
+                width=width,
                 height=200,
                 title=f"{budget} of the ReLUs",
             )
@@ -237,12 +238,12 @@ def write_comparison(run_folder: str | Path, out: str | Path | None = None) -> P
         FairlineError: The folder holds no finished comparison.
     """
     run = Run.read(run_folder, "compare")
-    frame = prepare(read_table(run, "comparison.parquet"))
+    frame = prepare(run.table("comparison.parquet"))
     groups = group_order(frame)
     return write_page(
         Path(out) if out is not None else run.folder / "comparison.html",
         "comparison.html.j2",
-        figures(frame, read_table(run, "layers.parquet")),
+        figures(frame, run.table("layers.parquet")),
         title=f"Methods at equal ReLU budgets: {run.data.name}",
         baseline=frame["baseline"].iloc[0],
         headline=headline(frame),
@@ -257,7 +258,7 @@ def write_comparison(run_folder: str | Path, out: str | Path | None = None) -> P
 def write_comparison_figures(run_folder: str | Path, folder: str | Path) -> list[Path]:
     """Write each figure of a compare run as SVG and PNG; returns the files."""
     run = Run.read(run_folder, "compare")
-    charts = figures(prepare(read_table(run, "comparison.parquet")), read_table(run, "layers.parquet"))
+    charts = figures(prepare(run.table("comparison.parquet")), run.table("layers.parquet"))
     return save_charts(charts, Path(folder))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from fairline._io import read_json, write_json, write_table
+from fairline._io import make_folder, read_json, read_table, reading, write_json, write_table
 from fairline.errors import FairlineError
 from fairline.runs.data import DataSpec
 from fairline.runs.environment import environment
@@ -61,7 +61,8 @@ class Run:
         """
         run = cls(folder)
         wanted = json.loads(json.dumps({"command": command, **config}))
-        run._require_free_or_same(wanted)
+        with reading(folder):
+            run._require_free_or_same(wanted)
         with run._locked():
             if run.finished:
                 yield run
@@ -98,8 +99,8 @@ class Run:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Make the folder, and keep other processes out of it."""
+        make_folder(self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / ".lock").open("w")
         except OSError as error:
             raise FairlineError(f"{self.folder} cannot be written ({error.strerror}).") from None
@@ -126,10 +127,12 @@ class Run:
             FairlineError: The folder is no run, not of one of these commands, or not finished.
         """
         run = cls(folder)
-        if not (run.folder / "config.json").exists():
-            raise FairlineError(f"{folder} is not a run folder (it holds no config.json).")
+        with reading(folder):
+            if not (run.folder / "config.json").exists():
+                raise FairlineError(f"{folder} is not a run folder (it holds no config.json).")
         if commands and run.command not in commands:
-            raise FairlineError(f"{folder} holds a '{run.command}' run; one of '{' or '.join(commands)}' is needed.")
+            needed = " or ".join(f"'{command}'" for command in commands)
+            raise FairlineError(f"{folder} holds a '{run.command}' run; {needed} is needed.")
         if not run.finished:
             raise FairlineError(f"The {run.command} run in {folder} is not finished; repeat its command to resume it.")
         return run
@@ -169,6 +172,20 @@ class Run:
         order = {folder: -read_json(folder / "network.json").get("relus", 0) for folder in folders}
         return {folder.name: folder for folder in sorted(folders, key=lambda folder: (order[folder], folder.name))}
 
+    def base_network(self) -> Path:
+        """Folder of the network that a training run made.
+
+        Returns:
+            The folder.
+
+        Raises:
+            FairlineError: It is gone, or cannot be read.
+        """
+        found = self.networks().get("base")
+        if found is None:
+            raise FairlineError(f"{self.folder} has no readable networks/base/network.json any more.")
+        return found
+
     def network_folder(self, name: str) -> Path:
         """Where a network of this run goes."""
         return self.folder / "networks" / name
@@ -192,6 +209,10 @@ class Run:
         files = [file for folder in self.networks().values() for file in sorted(folder.iterdir())]
         # Links stay: a study's networks are known by them.
         return {"folder": str(self.folder.absolute()), "digest": digest(files)}
+
+    def table(self, name: str) -> pd.DataFrame:
+        """Rows of one of its parquet tables."""
+        return read_table(self.folder / name)
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write one row an epoch."""
@@ -220,7 +241,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
 @contextlib.contextmanager
 def _logged_to(file: Path) -> Iterator[None]:
     """Append what fairline logs to a file."""
-    handler = logging.FileHandler(file, encoding="utf-8")
+    handler = _Log(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     package = logging.getLogger("fairline")
     level = package.level
@@ -231,4 +252,12 @@ def _logged_to(file: Path) -> Iterator[None]:
     finally:
         package.setLevel(level)
         package.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
+
+
+class _Log(logging.FileHandler):
+    """A log whose lines are lost where they cannot be written: what ends a run on a full disk is its results."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Go on."""

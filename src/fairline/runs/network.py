@@ -19,13 +19,26 @@ from fairline.weights import load_weights
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """How to build a network before its weights are loaded; see :func:`fairline.models.build`."""
+    """How to build a network before its weights are loaded; see :func:`fairline.models.build`.
+
+    Attributes:
+        name: Architecture.
+        num_classes: Outputs.
+        in_channels: Channels of the image.
+        image_size: Side of a square image, or height and width.
+        options: Of the architecture.
+    """
 
     name: str
     num_classes: int
     in_channels: int
-    image_size: int
+    image_size: int | tuple[int, int]
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """One form for each size, also when it comes from JSON: an int for a square image."""
+        height, width = models.image_sides(self.image_size)
+        object.__setattr__(self, "image_size", height if height == width else (height, width))
 
     def build(self) -> nn.Module:
         """The untrained network."""
@@ -33,7 +46,7 @@ class ModelSpec:
 
     def example(self) -> torch.Tensor:
         """An input of the right shape."""
-        return torch.zeros(2, self.in_channels, self.image_size, self.image_size)
+        return torch.zeros(2, self.in_channels, *models.image_sides(self.image_size))
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,7 @@ def load_info(folder: Path) -> NetworkInfo:
     content = read_json(folder / "network.json")
     try:
         return NetworkInfo(**{**content, "model": ModelSpec(**content["model"])})
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise FairlineError(f"{folder / 'network.json'} does not describe a network.") from None
 
 

@@ -134,7 +134,7 @@ def _speed(
         part = parts["train"]
         where = resolve_device(device)
         network = models.build(
-            model["name"], part.num_classes, part.images.shape[1], part.images.shape[2], **model["options"]
+            model["name"], part.num_classes, part.images.shape[1], part.images.shape[2:], **model["options"]
         ).to(where)
         size = min(int((DEFAULTS | base.arguments["settings"])["batch_size"]), len(part))
         images = torch.rand(size, *part.images.shape[1:], device=where)

@@ -116,7 +116,7 @@ class Storage:
 
     def record_error(self, cell: Cell, error: str) -> None:
         """Keep why a cell's last try failed; where even that cannot be written, it is only told."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, FairlineError):
             self.write_text(f"errors/{cell.key}.json", json.dumps({"error": error, "time": time.time()}) + "\n")
 
     def error(self, cell: Cell) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def random_crop_and_flip(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
-    """Shift each image by up to an eighth of its side, zeros moving in, and mirror half of them.
+    """Shift each image by up to an eighth of its shorter side, zeros moving in, and mirror half of them.
 
     Args:
         images: (B, C, H, W), normalised.
@@ -19,7 +19,7 @@ def random_crop_and_flip(images: Tensor, generator: torch.Generator, *, flip: bo
         (B, C, H, W).
     """
     n, _, height, width = images.shape
-    pad = max(1, height // 8)
+    pad = max(1, min(height, width) // 8)
     shifts = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator)
     mirror = torch.rand(n, generator=generator) < 0.5
     rows = shifts[:, :1] + torch.arange(height)

@@ -302,7 +302,14 @@ class _Run:
 
 
 def _batch_sizes(images: int, batch_size: int) -> list[int]:
-    """Sizes of an epoch's batches; a last image that were alone joins the batch before, as BatchNorm needs two.
+    """Sizes of an epoch's batches; a last image that would be alone joins the batch before, as BatchNorm needs two.
+
+    Args:
+        images: In the training part.
+        batch_size: Asked for.
+
+    Returns:
+        The sizes; their sum is ``images``.
 
     Args:
         images: How many in all.
