@@ -63,7 +63,7 @@ class LoopSettings(TypedDict, total=False):
     """Settings of the loop that whoever trains may pass on; :data:`LOOP_DEFAULTS` where nothing is said.
 
     Attributes:
-        batch_size: Samples in a step; a last one that were alone joins the step before.
+        batch_size: Samples in a step; a last one that would be alone joins the step before.
         augment: Random crops, and flips where ``train.flip`` allows them.
         seed: Of shuffling, augmentation and the model's own randomness.
         device: The accelerator if there is one, by default.
@@ -310,13 +310,6 @@ def _batch_sizes(images: int, batch_size: int) -> list[int]:
 
     Returns:
         The sizes; their sum is ``images``.
-
-    Args:
-        images: How many in all.
-        batch_size: How many in a batch.
-
-    Returns:
-        The sizes.
 
     >>> _batch_sizes(9, 4), _batch_sizes(10, 4), _batch_sizes(2, 1)
     ([4, 5], [4, 4, 2], [1, 1])
