@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fairline.errors import FairlineError
 from fairline.inference import logits_of
@@ -70,6 +72,7 @@ def to_graph(model: nn.Module, example: Tensor) -> PlainGraph:
             its masks still.
     """
     model = copy_model(model).cpu().eval()
+    _fold_weights(model)
     model.register_forward_hook(lambda module, inputs, output: logits_of(output, module, inputs[0]))
     for name, layer in masked_relus(model).items():
         if layer.weight is not None:
@@ -83,9 +86,12 @@ def to_graph(model: nn.Module, example: Tensor) -> PlainGraph:
             coefficients = None if layer.num_kept == layer.kept.numel() else layer.coefficients
             model.set_submodule(name, _Leaf(layer.kept, coefficients))
         try:
-            program = torch.export.export(
-                model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
-            )
+            with warnings.catch_warnings():
+                # Of activations that a forward keeps on the network, which the graph leaves out.
+                warnings.simplefilter("ignore")
+                program = torch.export.export(
+                    model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+                )
         except Exception as error:
             # The user's own forward may do anything.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -96,6 +102,14 @@ def to_graph(model: nn.Module, example: Tensor) -> PlainGraph:
     if not error_size < 1e-5:
         raise FairlineError(f"The exported {type(model).__name__} computes something else (by {error_size:.1e}).")
     return graph
+
+
+def _fold_weights(model: nn.Module) -> None:
+    """Make the weights that an old-style ``weight_norm`` computes in each forward plain ones."""
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                nn.utils.remove_weight_norm(module, hook.name)
 
 
 class _Reader:
@@ -118,6 +132,8 @@ class _Reader:
 
     def read(self) -> PlainGraph:
         output: fx.Node | None = None
+        # What the network returns beside its logits is computed for nobody.
+        self.program.graph.eliminate_dead_code()
         for traced in self.program.graph.nodes:
             if traced.op == "placeholder":
                 if traced.name not in self.tensors:
