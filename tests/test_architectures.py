@@ -23,13 +23,11 @@ NOT_EXPORTED = {
     "ViT with ReLU": "cannot be exported",
     "Siamese (a shared encoder)": "no operator 'getitem'",
     "hooks": "no operator 'pad'",
-    "weight_norm": "cannot be exported",
     "spectral_norm and parametrizations": "input that does not come from the image",
     "DropPath and dropout of channels": "a factor that is not a number",
     "logits in a tuple": "no 'sub' with a constant",
-    "is_feat=False, activations kept": "cannot be exported",
     "a recurrence with a shared ReLU": "cannot be exported",
-    "nn.RNN with tanh": "cannot be exported",
+    "nn.RNN with tanh": "no operator 'permute'",
     "ReLU, Hardswish, GELU, PReLU and clamp": "no operator 'hardswish'",
 }
 

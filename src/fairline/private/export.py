@@ -167,6 +167,8 @@ class _Reader:
 
     def read(self) -> PlainGraph:
         output: fx.Node | None = None
+        # What the network returns beside its logits is computed for nobody.
+        self.program.graph.eliminate_dead_code()
         for traced in self.program.graph.nodes:
             if traced.op == "placeholder":
                 if traced.name not in self.constants:
