@@ -54,7 +54,10 @@ def frontier_job(
         require_cost_model(protocol)
     privates = [Run.read(folder, "private-run") for folder in measured]
     bits = None if fixed_point is None else Run.read(fixed_point, "fixed-point")
-    found, _ = find_networks([source.config["parent"]["folder"], *(s["folder"] for s in source.config["sources"])])
+    folders = [each["folder"] for each in source.config["sources"]]
+    if source.config.get("with_base", True):
+        folders.insert(0, source.config["parent"]["folder"])
+    found, _ = find_networks(folders)
     config = {
         **_sources_config(source, privates, bits),
         "networks": identities(found),
