@@ -221,9 +221,16 @@ BAD = {
     "wrong column": (["data", "folder", "--root", "table", "--data-option", "label=age"], "no column 'age'"),
     "unreadable images": (["data", "folder", "--root", "table"], "None of the 3 images can be read"),
     "data option": (["data", "digits", "--data-option", "colour=red"], "no option 'colour'"),
+    "empty option": (["data", "digits", "--data-option", "image_size="], "'image_size=' gives no value"),
+    "empty value": (["train", "--data", "", "--out", "x"], "Nothing stands after '--data'"),
+    "empty path": (["report", ""], "Nothing stands after 'report'"),
+    "empty path to write": ([*TRAIN, "--out="], "'--out=' gives no value"),
+    "no measure": (["audit", "RUNS/base", "--measures", ",", "--out", "x"], "No measure was given"),
     "no key=value": (["data", "digits", "--data-option", "colour"], "'colour' is not KEY=VALUE"),
     "unknown model": ([*TRAIN[:4], "lenet", "--out", "x"], "no model 'lenet'"),
     "model option": ([*TRAIN, "--model-option", "depth=3", "--out", "x"], "no option 'depth'"),
+    "a file without a function": ([*TRAIN[:4], "own.py", "--out", "x"], "no model 'own.py'.* file.py:function"),
+    "a broken file": ([*TRAIN[:4], "broken.py:net", "--out", "x"], r"SyntaxError: .* \(broken.py, line 1\)"),
     "missing module": ([*TRAIN[:4], "nowhere:net", "--out", "x"], "cannot be imported"),
     "no weights": ([*TRAIN, "--epochs", "0", "--out", "x"], "needs weights"),
     "missing weights": ([*TRAIN, "--weights", "gone.safetensors", "--out", "x"], "gone.safetensors does not exist"),
@@ -234,6 +241,14 @@ BAD = {
     "no epochs": ([*TRAIN, "--epochs", "-1", "--out", "x"], "epochs ≥ 1"),
     "unknown device": ([*TRAIN, "--device", "abacus", "--out", "x"], "'abacus' cannot be used"),
     "exploding": ([*TRAIN, "--lr", "1e30", "--out", "x"], "loss became"),
+    "too few outputs": (
+        [*TRAIN[:4], "few.py:net", "--epochs", "1", "--out", "x"],
+        "The model has 2 outputs, but digits has 10 classes",
+    ),
+    "images alone in their batches": (
+        [*TRAIN[:4], "resnet18", "--width", "2", "--batch-size", "1", "--out", "x"],
+        "normalises over the images of a batch and cannot train on one alone; batch_size is 1",
+    ),
     "foreign folder": ([*TRAIN, "--out", "table"], "is not empty and is not a run"),
     "a file": ([*TRAIN, "--out", "table/metadata.csv"], "is a file"),
     "other settings": ([*TRAIN, "--seed", "7", "--out", "RUNS/base"], "holds another run .*seed"),
@@ -245,6 +260,10 @@ BAD = {
     "no number": (["linearize", "RUNS/base", "--budgets", "half", "--out", "x"], "Budget 'half'"),
     "unknown method": (["linearize", "RUNS/base", "--method", "magic", "--out", "x"], "no linearizer 'magic'"),
     "method option": (["linearize", "RUNS/base", "--option", "speed=3", "--out", "x"], "speed"),
+    "no number for a method": (
+        ["linearize", "RUNS/base", "--option", "growth=fast", "--out", "x"],
+        "'growth' is a number",
+    ),
     "granularity": (["linearize", "RUNS/base", "--granularity", "row", "--out", "x"], "pixel, channel or layer"),
     "unknown objective": (["finetune", "RUNS/snl", "--objective", "luck", "--out", "x"], "no objective 'luck'"),
     "negative mu": (
@@ -271,6 +290,8 @@ BAD = {
     "negative protection": (["linearize", "RUNS/base", "--protect=-1", "--out", "x"], "protect ≥ 0"),
     "few held-out images": (["last-layer", "RUNS/students", "--out", "x"], "has one held-out image; two halves need"),
     "last layer of a base": (["last-layer", "RUNS/base", "--out", "x"], "holds a 'train' run"),
+    "no resamples": (["compare", "RUNS/snl", "--resamples", "0", "--out", "x"], "at least one resample, not 0"),
+    "gone networks": (["linearize", "gone", "--out", "x"], "gone has no readable networks/base"),
     "compare a base": (["compare", "RUNS/base", "--out", "x"], "holds a 'train' run"),
     "compare one twice": (
         ["compare", "RUNS/students", "RUNS/students", "--out", "x"],
@@ -308,6 +329,8 @@ BAD = {
         "about binary classifiers, but base has 10 outputs",
     ),
     "one seed": (["theory", "--seeds", "1", "--out", "x"], "needs two of them at least, not 1"),
+    "a page in a file": (["report", "RUNS/audit", "--out", "table/metadata.csv/x.html"], "is a file, not a folder"),
+    "figures in a file": (["report", "RUNS/audit", "--figures", "table/metadata.csv"], "is a file, not a folder"),
     "report of no audit": (["report", "RUNS/base"], "holds a 'train' run"),
     "unfinished": (["linearize", "unfinished", "--out", "x"], "is not finished"),
     "broken config": (["linearize", "broken", "--out", "x"], "not valid JSON"),
@@ -341,10 +364,15 @@ def wrecks(runs, tmp_path_factory) -> Path:
     (folder / "empty").mkdir()
     (folder / "table").mkdir()
     (folder / "table" / "metadata.csv").write_text("file_name,label\na.png,1\nb.png,2\nc.png,1\n")
-    for name in ("unfinished", "broken", "cut", "foreign", "moved"):
+    (folder / "few.py").write_text(
+        "from fairline.models import build\n\n\ndef net(num_classes):\n    return build('cnn', 2, 1, 8, width=2)\n"
+    )
+    (folder / "broken.py").write_text("def net(:\n")
+    for name in ("unfinished", "broken", "cut", "foreign", "moved", "gone"):
         shutil.copytree(runs / "base", folder / name)
     (folder / "unfinished" / "status.json").write_text('{"status": "running"}')
     (folder / "broken" / "config.json").write_text("{")
+    shutil.rmtree(folder / "gone" / "networks")
     weights = folder / "cut" / "networks" / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     save_tensors(folder / "foreign" / "networks" / "base" / "model.safetensors", {"w": torch.ones(2)})

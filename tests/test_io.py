@@ -1,12 +1,27 @@
 from __future__ import annotations
 
+import errno
+
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from fairline._io import atomic_path, load_state, load_tensors, read_json, resolve_device, save_state, save_tensors
+from fairline._io import (
+    atomic_path,
+    load_state,
+    load_tensors,
+    read_json,
+    read_table,
+    resolve_device,
+    save_state,
+    save_tensors,
+    write_json,
+    write_table,
+    write_text,
+)
 from fairline.errors import FairlineError
 
 
@@ -70,6 +85,36 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch):
         save_tensors(path, {"x": torch.zeros(3)})
     assert torch.equal(load_tensors(path)[0]["x"], torch.ones(3))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_the_system_says_of_a_path_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    for write in (lambda path: write_text(path, "x"), lambda path: write_table(path, pd.DataFrame({"a": [1]}))):
+        with pytest.raises(FairlineError, match="file is a file, not a folder"):
+            write(tmp_path / "file" / "x")
+        with pytest.raises(FairlineError, match=r"cannot be written \(File name too long\)"):
+            write(tmp_path / ("x" * 250))
+        with pytest.raises(FairlineError, match=r"folder cannot be written \(Is a directory\)"):
+            write(tmp_path / "folder")
+    with pytest.raises(FairlineError, match=r"folder cannot be read \(Is a directory\)"):
+        read_json(tmp_path / "folder")
+    with pytest.raises(FairlineError, match=r"file/x cannot be read \(Not a directory\)"):
+        read_json(tmp_path / "file" / "x")
+    with pytest.raises(FairlineError, match=r"x.parquet is missing or broken"):
+        read_table(tmp_path / "x.parquet")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+
+
+def test_a_full_disk_is_one_sentence_for_every_kind_of_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    for write in (write_json, write_text):
+        with pytest.raises(FairlineError, match=r"x cannot be written \(No space left on device\)"):
+            write(tmp_path / "x", "content")
+    assert not list(tmp_path.iterdir())
 
 
 def test_cut_short_file_is_one_sentence(tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from fairline.inference import group_mean, predict
 from fairline.masking import mask_relus, masked_relus, relu_count
 from fairline.models import build
 from fairline.objectives import ERM, Objective
+from fairline.objectives import REGISTRY as OBJECTIVES
+from fairline.objectives import build as build_objective
 from fairline.training import Best, Epoch, Progress, finetune, random_crop_and_flip, run_epochs, train
+from tests.conftest import make_data
 
 
 def fresh(seed: int = 0, dropout: bool = False) -> nn.Module:
@@ -196,6 +200,30 @@ def test_penalty_is_minimised(parts):
     assert penalty().item() < 0.3 * before
 
 
+def test_the_loss_of_an_epoch_is_the_objective_and_the_penalty_is_logged_apart(parts):
+    """Weights that do not move: both means are known."""
+    model = fresh()
+    weight = model[-1].weight
+    losses = {}
+    for name, penalty in (("without", None), ("with", lambda: 3 * weight.abs().sum())):
+        settings = arguments(model, epochs=1, optimizer=SGD(model.parameters(), lr=0.0))
+        (epoch,) = run_epochs(model, parts[0], penalty=penalty, **settings)
+        losses[name] = epoch
+    assert losses["with"].loss == losses["without"].loss
+    assert losses["with"].row()["penalty"] == pytest.approx(3 * float(weight.detach().abs().sum()), rel=1e-5)
+    assert "penalty" not in losses["without"].row()
+
+
+def test_settings_that_training_does_not_know(parts):
+    for fit in (
+        lambda **more: train(fresh(), parts[0], **more),
+        lambda **more: finetune(fresh(), None, parts[0], **more),
+    ):
+        for name in ("learning_rate", "penalty", "stage"):
+            with pytest.raises(TypeError, match=f"no setting '{name}'; settings are batch_size, augment, seed"):
+                fit(**{name: 1})
+
+
 def test_non_finite_loss_stops_and_keeps_the_checkpoint(parts, tmp_path):
     model = fresh()
     file = tmp_path / "c"
@@ -301,3 +329,75 @@ def test_impossible_settings(parts):
         list(run_epochs(model, parts[0], **arguments(model, epochs=0)))
     with pytest.raises(FairlineError, match="batch_size ≥ 1"):
         list(run_epochs(model, parts[0], **arguments(model, batch_size=0)))
+
+
+class Normalised(nn.Sequential):
+    """Normalises one number a channel over the batch, as a ResNet does in its last layers on small images."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("n", [2, 9, 10, 11, 12, 13])
+@pytest.mark.parametrize("batch_size", [3, 4, 5, 12])
+def test_every_image_is_seen_once_and_none_is_alone(parts, n, batch_size):
+    """Whatever is left over for the last batch, a network with BatchNorm trains."""
+    data, spy, reports = parts[0].select(torch.arange(n)), Spy(), []
+    model = Normalised()
+    settings = arguments(model, epochs=2, objective=spy, batch_size=batch_size)
+    list(run_epochs(model, data, teacher=fresh(), progress=reports.append, **settings))
+    sizes = [len(batch.index) for batch in spy.batches]
+    epoch = sizes[: len(sizes) // 2]
+    assert sum(epoch) == n
+    assert torch.equal(torch.cat([batch.index for batch in spy.batches[: len(epoch)]]).sort().values, torch.arange(n))
+    assert min(epoch) >= 2
+    assert epoch[:-1] == [batch_size] * (len(epoch) - 1)
+    assert epoch[-1] <= batch_size + 1
+    assert [report.done for report in reports] == list(range(1, len(sizes) + 1))
+    assert {report.total for report in reports} == {len(sizes)}
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 32), (5, 1)])
+def test_batchnorm_without_company_is_a_sentence(parts, n, batch_size):
+    data = parts[0].select(torch.arange(n))
+    with pytest.raises(FairlineError, match="Normalised normalises over the images of a batch and cannot train on one"):
+        train(Normalised(), data, epochs=1, batch_size=batch_size)
+    train(fresh(), data, epochs=1, batch_size=batch_size)
+
+
+def linear(outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, outputs))
+
+
+def test_outputs_that_do_not_fit(parts, trained):
+    few = "The model has 2 outputs, but synthetic has 3 classes"
+    for call in (
+        partial(train, linear(2), parts[0]),
+        partial(finetune, linear(2), trained, parts[0]),
+        partial(finetune, trained, linear(2), parts[0]),
+        partial(finetune, trained, linear(2), parts[0], augment=True),
+    ):
+        with pytest.raises(FairlineError, match=few):
+            call(epochs=1)
+    with pytest.raises(FairlineError, match="Sequential has 3 outputs, but its teacher Sequential has 5"):
+        finetune(linear(3), linear(5), parts[0], epochs=1)
+    train(linear(5), parts[0], epochs=1)
+
+
+@pytest.mark.parametrize("what", ["labels", "groups"])
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_a_class_or_group_absent_from_a_part(what, name):
+    """A part without it is trained and chosen on; an objective that needs the group says so, by its name."""
+    data = make_data(120, classes=3, groups=3)
+    lacking = data.select(torch.nonzero(getattr(data, what) != 2).flatten())
+    names_groups = what == "groups" and name in ("lagrangian", "group_dro", "reweighting")
+    for training, val in ((lacking, data), (data, lacking)):
+        model = linear(3)
+        run = partial(train, model, training, val, epochs=2, lr=0.01, objective=build_objective(name))
+        if names_groups and training is lacking:
+            with pytest.raises(FairlineError, match="needs every group, but 'group 2' has no image"):
+                run()
+            continue
+        rows = run()
+        assert all(math.isfinite(row[key]) for row in rows for key in ("loss", "val_loss", "val_worst_group_accuracy"))
+        assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from fairline.report.html import write_report as write_report
     from fairline.training import finetune as finetune
     from fairline.training import train as train
+    from fairline.weights import import_masks as import_masks
+    from fairline.weights import load_weights as load_weights
 
 # Resolved on first use, so that ``import fairline`` does not wait for torch.
 _LAZY = {
@@ -70,7 +72,9 @@ _LAZY = {
     "audit": "fairline.audit",
     "data": "",
     "finetune": "fairline.training",
+    "import_masks": "fairline.weights",
     "load_masks": "fairline.masking",
+    "load_weights": "fairline.weights",
     "mask_relus": "fairline.masking",
     "models": "",
     "private": "",

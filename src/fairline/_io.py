@@ -24,15 +24,45 @@ if TYPE_CHECKING:
 _TENSOR = "__tensor__"
 
 
+def make_folder(path: str | Path) -> Path:
+    """Create a folder, and those that it lies in, unless it is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FairlineError: It is a file, or it cannot be created.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise FairlineError(f"{path} is a file, not a folder.") from None
+    except OSError as error:
+        raise FairlineError(f"{path} cannot be written ({error.strerror or error}).") from None
+    return folder
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it when the block succeeds."""
+    """Let a file be written under a temporary name beside its own, which it takes when the block succeeds.
+
+    Args:
+        path: The file; its folder is created if missing.
+
+    Yields:
+        The temporary path.
+
+    Raises:
+        FairlineError: The file cannot be written: there is no room, no permission, or no such folder.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        make_folder(path.parent)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         # mkstemp makes files private; a result is as readable as any other file here.
         umask = os.umask(0)
@@ -41,8 +71,32 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise FairlineError(f"{path} cannot be written ({error.strerror or error}).") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Say in a sentence what the system says of a path that cannot be read.
+
+    Args:
+        path: The file or folder that the block reads.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        FairlineError: It does not exist or cannot be read.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise FairlineError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise FairlineError(f"{path} cannot be read ({error.strerror or error}).") from None
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -59,19 +113,29 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Read JSON.
 
+    Returns:
+        What the file holds.
+
     Raises:
-        FairlineError: The file is missing or not JSON.
+        FairlineError: The file is missing, cannot be read, or is not JSON.
     """
+    with reading(path):
+        content = Path(path).read_bytes()
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FairlineError(f"{path} does not exist.") from None
+        return json.loads(content.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FairlineError(f"{path} is not valid JSON ({error}).") from None
 
 
 def json_digest(value: Any) -> str:
-    """Hash of a plain JSON value, whatever the order of its keys."""
+    """Hash a plain JSON value, whatever the order of its keys.
+
+    >>> json_digest({"a": 1, "b": 2}) == json_digest({"b": 2, "a": 1})
+    True
+
+    Returns:
+        16 hexadecimal digits.
+    """
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -79,6 +143,23 @@ def write_table(path: str | Path, table: pd.DataFrame) -> None:
     """Write a table to a parquet file atomically, without its index."""
     with atomic_path(path) as temporary:
         table.to_parquet(temporary, index=False)
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Read a parquet table.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        FairlineError: It is missing or broken.
+    """
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise FairlineError(f"{path} is missing or broken ({error}).") from None
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
@@ -135,7 +216,10 @@ def save_state(path: str | Path, state: Any) -> None:
 
 
 def load_state(path: str | Path) -> Any:
-    """Read what :func:`save_state` wrote (tuples come back as lists).
+    """Read what :func:`save_state` wrote.
+
+    Returns:
+        The state; tuples come back as lists.
 
     Raises:
         FairlineError: The file is missing, cut short, or not a state file.
@@ -155,7 +239,10 @@ def load_state(path: str | Path) -> Any:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the accelerator if there is one, or the CPU.
+    """Find the device to compute on.
+
+    Returns:
+        The device asked for, or the accelerator if there is one, or the CPU.
 
     Raises:
         FairlineError: The device is unknown or absent.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from numbers import Number
 from typing import Any, TypeVar
 
 from fairline.errors import FairlineError
@@ -19,11 +21,19 @@ def build_named(kind: str, registry: Mapping[str, type[T]], name: str, options: 
         name: Which one.
         options: Arguments of its constructor.
 
+    Returns:
+        The instance.
+
     Raises:
-        FairlineError: The name or an option is unknown.
+        FairlineError: The name or an option is unknown, or an option is no number where one is needed.
     """
     if name not in registry:
         raise FairlineError(f"There is no {kind} '{name}'; choose one of {', '.join(registry)}.")
+    known = inspect.signature(registry[name]).parameters
+    for option, value in options.items():
+        if isinstance(value, str) and option in known and isinstance(known[option].default, Number):
+            what = "true or false" if isinstance(known[option].default, bool) else "a number"
+            raise FairlineError(f"{kind.capitalize()} '{name}': option '{option}' is {what}, not '{value}'.")
     try:
         return registry[name](**options)
     except TypeError as error:

@@ -38,7 +38,6 @@ def themed(chart: Any) -> Any:
 
 def save_charts(charts: Mapping[str, Any], folder: Path, formats: Sequence[str] = ("svg", "png")) -> list[Path]:
     """Write each chart in each format (svg, png or pdf); returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, chart in charts.items():
         for suffix in formats:

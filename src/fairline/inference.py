@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ def predict(
         float32, (N, K), on ``device``.
 
     Raises:
-        FairlineError: The output is not (B, K).
+        FairlineError: The output is not (B, K), or has too few classes.
     """
     device = device or next((p.device for p in model.parameters()), data.device)
     batch_size = batch_size or (100 if device.type == "cpu" else 1000)
@@ -34,20 +36,67 @@ def predict(
         with torch.inference_mode():
             chunks = []
             for index in torch.arange(len(data), device=data.device).split(batch_size):
-                logits = model(data.normalized(index).to(device))
-                if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(index):
-                    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                    raise FairlineError(
-                        f"{type(model).__name__} returned {shape} for {len(index)} images; "
-                        "logits of shape (batch, classes) are needed."
-                    )
-                chunks.append(logits.float())
+                images = data.normalized(index).to(device)
+                chunks.append(logits_of(model(images), model, images).float())
     finally:
         model.train(was_training)
-    result = torch.cat(chunks).clone()
-    if result.shape[1] < data.num_classes:
-        raise FairlineError(f"The model has {result.shape[1]} outputs, but {data.name} has {data.num_classes} classes.")
-    return result
+    return require_classes(torch.cat(chunks).clone(), data)
+
+
+def require_classes(logits: Tensor, data: GroupedData) -> Tensor:
+    """Refuse logits (B, K) of fewer classes than the data have. More are not chosen, and do no harm.
+
+    Args:
+        logits: Of a network.
+        data: Its classes are counted.
+
+    Returns:
+        The logits.
+
+    Raises:
+        FairlineError: There are too few.
+    """
+    if logits.shape[1] < data.num_classes:
+        raise FairlineError(f"The model has {logits.shape[1]} outputs, but {data.name} has {data.num_classes} classes.")
+    return logits
+
+
+def logits_of(output: object, model: nn.Module, images: Tensor) -> Tensor:
+    """The logits in what a network returned.
+
+    ``logits`` (else ``out``) of a dict, a dataclass or a named tuple, such as a ``ModelOutput`` of Hugging Face; else
+    the first tensor of a dict, tuple or list; or the tensor itself.
+
+    Args:
+        output: What the network returned.
+        model: The network, for messages.
+        images: Its input, (B, …).
+
+    Returns:
+        (B, K).
+
+    Raises:
+        FairlineError: There are no such logits.
+    """
+    found = _find_logits(output)
+    if not isinstance(found, Tensor) or found.ndim != 2 or found.shape[0] != images.shape[0]:
+        what = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(output).__name__}"
+        raise FairlineError(
+            f"{type(model).__name__} returned {what} for {len(images)} images; logits of shape (batch, classes) are "
+            "needed: a tensor, the first one of a tuple or list, or 'logits' in a dict."
+        )
+    return found
+
+
+def _find_logits(output: object) -> object:
+    if isinstance(output, Tensor):
+        return output
+    for name in ("logits", "out"):
+        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if value is not None:
+            return value
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, Sequence) else ()
+    return next((each for each in values if isinstance(each, Tensor)), None)
 
 
 def group_mean(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:

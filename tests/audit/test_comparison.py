@@ -7,6 +7,7 @@ from scipy import stats
 
 from fairline.audit.comparison import BASE, Scored, compare, pareto
 from fairline.errors import FairlineError
+from tests.reference.bootstrap import paired_shares
 
 TOTAL = 1000
 GROUPS = ("many", "few")
@@ -72,24 +73,38 @@ def test_every_measure_by_hand():
     assert not frame.duplicated(["relus", "method", "group", "measure"]).any()
 
 
-def test_the_bootstrap_is_paired_within_groups():
-    """By drawing images one at a time, the same for both methods."""
+def test_the_draws_are_paired():
+    """Each image weighted at random, the same for both methods."""
     one = scored(1, CHANCES)
-    frame = compare([one], GROUPS, "erm", resamples=4000)
-    rng = np.random.default_rng(5)
-    members = [np.flatnonzero(one.groups == g) for g in (0, 1)]
-    gains = []
-    for _ in range(2000):
-        index = np.concatenate([rng.choice(m, len(m)) for m in members])
-        gains.append(100 * (one.correct["fair", 20][index].mean() - one.correct["erm", 20][index].mean()))
-    low, high = np.quantile(gains, [0.025, 0.975])
-    row = pick(frame, "fair", "gain", "overall")
-    assert row["low"] == pytest.approx(low, abs=0.5)
-    assert row["high"] == pytest.approx(high, abs=0.5)
-    # Equal predictions leave no doubt about their difference.
-    same = {**CHANCES, ("twin", 20): CHANCES["erm", 20]}
-    twin = pick(compare([scored(1, same)], GROUPS, "erm", resamples=50), "twin", "gain", "few")
-    assert twin["low"] == twin["value"] == twin["high"] == 0
+    frame = compare([one], GROUPS, "erm", resamples=20_000)
+    fair, erm = one.correct["fair", 20], one.correct["erm", 20]
+    for group, inside in (("few", one.groups == 1), ("overall", one.groups >= 0)):
+        first, second = paired_shares(fair[inside], erm[inside], 3000, np.random.default_rng(5))
+        low, high = np.quantile(100 * (first - second), [0.025, 0.975])
+        row = pick(frame, "fair", "gain", group)
+        assert row["low"] == pytest.approx(low, abs=0.6)
+        assert row["high"] == pytest.approx(high, abs=0.6)
+
+
+def test_equal_predictions_leave_a_doubt_about_their_difference():
+    same = {**CHANCES, ("twin", 20): CHANCES["erm", 20], ("twin", TOTAL): CHANCES["erm", TOTAL]}
+    one = compare([scored(1, same)], GROUPS, "erm", resamples=500)
+    for measure, group in (
+        ("gain", "few"),
+        ("gain", "worst group"),
+        ("mitigation_drop", "few"),
+        ("beyond_control", "few"),
+    ):
+        row = pick(one, "twin", measure, group)
+        assert row["low"] < row["value"] == 0 < row["high"]
+    widths = [np.ptp(pick(one, "twin", "gain", group)[["low", "high"]]) for group in ("overall", "many", "few")]
+    assert widths == sorted(widths)
+    # Of several seeds that agree wholly nothing tells how far others would be.
+    several = compare([scored(seed, same) for seed in range(3)], GROUPS, "erm")
+    row = pick(several, "twin", "gain", "few")
+    assert row["value"] == 0
+    assert np.isnan(row["low"])
+    assert np.isnan(row["high"])
 
 
 def test_several_seeds_give_students_interval_of_paired_differences():

@@ -181,7 +181,7 @@ def test_from_dataset_reads_pil_arrays_and_tensors_alike():
         ([torch.zeros(3)], "not .image, label."),
         ([(torch.full((1, 2, 2), 7.0), 0)], "must lie in"),
         ([(torch.zeros(1, 2, 2, dtype=torch.int32), 0)], "uint8 or float"),
-        ([(torch.zeros(1, 2, 2), "cat")], "not a number"),
+        ([(torch.zeros(1, 2, 2), "cat"), (torch.zeros(1, 2, 2), 0)], "label of item 0 is 'cat', which is not a number"),
         ([(torch.zeros(1, 2, 2), -1)], "negative"),
         ([(torch.zeros(1, 2, 2), 0), (torch.zeros(1, 3, 3), 0)], "image 1 has shape"),
     ],
@@ -189,3 +189,88 @@ def test_from_dataset_reads_pil_arrays_and_tensors_alike():
 def test_from_dataset_refuses(items, message):
     with pytest.raises(FairlineError, match=message):
         GroupedData.from_dataset(Items(items))
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_a_class_or_group_that_a_part_lacks_is_told(official):
+    images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1)
+    labels, groups = torch.zeros(60, dtype=torch.int64), torch.arange(60) % 2
+    labels[59] = 1
+    test = torch.arange(60) >= 40
+    names = (("a", "rare"), ("g", "h"))
+    data = GroupedData(images, labels, groups, *names, official_test=test if official else None)
+    refused = 0
+    for seed in range(30):
+        try:
+            train, _, _ = data.split(seed)
+        except FairlineError as error:
+            assert "class 'rare' has 1 images, but none in the training part" in str(error)  # noqa: PT017
+            refused += 1
+        else:
+            assert (train.labels == 1).any()
+    assert refused == 30 if official else 0 < refused < 30
+    for chosen, message in [
+        (groups * ~test, "the test part needs every group, but 'h' has no image"),
+        (test.long(), "group 'h' has 0 distinct images outside of the official test part, too few for 2 parts"),
+    ]:
+        with pytest.raises(FairlineError, match=message):
+            GroupedData(images, labels * 0, chosen, *names, official_test=test).split(0)
+
+
+def test_names_are_cleaned_and_told_apart():
+    images, index = torch.zeros(2, 1, 1, 1, dtype=torch.uint8), torch.arange(2)
+    data = GroupedData(images, index, index, (None, float("nan")), (" NA ", "e\u0301"))
+    assert data.class_names == ("None", "nan")
+    assert data.group_names == ("NA", "é")
+    for names, message in [
+        (("é", "e\u0301"), "twice"),
+        (("a", "a "), "twice"),
+        (("a", " "), "the name of number 1 of the groups is empty"),
+        (("worst group", "a"), "cannot be called 'worst group'"),
+    ]:
+        with pytest.raises(FairlineError, match=message):
+            GroupedData(images, index, index, ("x", "y"), names)
+
+
+PIXEL = torch.zeros(1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "class_names", "expected", "names"),
+    [
+        (["cat", "ant", "cat"], None, [1, 0, 1], ("ant", "cat")),
+        (["cat", "ant", "cat"], ["cat", "ant"], [0, 1, 0], ("cat", "ant")),
+        ([2.0, np.float32(0), np.int64(5)], None, [2, 0, 5], ("0", "1", "2", "3", "4", "5")),
+        ([torch.tensor(1), torch.tensor([0]), True], None, [1, 0, 1], ("0", "1")),
+        ([[0, 1, 0], torch.tensor([1.0, 0, 0]), np.array([0, 0, 1])], None, [1, 0, 2], ("0", "1", "2")),
+        (["NA", "nan", "None"], None, [0, 2, 1], ("NA", "None", "nan")),
+        (["10", "9", "9"], None, [1, 0, 0], ("9", "10")),
+    ],
+)
+def test_from_dataset_takes_labels_in_other_forms(labels, class_names, expected, names):
+    data = GroupedData.from_dataset([(PIXEL, label) for label in labels], class_names=class_names)
+    assert data.labels.tolist() == data.groups.tolist() == expected
+    assert data.class_names == data.group_names == names
+    apart = GroupedData.from_dataset([(PIXEL, 0, label) for label in labels], group_names=class_names)
+    assert (apart.groups.tolist(), apart.group_names) == (expected, names)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (1.5, "the label of item 1 is 1.5, which is not a whole number"),
+        (float("nan"), "the label of item 1 is missing"),
+        (None, "the label of item 1 is missing"),
+        ("cat", "the label of item 1 is 'cat', which is not a number"),
+        ([1, 1], "neither one value nor a one-hot vector"),
+        (-1, "negative"),
+        ({"a": 1}, "not a whole number"),
+    ],
+)
+def test_from_dataset_refuses_labels_that_mean_none(label, message):
+    with pytest.raises(FairlineError, match=message):
+        GroupedData.from_dataset([(PIXEL, 0), (PIXEL, label)])
+    with pytest.raises(FairlineError, match="only 1 of the 2 items have a group"):
+        GroupedData.from_dataset([(PIXEL, 0), (PIXEL, 0, 1)])
+    with pytest.raises(FairlineError, match="is 2, but there are 2 names"):
+        GroupedData.from_dataset([(PIXEL, 2)], class_names=["a", "b"])

@@ -9,6 +9,8 @@ from typing import ClassVar
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -320,3 +322,101 @@ def test_missing_root(monkeypatch, tmp_path):
         load("cifar10")
     with pytest.raises(FairlineError, match="does not exist"):
         load("cifar10", tmp_path / "nowhere")
+
+
+def write_cifar(folder: Path, labels: list, images: list | None = None) -> None:
+    raw = io.BytesIO()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(raw, "PNG")
+    images = images or [{"bytes": raw.getvalue(), "path": None}] * len(labels)
+    for part in ("train", "test"):
+        pq.write_table(pa.table({"image": images, "label": labels}), folder / f"cifar10_{part}.parquet")
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["cat", "dog", " truck "], [3, 5, 9]),
+        ([3.0, 5.0, 9.0], [3, 5, 9]),
+        (["3", "5", "9"], [3, 5, 9]),
+        ([[0, 1, *[0] * 8], [1.0, *[0.0] * 9], [*[0] * 9, 1]], [1, 0, 9]),
+        ([[4], [2], [0]], [4, 2, 0]),
+    ],
+)
+def test_cifar10_takes_labels_in_other_forms(tmp_path, labels, expected):
+    write_cifar(tmp_path, labels)
+    data = load("cifar10", tmp_path)
+    assert data.labels.tolist() == 2 * expected
+    assert not data.skipped
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            ["cat", "lion"],
+            "the label in row 2 of cifar10_train.parquet is 'lion', which is none of airplane, automobile",
+        ),
+        ([1.0, 1.5], "is 1.5, which is not a whole number"),
+        ([1, -1], "is -1, which is negative"),
+        ([1, 10], "is 10, but there are 10 names"),
+        ([1.0, float("inf")], "not a whole number"),
+        ([[1], [0, 1]], "a one-hot vector of 2 values, but there are 10 names"),
+        ([[1.0], [0.5, 0.5]], "neither one value nor a one-hot vector"),
+        ([[[1]]], "not a whole number"),
+    ],
+)
+def test_cifar10_refuses_labels_that_mean_no_class(tmp_path, labels, message):
+    write_cifar(tmp_path, labels)
+    with pytest.raises(FairlineError, match=message):
+        load("cifar10", tmp_path)
+
+
+def test_cifar10_lists_null_images_and_labels(tmp_path):
+    write_cifar(tmp_path, [1, None, 2])
+    raw = pq.read_table(tmp_path / "cifar10_train.parquet").column("image").to_pylist()
+    write_cifar(tmp_path, [1, None, 2], [raw[0], raw[1], None])
+    data = load("cifar10", tmp_path)
+    assert data.labels.tolist() == [1, 1]
+    assert [(item.file, item.reason) for item in data.skipped[:2]] == [
+        ("row 2 of cifar10_train.parquet", "its label is empty"),
+        ("row 3 of cifar10_train.parquet", "there is no image"),
+    ]
+
+
+def test_utkface_reads_parquet_as_it_reads_files(tmp_path):
+    rows = []
+    for i, name in enumerate(["1_0_0_1.jpg", "20_1_1_2.jpg", "30_0_2_3.jpg", "odd.jpg", "40_1_0_4.jpg"]):
+        face(tmp_path / name, 20 * i)
+        rows.append({"bytes": (tmp_path / name).read_bytes() if i < 4 else b"", "path": f"part/{name}"})
+    pq.write_table(pa.table({"image": rows}), tmp_path / "faces.parquet")
+    (tmp_path / "40_1_0_4.jpg").write_bytes(b"")
+    data, files = (load("utkface:age", root, groups="race") for root in (tmp_path / "faces.parquet", tmp_path))
+    assert torch.equal(data.images, files.images)
+    assert data.groups.tolist() == files.groups.tolist() == [1, 2]
+    assert [item.reason for item in data.skipped] == ["name is not age_gender_race_datetime", "file is empty"]
+    assert {item.reason for item in files.skipped} == {item.reason for item in data.skipped}
+
+
+@pytest.mark.parametrize("name", ["digits", "svhn", "cifar10", "utkface:age", "celeba"])
+@pytest.mark.parametrize("option", ["image_size", "seed", "unbalanced", "crop", "groups"])
+def test_empty_options_are_one_sentence(tmp_path, name, option):
+    with pytest.raises(FairlineError, match=f"Data '{name}': option '{option}' is empty"):
+        load(name, tmp_path, **{option: ""})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("digits", {"seed": "x"}, "seed is a whole number of at least 0, not 'x'"),
+        ("digits", {"unbalanced": 1}, "unbalanced is true or false, not '1'"),
+        ("svhn", {"seed": -1}, "seed is a whole number"),
+        ("celeba", {"crop": 0}, "crop is a whole number of at least 1, not '0'"),
+        ("celeba", {"image_size": "wide"}, "image_size is pixels"),
+        ("utkface:age", {"image_size": 0}, "image_size is pixels"),
+        ("cifar10", {"image_size": (1, 2, 3)}, "image_size is pixels"),
+        ("folder", {"flip": "maybe"}, "flip is true or false, not 'maybe'"),
+    ],
+)
+def test_options_of_another_kind_are_one_sentence(tmp_path, name, options, message):
+    with pytest.raises(FairlineError, match=message):
+        load(name, tmp_path, **options)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from fairline.masking import mask_relus, masked_relus
 from fairline.models import build
 from fairline.private import PlainGraph, to_graph, write_onnx
 from fairline.private.graph import Positions, kept_relus
-from tests.private.networks import Everything, masked, settle
+from tests.private.networks import Everything, Theirs, masked, settle, swapped
 
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 
@@ -40,6 +42,110 @@ def close(found, model, images):
 def test_the_graph_computes_what_the_network_computes(case, images):
     model, graph = case
     close(graph(images), model, images)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_a_class_of_ones_own_with_masks_swapped_in_place(share, images, tmp_path):
+    torch.manual_seed(0)
+    model = swapped(settle(Theirs()), EXAMPLE, share)
+    graph = to_graph(model, EXAMPLE)
+    close(graph(images), model, images)
+    assert graph.relus == sum(layer.num_kept for layer in masked_relus(model).values())
+    # Normalised weights, scales and shifts are weights of the layers before; before the first there is none.
+    assert [node.inputs for node in graph.nodes if node.op == "affine"] == [("x",), ("sub",)]
+    assert type(model) is Theirs
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    write_onnx(tmp_path / "network.onnx", graph)
+    session = runtime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
+    close(session.run(None, {"images": images.numpy()})[0], model, images)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x, c: x + c,
+        lambda x, c: c + x,
+        lambda x, c: x - c,
+        lambda x, c: c - x,
+        lambda x, c: torch.sub(x, c, alpha=3),
+        lambda x, c: torch.add(c, x, alpha=-2),
+        lambda x, c: x * c,
+        lambda x, c: c * x,
+        lambda x, c: x / c,
+        lambda x, c: 2 - x,
+        lambda x, c: 0.5 + x,
+        lambda x, c: -x,
+    ],
+)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1, 1), (1, 3, 1, 1), (3, 16, 16), (16,), (1, 1, 16)])
+@pytest.mark.parametrize("folded", [True, False])
+def test_constants_scale_and_shift(forward, shape, folded, images):
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c = nn.Parameter(torch.rand(shape) + 0.5)
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            x = forward(self.conv(x), self.c) if folded else self.conv(forward(x, self.c))
+            return self.head(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Constant()
+    graph = to_graph(model, EXAMPLE)
+    close(graph(images), model, images)
+    if folded and shape in ((), (1,), (3, 1, 1), (1, 3, 1, 1)):
+        assert not [node for node in graph.nodes if node.op == "affine"]
+
+
+def test_an_operator_with_several_outputs_is_refused_by_its_name():
+    class Halves(nn.Module):
+        def forward(self, x):
+            left, _ = x.mean((2, 3)).relu().chunk(2, 1)
+            return left
+
+    with pytest.raises(FairlineError, match="no operator 'chunk'"):
+        to_graph(Halves(), EXAMPLE)
+
+
+def test_constants_that_change_the_shape_are_refused():
+    class Grown(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c = nn.Parameter(torch.rand(4))
+            self.head = nn.Conv2d(1, 2, 1)
+
+        def forward(self, x):
+            return (self.head(x).mean((2, 3), keepdim=True) * self.c).mean((2, 3))
+
+    with pytest.raises(FairlineError, match="of different shapes"):
+        to_graph(Grown(), EXAMPLE[:, :1])
+
+
+def test_images_of_another_shape_are_one_sentence():
+    model = settle(Everything())
+    with pytest.raises(FairlineError, match=r"Everything fails on images of shape \(1, 16, 16\)"):
+        to_graph(model, EXAMPLE[:, :1])
+    with pytest.raises(FairlineError, match=r"not one of shape \(3, 16, 16\); example\[None\]"):
+        to_graph(model, EXAMPLE[0])
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+def test_other_floats_are_cast(kind, images):
+    model = masked(settle(Everything()), EXAMPLE, 0.3)
+    graph = to_graph(copy.deepcopy(model).to(kind), EXAMPLE.to(kind))
+    assert all(weight.dtype == torch.float32 for weight in graph.weights.values())
+    close(graph(images), copy.deepcopy(model).to(kind).float(), images)
+
+
+def test_every_engine_knows_every_operator():
+    from fairline.private import cost, graph, onnx_graph
+
+    assert graph.OPERATORS.keys() == onnx_graph.OPERATORS.keys() == cost.OPERATORS.keys()
+    jax_graph = pytest.importorskip("fairline.private.jax_graph", exc_type=ImportError)
+    assert graph.OPERATORS.keys() == jax_graph.OPERATORS.keys()
 
 
 def test_jax_computes_what_the_network_computes(case, images):
@@ -184,7 +290,8 @@ class Branching(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "words"), [(Product(), "factor"), (Image(), "not (classes,)"), (Branching(), "cannot be exported")]
+    ("model", "words"),
+    [(Product(), "factor"), (Image(), "shape (batch, classes)"), (Branching(), "cannot be exported")],
 )
 def test_what_cannot_be_exported_is_one_sentence(model, words):
     with pytest.raises(FairlineError, match=r"^[^\n]*$") as refused:

@@ -1,17 +1,18 @@
-"""Bootstrap by drawing images one at a time."""
+"""Random weights of images and of one more, image by image."""
 
 from __future__ import annotations
 
 import numpy as np
 
 
-def paired_accuracies(
-    correct: np.ndarray, before: np.ndarray, resamples: int, rng: np.random.Generator
+def paired_shares(
+    correct: np.ndarray, before: np.ndarray, draws: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracies of two models on the same resampled images."""
+    """Shares of two models on the same weighted images; a favourable image is right under the first alone."""
     first, second = [], []
-    for _ in range(resamples):
-        picked = [int(rng.integers(len(correct))) for _ in range(len(correct))]
-        first.append(np.mean([correct[i] for i in picked]))
-        second.append(np.mean([before[i] for i in picked]))
+    for _ in range(draws):
+        pairs = [*zip(correct, before, strict=True), (True, False) if rng.random() < 0.5 else (False, True)]
+        weights = [rng.exponential() for _ in pairs]
+        first.append(sum(w for w, (right, _) in zip(weights, pairs, strict=True) if right) / sum(weights))
+        second.append(sum(w for w, (_, right) in zip(weights, pairs, strict=True) if right) / sum(weights))
     return np.array(first), np.array(second)

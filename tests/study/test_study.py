@@ -47,6 +47,21 @@ def test_it_goes_on_where_it_was_and_one_process_gives_the_same(study, tmp_path)
     assert (tmp_path / "again" / "digits_tiny" / "digits.csv").read_text() == before
 
 
+def test_every_audit_of_a_study_has_a_page(study):
+    folder = study / "out" / "digits_tiny" / "digits-0"
+    base = pd.read_parquet(folder / "base-audit" / "audit.parquet").query("measure == 'accuracy'").set_index("group")
+    for name in ("plain-erm", "plain-lagrangian"):
+        # Without the base network, whose audit is a cell of its own; drops tell what it was.
+        assert not (pd.read_parquet(folder / f"{name}-audit" / "audit.parquet")["stage"] == "base").any()
+        ok("report", folder / f"{name}-audit")
+        page = (folder / f"{name}-audit" / "report.html").read_text(encoding="utf-8")
+        assert f"overall accuracy goes from {base.loc['overall', 'value']:.1%} to" in page
+        never = base.index[base["value"] == 0]
+        assert len(never)
+        assert all(f"“{group}” (0)" in page for group in never)
+    ok("report", folder / "base-audit")
+
+
 def test_a_changed_spec_is_refused(study, tmp_path):
     changed = tmp_path / "changed.yaml"
     changed.write_text(SPEC.read_text().replace("epochs: 2", "epochs: 3"))

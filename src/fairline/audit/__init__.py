@@ -17,6 +17,7 @@ from fairline._io import resolve_device, write_table
 from fairline.audit.base import Row, Subject
 from fairline.data.grouped import OVERALL, GroupedData
 from fairline.errors import FairlineError
+from fairline.masking import unwrap
 from fairline.training import ProgressCallback
 
 
@@ -185,10 +186,10 @@ def audit(
             not finite.
     """
     where = resolve_device(device)
-    before = (
-        None if reference is None else Subject(reference, data, None, where, seed, resamples, "reference", progress)
-    )
-    subject = Subject(model, data, before, where, seed, resamples, name, progress)
+    before = None
+    if reference is not None:
+        before = Subject(unwrap(reference), data, None, where, seed, resamples, "reference", progress)
+    subject = Subject(unwrap(model), data, before, where, seed, resamples, name, progress)
     return audit_subject(subject, measures, split=split, options=options)
 
 

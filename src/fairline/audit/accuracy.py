@@ -1,24 +1,33 @@
-"""Accuracy, loss, relative accuracy drop and gaps of each group, with bootstrap intervals.
+"""Accuracy, loss, relative accuracy drop and gaps of each group (paper, Section 5.1), with 95 % limits.
 
-The bootstrap resamples images within each group. For a drop it is paired: each resample takes the same images
-under both models, so what both models find hard does not widen the interval.
+Limits are those of :mod:`fairline.audit.intervals`, of images drawn within each group. For a drop they are paired: each
+draw weights the same images under both models, so what both models find hard does not widen the interval.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from fairline.audit.base import Row, Subject
+from fairline.audit.intervals import (
+    Drawn,
+    Floats,
+    draw,
+    draws_needed,
+    gap_interval,
+    lowest_interval,
+    mean_interval,
+    percentile_interval,
+    pooled,
+)
 from fairline.data.grouped import OVERALL
 
-Floats = NDArray[np.float64]
-LEVEL = 0.95
+#: Positions of the two networks among those drawn.
+OWN, REFERENCE = 0, 1
 
 
 def measure(subject: Subject) -> list[Row]:
@@ -28,68 +37,76 @@ def measure(subject: Subject) -> list[Row]:
     Section 5.1): ``(accuracy(θ) − accuracy(θ̃)) / accuracy(θ) · 100``; under the group ``overall`` also
     ``accuracy_gap`` (highest minus lowest group accuracy), ``worst_group_accuracy`` and, with a reference,
     ``relative_drop_gap`` (largest minus smallest group drop).
+
+    Args:
+        subject: The model.
+
+    Returns:
+        The rows.
     """
     rng = np.random.default_rng(subject.seed)
-    own = subject.predictions
-    reference = None if subject.reference is None else subject.reference.predictions
+    networks = [subject.predictions, *([] if subject.reference is None else [subject.reference.predictions])]
+    correct = np.stack([network.correct for network in networks], axis=1)
     frame = pd.DataFrame(
         {
             "group": np.asarray(subject.data.group_names)[subject.data.groups.cpu().numpy()],
-            "correct": own.correct.astype(float),
-            "loss": own.loss,
+            "loss": networks[OWN].loss,
+            **{f"correct_{network}": column for network, column in enumerate(correct.T.astype(float))},
         }
     )
-    if reference is not None:
-        frame["reference_correct"] = reference.correct.astype(float)
     means, overall = group_means(frame)
+    draws = draws_needed(subject.data.num_groups, subject.resamples)
+    index = dict(subject.group_index())
+    drawn = {name: draw(correct[own], draws, rng) for name, own in index.items()}
+    rows = []
+    for name, own in index.items():
+        rows += _rows_of(name, means.loc[name], networks[OWN].loss[own], drawn[name])
+    rows += _rows_of(OVERALL, overall, networks[OWN].loss, pooled(list(drawn.values()), rng))
+    return rows + _across_groups(means.loc[list(index)], list(drawn.values()), len(frame))
 
-    rows: list[Row] = []
-    names = list(subject.data.group_names)
-    sizes = frame["group"].value_counts()
-    accuracy_draws: dict[str, Floats] = {}
-    reference_draws: dict[str, Floats] = {}
-    loss_draws: dict[str, Floats] = {}
-    for name, index in subject.group_index():
-        compared = own if reference is None else reference
-        accuracy_draws[name], reference_draws[name] = paired_accuracy_bootstrap(
-            own.correct[index], compared.correct[index], subject.resamples, rng
-        )
-        loss_draws[name] = mean_bootstrap(own.loss[index], subject.resamples, rng)
 
-    # All groups together, each resampled at its own size.
-    weights = np.array([sizes[name] for name in names]) / len(frame)
-
-    def together(draws: dict[str, Floats]) -> Floats:
-        return np.einsum("g,gb->b", weights, np.stack([draws[name] for name in names]))
-
-    for name in [*names, OVERALL]:
-        point = overall if name == OVERALL else means.loc[name]
-        n = len(frame) if name == OVERALL else int(sizes[name])
-        accuracy = together(accuracy_draws) if name == OVERALL else accuracy_draws[name]
-        before = together(reference_draws) if name == OVERALL else reference_draws[name]
-        loss = together(loss_draws) if name == OVERALL else loss_draws[name]
-        low, high = percentile_interval(accuracy)
-        if point["correct"] in (0.0, 1.0):
-            # Resampling n equal outcomes shows no spread at all; the score interval does.
-            low, high = wilson_interval(float(point["correct"]), n)
-        rows.append(Row(name, "accuracy", float(point["correct"]), low, high, n))
-        rows.append(Row(name, "loss", float(point["loss"]), *percentile_interval(loss), n))
-        if reference is not None:
-            value = float(relative_drop(point["reference_correct"], point["correct"]))
-            rows.append(Row(name, "relative_drop", value, *percentile_interval(relative_drop(before, accuracy)), n))
-
-    stacked = np.stack([accuracy_draws[name] for name in names])
-    values = means.loc[names, "correct"]
-    n = len(frame)
-    gap = percentile_interval(stacked.max(0) - stacked.min(0))
-    worst = percentile_interval(stacked.min(0))
-    rows.append(Row(OVERALL, "accuracy_gap", float(values.max() - values.min()), *gap, n))
-    rows.append(Row(OVERALL, "worst_group_accuracy", float(values.min()), *worst, n))
-    if reference is not None:
-        drops = relative_drop(means.loc[names, "reference_correct"].to_numpy(float), values.to_numpy(float))
-        drawn = relative_drop(np.stack([reference_draws[name] for name in names]), stacked)
-        rows.append(Row(OVERALL, "relative_drop_gap", _spread(drops), *percentile_interval(_spreads(drawn)), n))
+def _rows_of(name: str, point: pd.Series[Any], losses: Floats, drawn: Drawn) -> list[Row]:
+    """Rows of one group, or of all images."""
+    n = len(losses)
+    limits = percentile_interval(_accuracies(drawn))
+    rows = [
+        Row(name, "accuracy", float(point[f"correct_{OWN}"]), *limits, n),
+        Row(name, "loss", float(point["loss"]), *mean_interval(losses, least=0), n),
+    ]
+    if f"correct_{REFERENCE}" in point:
+        value = float(relative_drop(point[f"correct_{REFERENCE}"], point[f"correct_{OWN}"]))
+        limits = (math.nan, math.nan) if math.isnan(value) else percentile_interval(_drops(drawn))
+        rows.append(Row(name, "relative_drop", value, *limits, n))
     return rows
+
+
+def _across_groups(means: pd.DataFrame, drawn: list[Drawn], n: int) -> list[Row]:
+    """Rows of what compares groups."""
+    accuracy = means[f"correct_{OWN}"].to_numpy(float)
+    draws = np.stack([_accuracies(own) for own in drawn])
+    rows = [
+        Row(OVERALL, "accuracy_gap", float(np.ptp(accuracy)), *gap_interval(draws), n),
+        Row(OVERALL, "worst_group_accuracy", float(accuracy.min()), *lowest_interval(draws), n),
+    ]
+    if f"correct_{REFERENCE}" in means:
+        drops = relative_drop(means[f"correct_{REFERENCE}"].to_numpy(float), accuracy)
+        defined = [group for group, drop in enumerate(drops) if not math.isnan(drop)]
+        value, limits = math.nan, (math.nan, math.nan)
+        if defined:
+            value = float(np.ptp(drops[defined]))
+            limits = gap_interval(np.stack([_drops(drawn[group]) for group in defined]))
+        rows.append(Row(OVERALL, "relative_drop_gap", value, *limits, n))
+    return rows
+
+
+def _accuracies(drawn: Drawn) -> Floats:
+    """Drawn accuracies of the audited network, (B,)."""
+    return drawn.shares([OWN], [1])[0]
+
+
+def _drops(drawn: Drawn) -> Floats:
+    """Drawn relative drops, (B,): they grow with the reference's accuracy and fall with the network's own."""
+    return np.asarray(relative_drop(*drawn.shares([REFERENCE, OWN], [1, -1])))
 
 
 def group_means(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series[Any]]:
@@ -103,6 +120,11 @@ def group_means(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series[Any]]:
 
     Returns:
         Group means (indexed by group) and overall means.
+
+    >>> frame = pd.DataFrame({"group": ["a", "a", "b"], "correct": [1.0, 0.0, 1.0]})
+    >>> by_group, overall = group_means(frame)
+    >>> by_group["correct"].to_dict()
+    {'a': 0.5, 'b': 1.0}
     """
     columns = [column for column in frame.columns if column != "group"]
     try:
@@ -125,78 +147,21 @@ def group_means(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series[Any]]:
 
 
 def relative_drop(before: Any, after: Any) -> Any:
-    """Relative accuracy drop in percent (paper, Section 5.1); NaN where ``before`` is 0."""
+    """Relative accuracy drop in percent (paper, Section 5.1).
+
+    Args:
+        before: Accuracies, a number or an array.
+        after: Likewise.
+
+    Returns:
+        A number, or an array; NaN where ``before`` is 0.
+
+    >>> relative_drop(0.8, 0.4)
+    50.0
+    >>> relative_drop(0.0, 0.6)
+    nan
+    """
     before, after = np.asarray(before, float), np.asarray(after, float)
     with np.errstate(divide="ignore", invalid="ignore"):
         drop = np.where(before > 0, (before - after) / before * 100, np.nan)
     return drop if drop.ndim else float(drop)
-
-
-def paired_accuracy_bootstrap(
-    correct: NDArray[np.bool_], before: NDArray[np.bool_], resamples: int, rng: np.random.Generator
-) -> tuple[Floats, Floats]:
-    """Accuracies of two models on resampled images, the same images for both.
-
-    Only how many images fall into each of the four cells (right or wrong under either model) matters, and
-    those counts of a resample are multinomial, so no image is drawn one by one.
-
-    Args:
-        correct: (n,), of the first model.
-        before: (n,), of the second.
-        resamples: B.
-        rng: Source of randomness.
-
-    Returns:
-        Two arrays (B,).
-    """
-    n = len(correct)
-    cells = np.bincount(2 * correct.astype(int) + before.astype(int), minlength=4)
-    drawn = rng.multinomial(n, cells / n, size=resamples)
-    return (drawn[:, 2] + drawn[:, 3]) / n, (drawn[:, 1] + drawn[:, 3]) / n
-
-
-def mean_bootstrap(values: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """Means of resampled values (n,): (B,), drawing at most 4 million indices at a time."""
-    n = len(values)
-    step = max(1, 4_000_000 // n)
-    means = [
-        values[rng.integers(0, n, size=(min(step, resamples - start), n))].mean(1)
-        for start in range(0, resamples, step)
-    ]
-    return np.concatenate(means)
-
-
-def student_interval(values: Floats, level: float = LEVEL) -> tuple[float, float]:
-    """Student's interval of the mean of independent values, two at least."""
-    from scipy.stats import t
-
-    mean = float(values.mean())
-    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
-    return mean - half, mean + half
-
-
-def percentile_interval(draws: Floats, level: float = LEVEL) -> tuple[float, float]:
-    """Percentile interval of bootstrap draws; NaN where no draw is finite."""
-    finite = draws[np.isfinite(draws)]
-    if len(finite) == 0:
-        return math.nan, math.nan
-    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def wilson_interval(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share (Wilson 1927)."""
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    # Rounding must not exclude the share itself.
-    return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
-
-
-def _spread(values: Sequence[float] | Floats) -> float:
-    finite = np.asarray(values, float)
-    finite = finite[np.isfinite(finite)]
-    return float(finite.max() - finite.min()) if len(finite) else math.nan
-
-
-def _spreads(values: Floats) -> Floats:
-    return np.array([_spread(column) for column in values.T])

@@ -61,6 +61,14 @@ class Predictions:
 def predictions(model: nn.Module, data: GroupedData, device: torch.device) -> Predictions:
     """Predictions of a model, in evaluation mode.
 
+    Args:
+        model: Maps (B, C, H, W) to (B, K).
+        data: The samples.
+        device: Where to compute.
+
+    Returns:
+        Logits, losses and what is right, of every sample.
+
     Raises:
         FairlineError: A logit is not finite.
     """

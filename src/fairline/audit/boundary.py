@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fairline.audit.accuracy import mean_bootstrap, percentile_interval
 from fairline.audit.base import Row, Subject
 from fairline.audit.functional import Functional
+from fairline.audit.intervals import mean_interval
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 
@@ -20,20 +20,32 @@ Floats = NDArray[np.float64]
 
 
 def softmax_margins(logits: Tensor) -> Tensor:
-    """p₁ − p₂ of each sample, (N,), in [0, 1]: the lead of the predicted class, be it right or wrong.
+    """p₁ − p₂ of each sample: the lead of the predicted class, be it right or wrong.
 
     Args:
         logits: (N, K), K ≥ 2.
+
+    Returns:
+        float64, (N,), in [0, 1].
+
+    >>> softmax_margins(torch.tensor([[0.7, 0.2, 0.1]]).log())
+    tensor([0.5000], dtype=torch.float64)
     """
     top = logits.double().softmax(1).topk(2, dim=1).values
     return top[:, 0] - top[:, 1]
 
 
 def proximities(logits: Tensor) -> Tensor:
-    """h(1 − h) of each sample for a binary classifier, (N,), in [0, ¼]; ¼ on the boundary (paper, Proposition 4.5).
+    """h(1 − h) of each sample for a binary classifier, ¼ on the boundary (paper, Proposition 4.5).
 
     Args:
         logits: (N, 2); h is the softmax probability of class 1.
+
+    Returns:
+        float64, (N,), in [0, ¼].
+
+    >>> proximities(torch.tensor([[0.0, 0.0], [0.9, 0.1]]).log1p())
+    tensor([0.2500, 0.2322], dtype=torch.float64)
     """
     h = torch.sigmoid(logits[:, 1].double() - logits[:, 0].double())
     return h * (1 - h)
@@ -213,10 +225,16 @@ def margin(subject: Subject) -> list[Row]:
     wrong; ``margin_normalized``, the group's mean as a share of the largest group mean (Figure 14 says
     "normalized" and not how; this is our reading). For a model of two outputs also ``proximity``, h(1 − h).
     Each sample's value becomes a column of that name.
+
+    Args:
+        subject: The model.
+
+    Returns:
+        The rows.
     """
     logits = _two_or_more(subject)
     values = softmax_margins(logits).numpy()
-    rows = _rows(subject, "margin", values)
+    rows = _rows(subject, "margin", values, most=1)
     means = {row.group: row.value for row in rows if row.measure == "margin"}
     largest = max(value for group, value in means.items() if group != OVERALL)
     sizes = {row.group: row.n for row in rows if row.measure == "margin"}
@@ -225,7 +243,7 @@ def margin(subject: Subject) -> list[Row]:
         for group, value in means.items()
     ]
     if logits.shape[1] == 2:
-        rows += _rows(subject, "proximity", proximities(logits).numpy())
+        rows += _rows(subject, "proximity", proximities(logits).numpy(), most=0.25)
     return rows
 
 
@@ -233,6 +251,12 @@ def first_order(subject: Subject) -> list[Row]:
     """Rows ``first_order_distance``, ``…_correct`` and ``…_wrong``; see :func:`first_order_distances`.
 
     Intensities in [0, 1]. Each sample's value becomes a column of that name.
+
+    Args:
+        subject: The model.
+
+    Returns:
+        The rows.
     """
     _two_or_more(subject)
     values = subject.once("first order", lambda: first_order_distances(subject.functional).double().cpu().numpy())
@@ -249,6 +273,12 @@ def minimal(subject: Subject, *, max_steps: int = 50, overshoot: float = 0.02) -
         subject: The model.
         max_steps: Linearisations at most.
         overshoot: How far beyond the linearised boundary to look for another class.
+
+    Returns:
+        The rows.
+
+    Raises:
+        FairlineError: There is no step, the overshoot is not positive, or the model has one output.
     """
     if max_steps < 1 or overshoot <= 0:
         raise FairlineError(
@@ -273,11 +303,10 @@ def _two_or_more(subject: Subject) -> Tensor:
     return logits
 
 
-def _rows(subject: Subject, measure: str, values: Floats) -> list[Row]:
-    """Mean of a per-sample number for each group and overall, correct and wrong apart, with bootstrap intervals."""
+def _rows(subject: Subject, measure: str, values: Floats, most: float = math.inf) -> list[Row]:
+    """Mean of a per-sample number in [0, most] for each group and overall, correct and wrong apart, with limits."""
     subject.samples[measure] = values
     correct = subject.predictions.correct
-    rng = np.random.default_rng(subject.seed)
     rows = []
     everything = np.arange(len(values))
     for name, index in [*subject.group_index(), (OVERALL, everything)]:
@@ -288,8 +317,7 @@ def _rows(subject: Subject, measure: str, values: Floats) -> list[Row]:
             if len(own) == 0:
                 rows.append(Row(name, measure + suffix, math.nan, n=0))
                 continue
-            limits = percentile_interval(mean_bootstrap(own, subject.resamples, rng))
-            rows.append(Row(name, measure + suffix, float(own.mean()), *limits, n=len(own)))
+            rows.append(Row(name, measure + suffix, float(own.mean()), *mean_interval(own, 0, most), n=len(own)))
         if not found.all():
             rows.append(Row(name, f"{measure}_missed", int((~found).sum()), n=len(index)))
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fairline.audit import curvature, gradients
-from fairline.audit.accuracy import mean_bootstrap, percentile_interval
 from fairline.audit.base import Row, Subject, predictions
 from fairline.audit.distance import shared_parameters, total_distance
 from fairline.audit.functional import Functional
+from fairline.audit.intervals import mean_interval
 from fairline.audit.lanczos import start_vector
 from fairline.errors import FairlineError
-from fairline.masking import relu_count
+from fairline.masking import copy_model, relu_count
 
 Floats = NDArray[np.float64]
 
@@ -40,6 +39,9 @@ def excess_loss_bound(subject: Subject, *, tolerance: float = 1e-2, max_products
         subject: The linearized model; its reference is the network before.
         tolerance: Relative error of λ_max.
         max_products: Hessian products to take for a group at most.
+
+    Returns:
+        The rows.
 
     Raises:
         FairlineError: The networks share no parameter, or the reference has no ReLU.
@@ -76,7 +78,7 @@ def _transplanted(subject: Subject, reference: Subject) -> Floats | None:
     shared = shared_parameters(subject.model, reference.model)
     if shared.keys() != dict(reference.model.named_parameters()).keys():
         return None
-    network = copy.deepcopy(reference.model)
+    network = copy_model(reference.model)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.copy_(shared[name][0])
@@ -119,6 +121,9 @@ def binary_terms(
         tolerance: Error of the eigenvalues to stop at, relative to the largest magnitude.
         max_products: Products for each sample at most.
         seed: Of the start vectors.
+
+    Returns:
+        The terms.
     """
     # Basis vectors of all samples in a batch are held at once.
     batch = max(1, min(64, int(2e8 // (functional.size * min(max_products, functional.size)))))
@@ -207,13 +212,16 @@ def binary_curvature_bound(
 
     Args:
         subject: The model.
-        samples: Take so many random samples of each group, with 95 % bootstrap limits; all by default. Every sample
-            needs its own eigenvalue. λ_max is then that of the same samples.
+        samples: Take so many random samples of each group, with 95 % limits; all by default. Every sample needs its own
+            eigenvalue. λ_max is then that of the same samples.
         tolerance: Relative error of the eigenvalues.
         max_products: Products for each eigenvalue at most.
 
+    Returns:
+        The rows.
+
     Raises:
-        FairlineError: The model is not a binary classifier.
+        FairlineError: The model is not a binary classifier, or no sample was asked for.
     """
     outputs = subject.predictions.logits.shape[1]
     if outputs != 2 or subject.data.num_classes != 2:
@@ -229,28 +237,29 @@ def binary_curvature_bound(
         whole = samples is None or samples >= len(positions)
         chosen = positions if whole else np.sort(rng.choice(positions, samples, replace=False))
         index = torch.from_numpy(chosen)
-        parts: list[Terms] = []
-        chunks = index.split(200)
-        for done, chunk in enumerate(chunks, start=1):
-            parts.append(
-                binary_terms(
-                    subject.functional, chunk, tolerance=tolerance, max_products=max_products, seed=subject.seed
-                )
-            )
-            subject.report(f"Proposition 4.5, {name}", done, len(chunks))
-        terms = {key: np.concatenate([getattr(part, key) for part in parts]) for key in ("z1", "z2", "z2_printed")}
-        terms["z_bound"] = terms["z1"] + terms["z2"]
-        limits = {
-            key: (math.nan, math.nan) if whole else percentile_interval(mean_bootstrap(own, subject.resamples, rng))
-            for key, own in terms.items()
-        }
+        terms = _terms_of(subject, name, index, tolerance, max_products)
         bound = float(terms["z_bound"].mean())
         if whole:
             largest = curvature.once(subject, name, "hessian", tolerance).value
         else:
             largest = curvature.group_curvature(subject.functional, index, tolerance=tolerance, seed=subject.seed).value
         n = len(chosen)
-        rows += [Row(name, key, float(own.mean()), *limits[key], n=n) for key, own in terms.items()]
+        for key, own in terms.items():
+            limits = (math.nan, math.nan) if whole else mean_interval(own)
+            rows.append(Row(name, key, float(own.mean()), *limits, n=n))
         rows.append(Row(name, "z_bound_holds", float(largest <= bound), n=n))
         rows.append(Row(name, "z_bound_looseness", bound / largest if largest > 0 else math.nan, n=n))
     return rows
+
+
+def _terms_of(subject: Subject, name: str, index: Tensor, tolerance: float, max_products: int) -> dict[str, Floats]:
+    """Terms of Proposition 4.5 and their sum for samples of a group, (n,) each, telling how far it is."""
+    parts: list[Terms] = []
+    chunks = index.split(200)
+    for done, chunk in enumerate(chunks, start=1):
+        parts.append(
+            binary_terms(subject.functional, chunk, tolerance=tolerance, max_products=max_products, seed=subject.seed)
+        )
+        subject.report(f"Proposition 4.5, {name}", done, len(chunks))
+    terms = {key: np.concatenate([getattr(part, key) for part in parts]) for key in ("z1", "z2", "z2_printed")}
+    return {**terms, "z_bound": terms["z1"] + terms["z2"]}

@@ -1,28 +1,38 @@
 """Methods side by side at equal ReLU budgets: paired differences, the paper's second formula, the Pareto front.
 
-One base network: intervals come from a bootstrap that resamples images within each group, the same images for every
-method. Several base networks (seeds): a method's number is the mean over them, and the interval is Student's over
-their paired differences, which holds what training and split change as well.
+The formulas are those of the paper's Sections 5.1 and 6. One base network: limits are those of
+:mod:`fairline.audit.intervals`, which draws the same images for every method. Several base networks (seeds): a method's
+number is the mean over them, and the interval is Student's over their paired differences, which holds what training and
+split change as well.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fairline.audit.accuracy import percentile_interval, relative_drop, student_interval
-from fairline.data.grouped import OVERALL
+from fairline.audit.accuracy import relative_drop
+from fairline.audit.intervals import (
+    Drawn,
+    Floats,
+    draw,
+    lowest_interval,
+    mean_interval,
+    percentile_interval,
+    pooled,
+)
+from fairline.data.grouped import OVERALL, WORST
 from fairline.errors import FairlineError
 
-Floats = NDArray[np.float64]
-
-#: Stands for the group with the lowest accuracy, whichever it is.
-WORST = "worst group"
+#: Method and ReLUs kept.
+Column = tuple[str, int]
 
 #: Name of the column of the base network, which belongs to every budget.
 BASE = "base network"
@@ -40,7 +50,7 @@ class Scored:
     """
 
     groups: NDArray[np.int64]
-    correct: Mapping[tuple[str, int], NDArray[np.bool_]]
+    correct: Mapping[Column, NDArray[np.bool_]]
     total: int
 
 
@@ -71,8 +81,8 @@ def compare(
         replicates: One for each base network.
         group_names: Names by index.
         baseline: Method to compare with.
-        resamples: Of the bootstrap, where there is one replicate.
-        seed: Of the bootstrap.
+        resamples: Draws, where there is one replicate.
+        seed: Of the draws.
 
     Returns:
         Tidy: ``relus``, ``percent``, ``method``, ``group``, ``measure``, ``value``, ``low``, ``high`` (95 %), ``n``
@@ -82,75 +92,83 @@ def compare(
         FairlineError: A method or budget is missing in one replicate, or the baseline in all.
     """
     columns = _common_columns(replicates)
-    total = replicates[0].total
-    budgets = sorted({relus for method, relus in columns if method != BASE}, reverse=True)
+    names = [*group_names, OVERALL, WORST]
+    points = [_accuracies(replicate, columns, len(group_names)) for replicate in replicates]
+    drawn = _drawn(replicates[0], columns, len(group_names), resamples, seed) if len(replicates) == 1 else None
+    sizes = np.mean([np.bincount(r.groups, minlength=len(group_names)) for r in replicates], axis=0)
+    n = {**dict(zip(group_names, sizes, strict=True)), OVERALL: sizes.sum(), WORST: math.nan}
+    rows = []
+    for own, measure, needed in _contrasts(columns, baseline, replicates[0].total):
+        networks = [columns.index(column) for column in needed]
+        values = np.stack([measure.of(*point[:, networks].T) for point in points], axis=1)
+        for position, name in enumerate(names):
+            if name == WORST and not measure.of_worst:
+                continue
+            each = values[position]
+            low, high = mean_interval(each) if drawn is None else _limits(measure, networks, drawn, position)
+            row = {**own, "group": name, "measure": measure.name, "value": float(each.mean()), "low": low, "high": high}
+            rows.append({**row, "n": n[name], "replicates": len(replicates)})
+    frame = pd.DataFrame(rows)
+    return pd.concat([frame, pareto(frame)], ignore_index=True)
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """A number that is made of the accuracies of some networks on the same images.
+
+    Attributes:
+        name: As in the table.
+        of: The number, from the networks' accuracies, arrays of one shape.
+        networks: Which networks, in the words of :func:`_contrasts`.
+        signs: For each network, 1 where the number grows with its accuracy, −1 where it falls.
+        of_worst: Whether it speaks of the worst group as well.
+        of_baseline: Whether the baseline has it.
+    """
+
+    name: str
+    of: Callable[..., Floats]
+    networks: tuple[str, ...]
+    signs: tuple[int, ...]
+    of_worst: bool = True
+    of_baseline: bool = False
+
+
+_MEASURES = (
+    _Measure("accuracy", lambda own: own, ("own",), (1,), of_baseline=True),
+    _Measure("gain", lambda own, other: 100 * (own - other), ("own", "other"), (1, -1)),
+    _Measure("relative_drop", relative_drop, ("base", "own"), (1, -1), of_worst=False, of_baseline=True),
+    _Measure("mitigation_drop", relative_drop, ("other", "own"), (1, -1), of_worst=False),
+    _Measure(
+        "beyond_control",
+        lambda own, other, own_whole, other_whole: 100 * ((own - other) - (own_whole - other_whole)),
+        ("own", "other", "own whole", "other whole"),
+        (1, -1, -1, 1),
+    ),
+)
+
+
+def _contrasts(
+    columns: Sequence[Column], baseline: str, total: int
+) -> Iterator[tuple[dict[str, Any], _Measure, list[Column]]]:
+    """What the table has rows of: budget and method, a measure, and the networks that it needs."""
     methods = [method for method in dict.fromkeys(method for method, _ in columns) if method != BASE]
     if baseline not in methods:
         raise FairlineError(f"There is no method '{baseline}' to compare with; choose one of {', '.join(methods)}.")
-    names = [*group_names, OVERALL, WORST]
-    rng = np.random.default_rng(seed)
-
-    tables = []
-    for replicate in replicates:
-        point, draws = _accuracies(replicate, columns, len(group_names), resamples if len(replicates) == 1 else 0, rng)
-        tables.append((point, draws))
-    sizes = np.mean([np.bincount(r.groups, minlength=len(group_names)) for r in replicates], axis=0)
-    n = {**dict(zip(group_names, sizes, strict=True)), OVERALL: sizes.sum(), WORST: math.nan}
-
-    rows = []
-    for relus in budgets:
-        for method in methods:
-            if (method, relus) not in columns:
-                continue
-            for measure, needed, scale in (
-                ("accuracy", [(method, relus)], 1.0),
-                ("gain", [(method, relus), (baseline, relus)], 100.0),
-                ("relative_drop", [(BASE, total), (method, relus)], 1.0),
-                ("mitigation_drop", [(baseline, relus), (method, relus)], 1.0),
-                (
-                    "beyond_control",
-                    [(method, relus), (baseline, relus), (method, total), (baseline, total)],
-                    100.0,
-                ),
-            ):
-                if not all(column in columns for column in needed):
-                    continue
-                if method == baseline and measure in ("gain", "mitigation_drop", "beyond_control"):
-                    continue
-                if measure == "beyond_control" and relus == total:
-                    continue
-                values = [
-                    scale * _measure(measure, *(point[:, columns.index(column)] for column in needed))
-                    for point, _ in tables
-                ]
-                drawn = None
-                if len(replicates) == 1:
-                    own = tables[0][1]
-                    drawn = scale * _measure(measure, *(own[:, columns.index(column)] for column in needed))
-                for position, name in enumerate(names):
-                    if name == WORST and measure in ("relative_drop", "mitigation_drop"):
-                        continue
-                    each = np.array([value[position] for value in values])
-                    if drawn is not None:
-                        low, high = percentile_interval(drawn[position])
-                    else:
-                        low, high = student_interval(each)
-                    rows.append(
-                        {
-                            "relus": relus,
-                            "percent": 100 * relus / total,
-                            "method": method,
-                            "group": name,
-                            "measure": measure,
-                            "value": float(each.mean()),
-                            "low": low,
-                            "high": high,
-                            "n": n[name],
-                            "replicates": len(replicates),
-                        }
-                    )
-    frame = pd.DataFrame(rows)
-    return pd.concat([frame, pareto(frame)], ignore_index=True)
+    budgets = sorted({relus for method, relus in columns if method != BASE}, reverse=True)
+    for relus, method, measure in product(budgets, methods, _MEASURES):
+        named = {
+            "own": (method, relus),
+            "other": (baseline, relus),
+            "base": (BASE, total),
+            "own whole": (method, total),
+            "other whole": (baseline, total),
+        }
+        needed = [named[network] for network in measure.networks]
+        if (method == baseline and not measure.of_baseline) or not all(column in columns for column in needed):
+            continue
+        # At 100 % of the ReLUs a method is its own control.
+        if len(set(needed)) == len(needed):
+            yield {"relus": relus, "percent": 100 * relus / total, "method": method}, measure, needed
 
 
 def pareto(frame: pd.DataFrame) -> pd.DataFrame:
@@ -168,7 +186,7 @@ def pareto(frame: pd.DataFrame) -> pd.DataFrame:
     return found.assign(low=math.nan, high=math.nan)
 
 
-def _common_columns(replicates: Sequence[Scored]) -> list[tuple[str, int]]:
+def _common_columns(replicates: Sequence[Scored]) -> list[Column]:
     columns = list(replicates[0].correct)
     for position, replicate in enumerate(replicates[1:], start=2):
         for column in [*columns, *replicate.correct]:
@@ -181,31 +199,27 @@ def _common_columns(replicates: Sequence[Scored]) -> list[tuple[str, int]]:
     return columns
 
 
-def _accuracies(
-    scored: Scored, columns: Sequence[tuple[str, int]], num_groups: int, resamples: int, rng: np.random.Generator
-) -> tuple[Floats, Floats]:
-    """Accuracy of each group, of all, and of the worst: (A + 2, columns), and resampled, (A + 2, columns, B)."""
+def _accuracies(scored: Scored, columns: Sequence[Column], num_groups: int) -> Floats:
+    """Accuracy of each group, of all, and of the worst, (A + 2, columns)."""
     correct = np.stack([scored.correct[column] for column in columns], axis=1).astype(np.float64)
-    members = [np.flatnonzero(scored.groups == group) for group in range(num_groups)]
-    shares = np.array([len(m) for m in members]) / len(correct)
-
-    def whole(by_group: Floats) -> Floats:
-        overall = np.tensordot(shares, by_group, axes=1)
-        return np.concatenate([by_group, overall[None], by_group.min(0)[None]])
-
-    point = whole(np.stack([correct[m].mean(0) for m in members]))
-    drawn = [
-        (rng.multinomial(len(m), np.full(len(m), 1 / len(m)), size=resamples) @ correct[m] / len(m)).T
-        for m in members
-        if resamples
-    ]
-    return point, whole(np.stack(drawn)) if drawn else np.empty(0)
+    by_group = np.stack([correct[scored.groups == group].mean(0) for group in range(num_groups)])
+    return np.concatenate([by_group, correct.mean(0)[None], by_group.min(0)[None]])
 
 
-def _measure(measure: str, *accuracy: Floats) -> Floats:
-    if measure in ("relative_drop", "mitigation_drop"):
-        return np.asarray(relative_drop(accuracy[0], accuracy[1]))
-    if measure == "accuracy":
-        return accuracy[0]
-    gain = accuracy[0] - accuracy[1]
-    return gain if measure == "gain" else gain - (accuracy[2] - accuracy[3])
+def _drawn(scored: Scored, columns: Sequence[Column], num_groups: int, draws: int, seed: int) -> list[Drawn]:
+    """Draws of the images of each group, and of all."""
+    rng = np.random.default_rng(seed)
+    correct = np.stack([scored.correct[column] for column in columns], axis=1)
+    groups = [draw(correct[scored.groups == group], draws, rng) for group in range(num_groups)]
+    return [*groups, pooled(groups, rng)]
+
+
+def _limits(measure: _Measure, networks: list[int], drawn: list[Drawn], position: int) -> tuple[float, float]:
+    """95 % limits over images for the group at a position, all images, or the worst group."""
+    if position < len(drawn):
+        return percentile_interval(measure.of(*drawn[position].shares(networks, measure.signs)))
+    by_group = np.stack([group.shares(networks, measure.signs) for group in drawn[:-1]])
+    if len(networks) == 1:
+        return lowest_interval(measure.of(by_group[:, 0]))
+    # The worst groups of several networks: what biases each of them cancels in their difference.
+    return percentile_interval(measure.of(*by_group.min(0)))

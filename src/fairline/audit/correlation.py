@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fairline.audit.accuracy import percentile_interval
 from fairline.audit.base import Row, Subject
+from fairline.audit.intervals import percentile_interval
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 
@@ -28,6 +28,11 @@ def spearman(x: Floats, y: Floats) -> Floats:
 
     Returns:
         (B,), in [−1, 1].
+
+    >>> x = np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
+    >>> y = np.array([[0.0, 5.0], [1.0, 5.0], [0.0, 5.0]])
+    >>> spearman(x, y)
+    array([ 0., nan])
     """
     a, b = (pd.DataFrame(values).rank().to_numpy() for values in (x, y))
     a, b = a - a.mean(0), b - b.mean(0)
@@ -50,8 +55,11 @@ def measure(subject: Subject, *, resamples: int = 500) -> list[Row]:
         subject: The model; measures to correlate with must come before this one.
         resamples: Bootstrap resamples.
 
+    Returns:
+        The rows; a correlation with a constant has none.
+
     Raises:
-        FairlineError: Nothing to correlate with has been measured.
+        FairlineError: Nothing to correlate with has been measured, or there is no resample.
     """
     if resamples < 1:
         raise FairlineError(f"The bootstrap needs at least one resample, not {resamples}.")
@@ -62,46 +70,58 @@ def measure(subject: Subject, *, resamples: int = 500) -> list[Row]:
     taken = [name for name in EXPLAINING if by_group[name] or name in subject.samples]
     if not taken:
         raise FairlineError(f"A correlation needs one of {', '.join(EXPLAINING)} to be measured with it.")
-    rng = np.random.default_rng(subject.seed)
-    groups = list(subject.group_index())
     correct = subject.predictions.correct.astype(float)
-    draws = [[rng.integers(0, len(index), len(index)) for _, index in groups] for _ in range(resamples)]
-    accuracy = np.array([correct[index].mean() for _, index in groups])
-    drawn_accuracy = np.array(
-        [[correct[index[d]].mean() for (_, index), d in zip(groups, draw, strict=True)] for draw in draws]
-    ).T
+    images = _Resampled([index for _, index in subject.group_index()], resamples, subject.seed)
     rows = []
     for name in taken:
         values = subject.samples.get(name)
         if values is not None:
-            finite = np.isfinite(values)
-            rho = float(spearman(values[finite, None], correct[finite, None])[0])
-            drawn = []
-            for draw in draws:
-                picked = np.concatenate([index[d] for (_, index), d in zip(groups, draw, strict=True)])
-                picked = picked[finite[picked]]
-                drawn.append(spearman(values[picked, None], correct[picked, None])[0])
-            rows.append(
-                Row(
-                    OVERALL,
-                    f"{name}_correlation_samples",
-                    rho,
-                    *percentile_interval(np.array(drawn)),
-                    int(finite.sum()),
-                )
-            )
-        if len(groups) > 2 and by_group[name]:
-            own = np.array([by_group[name][group] for group, _ in groups])
-            drawn_own = np.repeat(own[:, None], resamples, axis=1)
-            if values is not None and name != "gradient_norm":
-                masked = np.where(np.isfinite(values), values, np.nan)
-                drawn_own = np.array(
-                    [
-                        [np.nanmean(masked[index[d]]) for (_, index), d in zip(groups, draw, strict=True)]
-                        for draw in draws
-                    ]
-                ).T
-            rho = float(spearman(own[:, None], accuracy[:, None])[0])
-            limits = percentile_interval(spearman(drawn_own, drawn_accuracy))
-            rows.append(Row(OVERALL, f"{name}_correlation_groups", rho, *limits, len(groups)))
+            rows.append(_over_samples(name, values, correct, images))
+        if len(by_group[name]) > 2:
+            own = np.array([by_group[name][group] for group in subject.data.group_names])
+            # A gradient norm is that of the group's gradient, not the mean of the samples' norms.
+            rows.append(_over_groups(name, own, None if name == "gradient_norm" else values, correct, images))
     return [row for row in rows if not math.isnan(row.value)]
+
+
+class _Resampled:
+    """The images of each group, and those of each resample; the same for all measures.
+
+    Args:
+        groups: Sample positions of each group.
+        resamples: B.
+        seed: Of the resamples.
+    """
+
+    def __init__(self, groups: list[NDArray[np.int64]], resamples: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.groups = groups
+        self.draws = [[index[rng.integers(0, len(index), len(index))] for index in groups] for _ in range(resamples)]
+
+    def group_means(self, values: Floats) -> tuple[Floats, Floats]:
+        """Means of ``values`` (N,) over each group, (A,), and over each resampled group, (A, B); NaN is left out."""
+        drawn = [[np.nanmean(values[index]) for index in draw] for draw in self.draws]
+        return np.array([np.nanmean(values[index]) for index in self.groups]), np.array(drawn).T
+
+
+def _over_samples(name: str, values: Floats, correct: Floats, images: _Resampled) -> Row:
+    finite = np.isfinite(values)
+    drawn = []
+    for draw in images.draws:
+        picked = np.concatenate(draw)
+        picked = picked[finite[picked]]
+        drawn.append(spearman(values[picked, None], correct[picked, None])[0])
+    rho = float(spearman(values[finite, None], correct[finite, None])[0])
+    limits = percentile_interval(np.array(drawn))
+    return Row(OVERALL, f"{name}_correlation_samples", rho, *limits, int(finite.sum()))
+
+
+def _over_groups(name: str, own: Floats, values: Floats | None, correct: Floats, images: _Resampled) -> Row:
+    """``own`` (A,) are the groups' numbers, means of ``values`` (N,) where those are given."""
+    accuracy, drawn_accuracy = images.group_means(correct)
+    drawn_own = np.broadcast_to(own[:, None], drawn_accuracy.shape)
+    if values is not None:
+        drawn_own = images.group_means(np.where(np.isfinite(values), values, np.nan))[1]
+    rho = float(spearman(own[:, None], accuracy[:, None])[0])
+    limits = percentile_interval(spearman(drawn_own, drawn_accuracy))
+    return Row(OVERALL, f"{name}_correlation_groups", rho, *limits, len(own))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fairline.audit.base import Row, Subject
 from fairline.audit.functional import Functional, Product
+from fairline.audit.intervals import mean_interval
 from fairline.audit.lanczos import Extreme, largest_eigenvalue, start_vector
 from fairline.errors import FairlineError
 
@@ -88,6 +89,9 @@ def hessian_trace(
         products: Matrix–vector products to spend, a multiple of 3.
         seed: Of the random vectors.
 
+    Returns:
+        The trace, nats per squared unit of parameter distance.
+
     Raises:
         FairlineError: The number of products does not suit.
     """
@@ -156,6 +160,9 @@ def measure(
         samples: Use random subsamples of so many of a group's samples; the whole group by default.
         repeats: Subsamples to average over.
         trace: Products to spend on the trace; none by default.
+
+    Returns:
+        The rows.
 
     Raises:
         FairlineError: An option is out of range.
@@ -243,8 +250,6 @@ def _subsampled(
     samples: int,
     repeats: int,
 ) -> list[Row]:
-    from scipy.stats import t
-
     rng = np.random.default_rng([subject.seed, *index[:1]])
     results = []
     for repeat in range(repeats):
@@ -262,10 +267,8 @@ def _subsampled(
         subject.report(f"{matrix} eigenvalues of {name}", repeat + 1, repeats)
     values = np.array([result.value for result in results])
     error = float(values.std(ddof=1) / math.sqrt(repeats))
-    half = float(t.ppf(0.975, repeats - 1)) * error
-    mean = float(values.mean())
     return [
-        Row(name, f"{matrix}_max", mean, mean - half, mean + half, n=samples),
+        Row(name, f"{matrix}_max", float(values.mean()), *mean_interval(values), n=samples),
         Row(name, f"{matrix}_se", error, n=samples),
         Row(name, f"{matrix}_error", max(r.relative_error for r in results), n=samples),
         Row(name, f"{matrix}_products", sum(r.products for r in results), n=samples),

@@ -17,6 +17,13 @@ def shared_parameters(model: nn.Module, reference: nn.Module) -> dict[str, tuple
 
     Buffers, such as masks and BatchNorm's running statistics, are no parameters.
 
+    Args:
+        model: θ̃.
+        reference: θ.
+
+    Returns:
+        Both, by name.
+
     Raises:
         FairlineError: The networks share none.
     """
@@ -73,6 +80,12 @@ def measure(subject: Subject) -> list[Row]:
 
     Measures: ``parameter_distance``; ``parameter_distance_relative``, divided by ‖θ‖; ``parameters_shared``, the
     share of the model's parameters that the distance is over; ``parameter_distance/<layer>``, each layer's.
+
+    Args:
+        subject: The model; it has a reference.
+
+    Returns:
+        The rows.
     """
     assert subject.reference is not None  # audit() requires it
     model, reference = subject.model, subject.reference.model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,7 +11,8 @@ from torch.func import functional_call
 
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.masking import masked_relus
+from fairline.inference import logits_of
+from fairline.masking import copy_model, masked_relus
 
 Product = Callable[[Tensor], Tensor]
 
@@ -39,7 +39,7 @@ class Functional:
     ) -> None:
         if any(layer.weight is not None for layer in masked_relus(model).values()):
             raise FairlineError("The masks are still being learned; fix them (keep_largest) before an audit.")
-        self.model = copy.deepcopy(model).eval()
+        self.model = copy_model(model).eval()
         if device is not None:
             self.model.to(device)
         self.model.requires_grad_(False)
@@ -56,8 +56,7 @@ class Functional:
 
     def logits(self, parameters: dict[str, Tensor], images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W) under other parameters."""
-        result: Tensor = functional_call(self.model, parameters, (images,))
-        return result
+        return logits_of(functional_call(self.model, parameters, (images,)), self.model, images)
 
     def batches(self, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images (B, C, H, W) and labels (B,) of the samples in ``index``."""
@@ -125,6 +124,12 @@ class Functional:
         """Products v ↦ G·v, G = mean of Jᵀ(diag(p) − p·pᵀ)J: generalized Gauss–Newton (Schraudolph 2002).
 
         J (K, P) is the Jacobian of the logits and p (K,) the softmax of a sample.
+
+        Args:
+            index: S, sample positions.
+
+        Returns:
+            The products, both (P,).
         """
         names = list(self.parameters)
         leaves = tuple(self.parameters.values())

@@ -72,11 +72,14 @@ def group_gradients(functional: Functional) -> GroupGradients:
 
 
 def per_sample_gradient_norms(functional: Functional, batch_size: int = 25) -> NDArray[np.float64]:
-    """‖∇_θ ℓ(x, y)‖ of every sample, (N,); memory grows with ``batch_size`` · P.
+    """‖∇_θ ℓ(x, y)‖ of every sample; memory grows with ``batch_size`` · P.
 
     Args:
         functional: The network on its data.
         batch_size: Samples whose gradients are held at a time.
+
+    Returns:
+        float64, (N,), nats per unit of parameter distance.
     """
     parameters = {name: parameter.detach() for name, parameter in functional.parameters.items()}
 
@@ -101,6 +104,9 @@ def measure(subject: Subject, *, per_sample: bool = False) -> list[Row]:
     Args:
         subject: The model.
         per_sample: Also record each sample's gradient norm as the column ``gradient_norm``.
+
+    Returns:
+        The rows.
     """
     gradients = once(subject)
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -53,13 +54,24 @@ def options(
 def main() -> None:
     """Run the command line; bad input is one sentence and exit code 2."""
     try:
+        _require_values(sys.argv[1:])
         app()
     except FairlineError as error:
-        err_console.print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _stop(str(error))
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        err_console.print(
-            f"Error: {error.strerror or error}{where}.", style="red", markup=False, highlight=False, soft_wrap=True
-        )
-        sys.exit(2)
+        _stop(f"{error.strerror or error}{where}.")
+
+
+def _require_values(words: Sequence[str]) -> None:
+    """Refuse empty words, such as a shell's variable that is not set: an empty path would be the working folder."""
+    for before, word in zip(["fairline", *words], words, strict=False):
+        if not word.strip():
+            raise FairlineError(f"Nothing stands after '{before}' where a value belongs.")
+        if word.startswith("--") and word.endswith("="):
+            raise FairlineError(f"'{word}' gives no value.")
+
+
+def _stop(sentence: str) -> None:
+    err_console.print(f"Error: {sentence}", style="red", highlight=False, soft_wrap=True)
+    sys.exit(2)

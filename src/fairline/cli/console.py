@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,8 +22,38 @@ if TYPE_CHECKING:
 
 #: What the terminal shows beside accuracy; the report shows all.
 EXPLAINED_BY = ("gradient_norm", "hessian_max", "margin", "boundary_distance", "excess_loss", "bound")
-out_console = Console()
-err_console = Console(stderr=True)
+
+
+def visible(text: str) -> str:
+    r"""Write out what a terminal would obey: control characters, line separators, changes of direction.
+
+    >>> print(visible("red: \x1b[31m"))
+    red: \x1b[31m
+
+    Returns:
+        The text; new lines and tabs stay.
+    """
+    obeyed = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+    return re.sub(obeyed, lambda found: repr(found[0])[1:-1], text)
+
+
+class LiteralConsole(Console):
+    """A console that shows every text as it is.
+
+    Texts hold names from data, options and errors, and some of those look like Rich's markup or emoji codes. What is
+    to have a style is a :class:`rich.text.Text`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A text as Rich draws it."""
+        return super().render_str(visible(text), **options)
+
+
+out_console = LiteralConsole()
+err_console = LiteralConsole(stderr=True)
 
 
 @contextlib.contextmanager
@@ -31,19 +63,20 @@ def progress_bars() -> Iterator[ProgressCallback]:
 
     # In a narrow terminal the message gives way, never the time left.
     columns = (
-        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=34)),
+        _text_column("{task.description}", max_width=34),
         BarColumn(bar_width=12),
         TaskProgressColumn(table_column=Column(no_wrap=True, min_width=4)),
         TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True, min_width=8)),
-        TextColumn("{task.fields[message]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        _text_column("{task.fields[message]}", ratio=1),
     )
     bars: dict[str, TaskID] = {}
     with Progress(*columns, console=err_console, refresh_per_second=4) as drawn:
 
         def report(update: Report) -> None:
             if update.stage not in bars:
-                bars[update.stage] = drawn.add_task(update.stage, total=update.total, message="")
-            drawn.update(bars[update.stage], completed=update.done, total=update.total, message=update.message)
+                bars[update.stage] = drawn.add_task(visible(update.stage), total=update.total, message="")
+            message = visible(update.message)
+            drawn.update(bars[update.stage], completed=update.done, total=update.total, message=message)
 
         try:
             yield report
@@ -53,13 +86,18 @@ def progress_bars() -> Iterator[ProgressCallback]:
             sys.exit(130)
 
 
+def _text_column(form: str, **room: Any) -> TextColumn:
+    return TextColumn(form, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", **room))
+
+
 def print_frame(frame: pd.DataFrame, title: str, formats: dict[str, str] | None = None) -> None:
     """Draw a table."""
     table = Table(title=title, title_justify="left")
     # Names stay whole, up to a point; numbers need little room.
-    table.add_column(str(frame.index.name or ""), min_width=min(16, max(map(len, map(str, frame.index)), default=0)))
+    widest = min(16, max(map(len, map(str, frame.index)), default=0))
+    table.add_column(str(frame.index.name or ""), min_width=widest, overflow="fold")
     for column in frame.columns:
-        table.add_column(str(column), justify="right")
+        table.add_column(str(column), justify="right", overflow="fold")
     for index, row in frame.iterrows():
         cells = [
             "" if value != value else format(value, (formats or {}).get(str(column), ""))
@@ -79,9 +117,7 @@ def duration(seconds: float) -> str:
 
 def say_best(run: Run) -> None:
     """What base training reached."""
-    import pandas as pd
-
-    rows = pd.read_parquet(run.folder / "metrics.parquet")
+    rows = run.table("metrics.parquet")
     if rows.empty:
         out_console.print(f"The weights are taken as they are. Written to {run.folder}", soft_wrap=True)
         return
@@ -108,12 +144,10 @@ def list_networks(run: Run) -> None:
 
 def print_comparison(run: Run) -> None:
     """A comparison's tables, and its page."""
-    from fairline.audit.comparison import WORST
-    from fairline.data.grouped import OVERALL
-    from fairline.report.comparison import prepare, write_comparison
-    from fairline.report.page import read_table
+    from fairline.data.grouped import OVERALL, WORST
+    from fairline.report.comparison import limits, prepare, write_comparison
 
-    frame = prepare(read_table(run, "comparison.parquet"))
+    frame = prepare(run.table("comparison.parquet"))
     baseline = frame["baseline"].iloc[0]
     for budget, part in frame.groupby("budget", sort=False):
         accuracy = part[part["measure"] == "accuracy"].pivot_table(
@@ -125,10 +159,7 @@ def print_comparison(run: Run) -> None:
         front = part[part["measure"] == "pareto"].set_index("method")["value"]
         table = accuracy[[OVERALL, WORST]].map("{:.1%}".format)
         table["gain of worst [95 %]"] = [
-            f"{worst.loc[m, 'value']:+.1f} [{worst.loc[m, 'low']:+.1f}, {worst.loc[m, 'high']:+.1f}]"
-            if m in worst.index
-            else ""
-            for m in table.index
+            f"{worst.loc[m, 'value']:+.1f} {limits(worst.loc[m])}" if m in worst.index else "" for m in table.index
         ]
         table["groups better"] = by_group[by_group["low"] > 0].groupby("method").size().reindex(table.index).fillna(0)
         table["worse"] = by_group[by_group["high"] < 0].groupby("method").size().reindex(table.index).fillna(0)
@@ -142,9 +173,8 @@ def print_comparison(run: Run) -> None:
 def print_audit(run: Run) -> None:
     """An audit's tables."""
     from fairline.report.figures import prepare
-    from fairline.report.page import read_table
 
-    everything = prepare(read_table(run, "audit.parquet"), read_table(run, "counts.parquet"))
+    everything = prepare(run.table("audit.parquet"), run.table("counts.parquet"))
     frame = everything[everything["measure"] == "accuracy"].copy()
     frame["cell"] = [f"{v:.1%} [{low:.0%}, {high:.0%}]" for v, low, high in frame[["value", "low", "high"]].to_numpy()]
     for variant, part in frame.groupby("variant", sort=False):
@@ -159,3 +189,25 @@ def print_audit(run: Run) -> None:
             # Words wrap in a narrow terminal; names with underscores would be cut.
             words = table[shown].rename(columns=lambda name: name.replace("_", " "))
             print_frame(words, title, dict.fromkeys(words, ".4g"))
+
+
+def print_frontier(table: pd.DataFrame, network: str) -> None:
+    """A frontier's tables, one a protocol."""
+    import pandas as pd
+
+    for name, part in table.groupby("protocol", sort=False):
+        shown = pd.DataFrame(
+            {
+                "ReLUs": part["relus"],
+                "MB": part["bytes"] / 1e6,
+                "rounds": part["rounds"],
+                "seconds": part["seconds"],
+                "overall": part["overall"],
+                "worst group": part["worst"],
+                "drop, %": part["largest_drop"],
+                "front": part["on_bytes_front"].map({True: "◆", False: ""}),
+            }
+        ).set_axis(part["model"])
+        shown.index.name = "network"
+        formats = {"ReLUs": ",.0f", "MB": ".2f", "rounds": ".0f", "seconds": ".2f", "overall": ".1%"}
+        print_frame(shown, f"{name} over {network}", formats | {"worst group": ".1%", "drop, %": "+.1f"})

@@ -45,7 +45,9 @@ Groups = Annotated[
 ]
 DataOption = Annotated[
     list[str] | None,
-    typer.Option("--data-option", metavar="KEY=VALUE", help="Further option of the data set, e.g. image_size=64."),
+    typer.Option(
+        "--data-option", metavar="KEY=VALUE", help="Further option of the data set, e.g. image_size=64 or 48x64."
+    ),
 ]
 Unbalanced = Annotated[
     bool | None,
@@ -67,7 +69,7 @@ ModelOption = Annotated[
     list[str] | None,
     typer.Option("--model-option", metavar="KEY=VALUE", help="Further option of the model, e.g. stem_relu=true."),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of every random choice; for train, also of the split.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of every random choice; for train, also of the split.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; the accelerator by default.")]
 
 #: Kept here so that help need not load torch; a test compares it with the registry.
@@ -109,22 +111,36 @@ Wire = Annotated[
 
 
 def parse_options(pairs: list[str] | None) -> dict[str, Any]:
-    """``["a=1", "b=true"]`` to ``{"a": 1, "b": True}``.
+    """Read options of the form KEY=VALUE.
+
+    >>> parse_options(["image_size=64", "stem_relu=true", "url=a=b"])
+    {'image_size': 64, 'stem_relu': True, 'url': 'a=b'}
+
+    Returns:
+        Values by key, each as what it looks like (:func:`parse_value`).
 
     Raises:
-        FairlineError: A pair has no ``=``.
+        FairlineError: A pair has no ``=``, no key, or no value.
     """
     options: dict[str, Any] = {}
     for pair in pairs or []:
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
             raise FairlineError(f"'{pair}' is not KEY=VALUE.")
+        if not text.strip():
+            raise FairlineError(f"'{pair}' gives no value; write none for no value.")
         options[key.strip()] = parse_value(text.strip())
     return options
 
 
 def parse_measure_options(pairs: list[str] | None) -> dict[str, dict[str, Any]]:
-    """``["curvature.samples=500"]`` to ``{"curvature": {"samples": 500}}``.
+    """Read options of the form MEASURE.KEY=VALUE.
+
+    >>> parse_measure_options(["curvature.samples=500", "curvature.tolerance=0.01"])
+    {'curvature': {'samples': 500, 'tolerance': 0.01}}
+
+    Returns:
+        Options by measure.
 
     Raises:
         FairlineError: A pair does not name a measure and an option.
@@ -138,13 +154,37 @@ def parse_measure_options(pairs: list[str] | None) -> dict[str, dict[str, Any]]:
     return options
 
 
-def parse_names(text: str) -> list[str]:
-    """``"a, b"`` to ``["a", "b"]``."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+def parse_names(text: str, what: str = "name") -> list[str]:
+    """Read names, comma-separated.
+
+    >>> parse_names("cheetah, semi2k,")
+    ['cheetah', 'semi2k']
+
+    Args:
+        text: As it was given.
+        what: One of them, for the error message.
+
+    Returns:
+        The names, one at least.
+
+    Raises:
+        FairlineError: There is none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise FairlineError(f"No {what} was given.")
+    return names
 
 
 def parse_value(text: str) -> Any:
-    """A text as the bool, None, int, float or str that it looks like."""
+    """Read the value of an option.
+
+    >>> [parse_value(text) for text in ("true", "none", "3", "1e-3", "signed")]
+    [True, None, 3, 0.001, 'signed']
+
+    Returns:
+        The text as the bool, None, int, float or str that it looks like.
+    """
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if text.lower() == "none":
@@ -156,7 +196,13 @@ def parse_value(text: str) -> Any:
 
 
 def parse_budgets(text: str) -> list[float]:
-    """``"0.5,10%,12900"`` to fractions (float) and counts (int).
+    """Read ReLU budgets.
+
+    >>> parse_budgets("0.5,10%,12900")
+    [0.5, 0.1, 12900]
+
+    Returns:
+        Fractions (float) and counts (int).
 
     Raises:
         FairlineError: An entry is no number.
@@ -210,12 +256,19 @@ Baseline = Annotated[
 
 
 def parse_counts(text: str, what: str) -> list[int]:
-    """Whole numbers, comma-separated.
+    """Read whole numbers, comma-separated.
+
+    >>> parse_counts("8, 12,18", "Fraction bits")
+    [8, 12, 18]
+
+    Returns:
+        The numbers.
 
     Raises:
-        FairlineError: An entry is none; ``what`` names them.
+        FairlineError: There is none, or an entry is no whole number; ``what`` names them.
     """
+    names = parse_names(text, "whole number")
     try:
-        return [int(entry) for entry in parse_names(text)]
+        return [int(entry) for entry in names]
     except ValueError:
         raise FairlineError(f"{what} '{text}' are not whole numbers, separated by commas.") from None

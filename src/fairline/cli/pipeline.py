@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from fairline.cli.console import (
     err_console,
@@ -14,6 +15,7 @@ from fairline.cli.console import (
     print_audit,
     print_comparison,
     print_frame,
+    print_frontier,
     progress_bars,
     say_best,
 )
@@ -52,10 +54,6 @@ from fairline.cli.options import (
 )
 from fairline.errors import FairlineError
 
-if TYPE_CHECKING:
-    pass
-
-
 app = typer.Typer()
 
 
@@ -72,13 +70,20 @@ def data(
     from fairline import data as registry
 
     spec = data_spec(name, root, groups, unbalanced, data_option, seed)
-    with err_console.status(f"reading {name}"):
+    with err_console.status(Text(f"reading {name}")):
         whole = registry.load(spec.name, spec.root, **spec.options)
-        parts = dict(zip(("train", "val", "test"), whole.split(seed), strict=True))
     shape = "×".join(map(str, whole.images.shape[1:]))
     out_console.print(
         f"{whole.name}: {len(whole):,} images of {shape}, {whole.num_classes} classes, {whole.num_groups} groups"
     )
+    if whole.skipped:
+        out_console.print(f"{len(whole.skipped)} files were skipped:")
+        for item in whole.skipped[:20]:
+            out_console.print(f"  {item.file}: {item.reason}", highlight=False)
+        if len(whole.skipped) > 20:
+            out_console.print(f"  … and {len(whole.skipped) - 20} more")
+    # After the list: it may tell why a group is too small to be split.
+    parts = dict(zip(("train", "val", "test"), whole.split(seed), strict=True))
     counts = whole.counts().assign(**{part: chosen.counts()["n"] for part, chosen in parts.items()})
     print_frame(
         counts,
@@ -87,12 +92,6 @@ def data(
     )
     if not whole.groups_are_classes:
         print_frame(whole.counts(by="class"), "images by group and class", {})
-    if whole.skipped:
-        out_console.print(f"{len(whole.skipped)} files were skipped:")
-        for item in whole.skipped[:20]:
-            out_console.print(f"  {item.file}: {item.reason}", markup=False, highlight=False)
-        if len(whole.skipped) > 20:
-            out_console.print(f"  … and {len(whole.skipped) - 20} more")
 
 
 @app.command()
@@ -108,7 +107,10 @@ def train(
     model_option: ModelOption = None,
     weights: Annotated[
         Path | None,
-        typer.Option("--weights", help="Safetensors file to start from; with --epochs 0 it is taken as it is."),
+        typer.Option(
+            "--weights",
+            help="File to start from (safetensors, torch.save); with --epochs 0 its weights are taken as they are.",
+        ),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 160,
     lr: Annotated[
@@ -140,6 +142,25 @@ def train(
             progress=progress,
         )
     say_best(run)
+
+
+@app.command("import")
+def import_network(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the base network's train run.")],
+    out: Out,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", help="File of its weights, with masks or without; the base network's by default."),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option("--masks", help="File of its masks of zeros and ones: safetensors, torch.save or .npz."),
+    ] = None,
+) -> None:
+    """Take over a network that was linearized elsewhere, to finetune and audit it like one of fairline's own."""
+    from fairline.jobs import import_job
+
+    list_networks(import_job(source, out, weights=weights, masks=masks))
 
 
 @app.command()
@@ -307,7 +328,7 @@ def audit(
         run = audit_job(
             sources,
             out,
-            measures=parse_names(measures),
+            measures=parse_names(measures, "measure"),
             options=parse_measure_options(option),
             explain=explain,
             split=split,
@@ -382,7 +403,7 @@ def ablate(
             source,
             out,
             key.strip(),
-            [parse_value(value) for value in parse_names(values)],
+            [parse_value(value) for value in parse_names(values, f"value of {key.strip()}")],
             objective,
             parse_options(objective_option),
             **drop_none(epochs=epochs, lr=lr, batch_size=batch_size),
@@ -417,9 +438,7 @@ def frontier(
     ] = None,
 ) -> None:
     """Accuracy against cost: Pareto front, and the cheapest network that keeps every group's accuracy."""
-    import pandas as pd
-
-    from fairline.jobs.private import frontier_job
+    from fairline.jobs.frontier import frontier_job
     from fairline.private.frontier import require_within
     from fairline.report.costs import answers, write_frontier
     from fairline.report.results import write_frontier_results
@@ -431,27 +450,12 @@ def frontier(
             out,
             measured=measured or [],
             fixed_point=fixed_point,
-            protocols=parse_names(protocol),
+            protocols=parse_names(protocol, "protocol"),
             network=network,
             progress=progress,
         )
-    table = pd.read_parquet(run.folder / "frontier.parquet")
-    for name, part in table.groupby("protocol", sort=False):
-        shown = pd.DataFrame(
-            {
-                "ReLUs": part["relus"],
-                "MB": part["bytes"] / 1e6,
-                "rounds": part["rounds"],
-                "seconds": part["seconds"],
-                "overall": part["overall"],
-                "worst group": part["worst"],
-                "drop, %": part["largest_drop"],
-                "front": part["on_bytes_front"].map({True: "◆", False: ""}),
-            }
-        ).set_axis(part["model"])
-        shown.index.name = "network"
-        formats = {"ReLUs": ",.0f", "MB": ".2f", "rounds": ".0f", "seconds": ".2f", "overall": ".1%"}
-        print_frame(shown, f"{name} over {network}", formats | {"worst group": ".1%", "drop, %": "+.1f"})
+    table = run.table("frontier.parquet")
+    print_frontier(table, network)
     predicted = list(dict.fromkeys(table.loc[table["source"] == "predicted", "model"]))
     if predicted:
         out_console.print(f"Costs predicted, not measured: {', '.join(predicted)}.", soft_wrap=True, highlight=False)
@@ -513,15 +517,14 @@ def theory(
     with progress_bars() as progress:
         run = theory_job(out, seeds=seeds, progress=progress)
     write_theory_figures(run.folder)
-    import pandas as pd
 
-    table = pd.read_parquet(run.folder / "figure_2_summary.parquet")
+    table = run.table("figure_2_summary.parquet")
     table["cell"] = [
         f"{100 * m:.1f} [{100 * a:.1f}, {100 * b:.1f}]" for m, a, b in table[["mean", "low", "high"]].to_numpy()
     ]
     wide = table.pivot_table(index="variant", columns="measure", values="cell", aggfunc="first", sort=False)
     print_frame(wide, f"accuracy in percent [95 % interval over {seeds} seeds]")
-    balance = pd.read_parquet(run.folder / "appendix_a1.parquet")
+    balance = run.table("appendix_a1.parquet")
     for count, part in balance.groupby("groups"):
         print_frame(
             part.set_index("group")[["n", "gradient_norm", "ratio", "inverse_size"]],
@@ -553,7 +556,7 @@ def demo(
     On digits it needs no files. On faces: fairline demo --data utkface:race --root FOLDER --width 8 --out faces
     """
     from fairline.jobs import run_demo
-    from fairline.jobs.private import frontier_job
+    from fairline.jobs.frontier import frontier_job
     from fairline.report.html import write_report
 
     spec = data_spec(data, root, groups, unbalanced, data_option, seed)
@@ -580,6 +583,6 @@ def demo(
             costs, reason = None, str(error)
     print_audit(run)
     if costs is None:
-        err_console.print(f"No costs in the report: {reason}", markup=False, highlight=False, soft_wrap=True)
+        err_console.print(f"No costs in the report: {reason}", highlight=False, soft_wrap=True)
     path = write_report(run.folder, out / "report.html", costs=costs)
     out_console.print(f"Report: {path.resolve()}", soft_wrap=True)

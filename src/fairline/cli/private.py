@@ -13,7 +13,9 @@ from fairline.cli.options import CostProtocols, Out, Root, Seed, Wire, parse_cou
 from fairline.errors import FairlineError
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Sequence
+
+    import pandas as pd
 
 
 app = typer.Typer(
@@ -62,7 +64,6 @@ def private_run(
     import pandas as pd
 
     from fairline.jobs.private import private_job
-    from fairline.private.plan import CAVEATS
 
     protocols = parse_names(protocol)
     with contextlib.ExitStack() as stack:
@@ -85,6 +86,16 @@ def private_run(
                 progress=progress,
             )
         table = pd.read_parquet(run.folder / "private.parquet")
+    _print_measurement(table, protocols)
+    if out is not None:
+        out_console.print(f"Tables: {run.folder.resolve()}", soft_wrap=True)
+
+
+def _print_measurement(table: pd.DataFrame, protocols: Sequence[str]) -> None:
+    import pandas as pd
+
+    from fairline.private.plan import CAVEATS
+
     for (name, size), part in table.groupby(["protocol", "batch_size"], sort=False):
         shown = pd.DataFrame(
             {
@@ -111,8 +122,6 @@ def private_run(
             soft_wrap=True,
             highlight=False,
         )
-    if out is not None:
-        out_console.print(f"Tables: {run.folder.resolve()}", soft_wrap=True)
 
 
 @app.command("estimate")

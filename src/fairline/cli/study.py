@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from fairline.cli.console import duration, out_console, print_comparison, print_frame, progress_bars
 from fairline.cli.options import Device, Root, parse_counts, parse_names
@@ -112,7 +113,7 @@ def _chosen_results(sources: list[str], studies: str) -> pd.DataFrame:
 
     table = read_results(sources)
     held = list(table["study"].unique())
-    patterns = parse_names(studies)
+    patterns = parse_names(studies, "study")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in held):
             raise FairlineError(f"There is no study '{pattern}' here; there are {', '.join(held)}.")
@@ -132,7 +133,7 @@ def study_figures(
     from fairline.charts import save_charts
     from fairline.report.paper_figures import FIGURES, draw
 
-    wanted = parse_names(formats)
+    wanted = parse_names(formats, "format")
     for name in wanted:
         if name not in ("png", "svg", "pdf"):
             raise FairlineError(f"The format is png, svg or pdf, not '{name}'.")
@@ -158,7 +159,8 @@ def study_report(
     rows = _chosen_results(sources, study)
     found = findings(rows)
     for number, verdict in summary(found).items():
-        out_console.print(f"{number}. {CLAIMS[number].text} [b]{verdict}[/b]", soft_wrap=True, highlight=False)
+        line = Text.assemble(f"{number}. {CLAIMS[number].text} ", (verdict, "bold"))
+        out_console.print(line, soft_wrap=True, highlight=False)
     if table is not None:
         write_text(table, found.to_csv(index=False, float_format="%.5g"))
         out_console.print(f"Findings: {table.resolve()}", soft_wrap=True)

@@ -1,137 +1,131 @@
-"""Decoding image files and parquet tables to uint8 tensors, through Hugging Face ``datasets``."""
+"""Decoding the images of a data set to one uint8 tensor, a few at a time."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from fairline.data.decoding import Pixels, Size, UnusableImage, decode_image, quiet_pillow
 from fairline.data.grouped import Skipped
 from fairline.errors import FairlineError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
+
+#: Images that one thread decodes in a row, and threads.
+_CHUNK = 16
+_THREADS = min(32, (os.cpu_count() or 1) + 4)
 
 
-def require_root(root: str | Path | None, name: str) -> Path:
-    """The folder or file that holds the data.
+@dataclass(frozen=True)
+class Undecoded:
+    """An image that is not decoded yet.
 
-    Raises:
-        FairlineError: No root was given, or it does not exist.
+    Attributes:
+        name: What it is called where it is skipped: its path in the data set, or its row.
+        content: A file, its content, pixels (H, W) or (H, W, C), or why there is none.
     """
-    if root is None:
-        raise FairlineError(f"Data '{name}' needs a folder: pass root (--root) or set FAIRLINE_DATA.")
-    path = Path(root).expanduser()
-    if not path.exists():
-        raise FairlineError(f"Data folder {path} does not exist.")
-    return path
+
+    name: str
+    content: bytes | Path | Pixels | UnusableImage
 
 
-def read_parquet(files: Sequence[Path]) -> Iterable[dict[str, Any]]:
-    """Rows of parquet tables whose ``image`` column holds undecoded bytes and path.
+@dataclass(frozen=True)
+class Decoded:
+    """The images of a data set.
 
-    Raises:
-        FairlineError: A file is not parquet, or has no ``image`` column.
+    Attributes:
+        images: uint8, (n, 3, H, W).
+        kept: Position of each among those that were to be decoded, in order.
+        skipped: The others, and why.
     """
-    import datasets
 
-    # Streaming: nothing is copied into the user's Hugging Face cache.
-    for file in files:
-        try:
-            table = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-            columns = table.column_names
-        except Exception as error:
-            # ``datasets`` raises many types here, all of which mean the same.
-            raise FairlineError(f"{file} is not a readable parquet file ({_first_line(error)}).") from None
-        if columns is None or "image" not in columns:
-            raise FairlineError(f"{file} has no column 'image'; its columns are {', '.join(columns or [])}.")
-        undecoded = table.cast_column("image", datasets.Image(decode=False)).with_format("arrow")
-        for batch in undecoded.iter(1000):
-            yield from batch.to_pylist()
-
-
-def read_files(paths: Sequence[Path]) -> Iterable[dict[str, Any]]:
-    """Rows with one ``image`` column, undecoded, from image files on disk."""
-    import datasets
-
-    table = datasets.Dataset.from_dict({"image": [str(path) for path in paths]})
-    return table.cast_column("image", datasets.Image(decode=False))
+    images: Tensor
+    kept: list[int]
+    skipped: list[Skipped]
 
 
 def decode(
-    rows: Iterable[dict[str, Any]], image_size: int | None, mode: str = "RGB", crop: int | None = None
-) -> tuple[Tensor, list[int], list[Skipped]]:
-    """Decode and resize undecoded image rows.
+    undecoded: Iterable[Undecoded], size: Size | None, *, crop: int | None = None, white: float | None = None
+) -> Decoded:
+    """Decode and resize images; :func:`fairline.data.decoding.decode_image` tells how.
 
     Args:
-        rows: Each with ``image = {"bytes", "path"}``.
-        image_size: Side in pixels of the square result; None keeps the first image's size for all.
-        mode: PIL mode, ``"RGB"`` or ``"L"``.
+        undecoded: Read as they are needed, so they may come from a generator.
+        size: Height and width; by default the commonest size of the images, and others are skipped.
         crop: Side of the centre that is kept before resizing; all of the image by default.
+        white: The value of white in files of 16-bit grey values or floats.
 
     Returns:
-        Images uint8 (n, C, H, W); the position of each in ``rows``; what was skipped, and why.
+        What could be decoded, and what could not.
 
     Raises:
         FairlineError: Not one image could be decoded.
     """
 
-    def load(image: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.uint8]] | str:
+    def load(image: Undecoded) -> Pixels | Skipped:
         try:
-            raw = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-            with Image.open(io.BytesIO(raw)) as opened:
-                picture = opened.convert(mode)
-            if crop is not None:
-                left, top = (picture.width - crop) // 2, (picture.height - crop) // 2
-                picture = picture.crop((left, top, left + crop, top + crop))
-            if image_size is not None and picture.size != (image_size, image_size):
-                picture = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)
-            return np.asarray(picture)
-        except FileNotFoundError:
-            return "file does not exist"
-        except (
-            UnidentifiedImageError,
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as error:
-            return f"not a readable image ({_first_line(error)})"
+            if isinstance(image.content, UnusableImage):
+                raise image.content
+            # A copy, which frees the image at its full size.
+            return decode_image(image.content, size=size, crop=crop, white=white).transpose(2, 0, 1).copy()
+        except UnusableImage as unusable:
+            return Skipped(image.name, str(unusable))
 
-    arrays: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
-    kept: list[int] = []
-    skipped: list[Skipped] = []
-    images = [row["image"] for row in rows]
-    chunks = [images[start : start + 500] for start in range(0, len(images), 500)]
-    # Pillow releases the interpreter lock while it decodes.
-    with ThreadPoolExecutor() as pool:
-        loads = chain.from_iterable(pool.map(lambda chunk: [load(image) for image in chunk], chunks))
-        for position, (image, loaded) in enumerate(zip(images, loads, strict=True)):
-            name = Path(image["path"]).name if image["path"] else f"row {position}"
-            if isinstance(loaded, str):
-                skipped.append(Skipped(name, loaded))
-            elif arrays and loaded.shape != arrays[0].shape:
-                skipped.append(Skipped(name, f"size {loaded.shape[:2]} differs from {arrays[0].shape[:2]}"))
-            else:
-                arrays.append(loaded)
-                kept.append(position)
-    if not arrays:
+    names: list[str] = []
+    loaded: list[Pixels | Skipped] = []
+    with quiet_pillow():
+        for image, pixels in _in_threads(load, undecoded):
+            names.append(image.name)
+            loaded.append(pixels)
+    loaded = _of_one_size(loaded, names)
+    skipped = [item for item in loaded if isinstance(item, Skipped)]
+    kept = [position for position, item in enumerate(loaded) if not isinstance(item, Skipped)]
+    if not kept:
         reason = f"; the first: {skipped[0].file}, {skipped[0].reason}" if skipped else ""
         raise FairlineError(f"None of the {len(skipped)} images can be read{reason}.")
-    stacked = torch.from_numpy(np.stack(arrays))
-    if stacked.ndim == 3:
-        stacked = stacked.unsqueeze(-1)
     # Contiguous NCHW: a permuted view would count as channels_last in every later layer.
-    return stacked.permute(0, 3, 1, 2).contiguous(), kept, skipped
+    images = torch.from_numpy(np.stack([item for item in loaded if not isinstance(item, Skipped)]))
+    return Decoded(images, kept, skipped)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _in_threads(
+    load: Callable[[Undecoded], Pixels | Skipped], undecoded: Iterable[Undecoded]
+) -> Iterator[tuple[Undecoded, Pixels | Skipped]]:
+    """Each image with what ``load`` makes of it, in order; only a few undecoded ones are held at a time."""
+
+    def load_all(chunk: list[Undecoded]) -> list[tuple[Undecoded, Pixels | Skipped]]:
+        return [(image, load(image)) for image in chunk]
+
+    images = iter(undecoded)
+    waiting: deque[Future[list[tuple[Undecoded, Pixels | Skipped]]]] = deque()
+    # Pillow releases the interpreter lock while it decodes.
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while chunk := list(islice(images, _CHUNK)):
+            waiting.append(pool.submit(load_all, chunk))
+            if len(waiting) > _THREADS:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+def _of_one_size(loaded: list[Pixels | Skipped], names: list[str]) -> list[Pixels | Skipped]:
+    """The images of the commonest size, the larger of two equally common ones; others are skipped."""
+    shapes = Counter(item.shape[1:] for item in loaded if not isinstance(item, Skipped))
+    if len(shapes) < 2:
+        return loaded
+    height, width = max(shapes, key=lambda shape: (shapes[shape], shape))
+    return [
+        item
+        if isinstance(item, Skipped) or item.shape[1:] == (height, width)
+        else Skipped(name, f"has {item.shape[1]}×{item.shape[2]} pixels, most others have {height}×{width}")
+        for item, name in zip(loaded, names, strict=True)
+    ]

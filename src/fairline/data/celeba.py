@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from fairline.data._images import decode, read_files, require_root
+from fairline.data._images import Undecoded, decode
+from fairline.data._options import parse_size, refuse_unknown, require_root, require_whole
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 
@@ -21,7 +22,7 @@ def load(
     *,
     task: str | None = None,
     groups: str = "Male",
-    image_size: int = 32,
+    image_size: int | tuple[int, int] | str | None = 32,
     crop: int | None = 178,
     **options: Any,
 ) -> GroupedData:
@@ -32,18 +33,19 @@ def load(
             holds it as ``celeba/``.
         task: The attribute to predict, ``"Smiling"`` by default: ``load("celeba:Blond_Hair", ...)``.
         groups: The attribute that makes the groups.
-        image_size: Side in pixels.
+        image_size: Side in pixels, or height and width.
         crop: Side of the centre that is kept of the 178×218 images before they are resized; None keeps all.
         options: None are known.
 
     Returns:
-        Images (N, 3, image_size, image_size); classes ``not ATTRIBUTE`` and ``ATTRIBUTE``, groups likewise.
+        Images (N, 3, H, W); classes ``not ATTRIBUTE`` and ``ATTRIBUTE``, groups likewise.
 
     Raises:
         FairlineError: A file is missing or not what it should be, or an attribute is unknown.
     """
-    if options:
-        raise FairlineError(f"Data 'celeba' knows no option '{next(iter(options))}'.")
+    refuse_unknown("celeba", options)
+    size = parse_size(image_size, "celeba")
+    crop = None if crop is None else require_whole(crop, "crop", "celeba", least=1)
     path = require_root(root, "celeba")
     path = path / "celeba" if (path / "celeba").is_dir() else path
     label = task or "Smiling"
@@ -55,18 +57,18 @@ def load(
     missing = attributes.index.difference(partition.index)
     if len(missing):
         raise FairlineError(f"{path / 'list_eval_partition.txt'} lacks {missing[0]} and {len(missing) - 1} more.")
-    files = [path / "img_align_celeba" / name for name in attributes.index]
-    images, kept, skipped = decode(read_files(files), image_size, crop=crop)
-    table = attributes.iloc[kept]
+    images = (Undecoded(name, path / "img_align_celeba" / name) for name in attributes.index)
+    decoded = decode(images, size, crop=crop)
+    table = attributes.iloc[decoded.kept]
     return GroupedData(
-        images,
+        decoded.images,
         torch.from_numpy((table[label].to_numpy() > 0).astype("int64")),
         torch.from_numpy((table[groups].to_numpy() > 0).astype("int64")),
         (f"not {label}", label),
         (f"not {groups}", groups),
         name=f"celeba:{label}",
         official_test=torch.from_numpy((partition[table.index].to_numpy() == _TEST).copy()),
-        skipped=tuple(skipped),
+        skipped=tuple(decoded.skipped),
     )
 
 

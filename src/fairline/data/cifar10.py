@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairline.data._images import decode, read_parquet, require_root
+from fairline.data._images import decode
+from fairline.data._names import BadCell, class_index
+from fairline.data._options import parse_size, refuse_unknown, require_root, require_whole
+from fairline.data._tables import ParquetTable, image_column, require_columns
+from fairline.data.decoding import Size, UnusableImage
 from fairline.data.digits import PAPER_IMBALANCE
 from fairline.data.grouped import GroupedData, Skipped
 from fairline.errors import FairlineError
@@ -24,7 +29,7 @@ def load(
     *,
     task: str | None = None,
     unbalanced: bool | str = False,
-    image_size: int = 32,
+    image_size: int | tuple[int, int] | str | None = 32,
     seed: int = 0,
     **options: Any,
 ) -> GroupedData:
@@ -36,65 +41,80 @@ def load(
         task: None; there is one task.
         unbalanced: Keep 90 % of classes 0–4 and 10 % of classes 5–9, in both parts as in the paper;
             ``"train"`` leaves the test part whole.
-        image_size: Side in pixels (only parquet can be resized).
+        image_size: Side in pixels, or height and width (only parquet can be resized).
         seed: Of the thinning.
         options: None are known.
 
     Returns:
-        Images (N, 3, image_size, image_size).
+        Images (N, 3, H, W).
 
     Raises:
         FairlineError: The files are missing or not what they should be.
     """
-    if options or task:
-        raise FairlineError(f"Data 'cifar10' knows no option '{task or next(iter(options))}'.")
+    refuse_unknown("cifar10", options, task)
     if unbalanced not in (False, True, "train"):
         raise FairlineError(f"Data 'cifar10': unbalanced must be true, false or 'train', not '{unbalanced}'.")
+    size, seed = parse_size(image_size, "cifar10"), require_whole(seed, "seed", "cifar10")
     path = require_root(root, "cifar10")
     folder = path / "cifar-10-batches-py" if (path / "cifar-10-batches-py").is_dir() else path
-    if (folder / "test_batch").exists():
-        if image_size != 32:
-            raise FairlineError("The CIFAR-10 batches are 32×32; image_size cannot be changed for them.")
-        train = [_read_batch(folder / name) for name in _TRAIN_BATCHES]
-        test = _read_batch(folder / "test_batch")
-        images = torch.cat([batch[0] for batch in [*train, test]])
-        labels = torch.cat([batch[1] for batch in [*train, test]])
-        num_test = len(test[1])
-        skipped: list[Skipped] = []
-    else:
-        parts = []
-        for part in ("train", "test"):
-            files = sorted(path.glob(f"cifar10_{part}*.parquet")) if path.is_dir() else []
-            if not files:
-                raise FairlineError(f"{path} holds neither cifar-10-batches-py/test_batch nor cifar10_{part}*.parquet.")
-            parts.append(_read_tables(files, image_size))
-        images = torch.cat([part[0] for part in parts])
-        labels = torch.cat([part[1] for part in parts])
-        num_test = len(parts[1][1])
-        skipped = parts[0][2] + parts[1][2]
-    official_test = torch.zeros(len(labels), dtype=torch.bool)
-    official_test[len(labels) - num_test :] = True
+    train, test = _from_batches(folder, size) if (folder / "test_batch").exists() else _from_parquet(path, size)
+    labels = torch.cat([train.labels, test.labels])
     data = GroupedData(
-        images,
+        torch.cat([train.images, test.images]),
         labels,
         labels.clone(),
         CLASSES,
         CLASSES,
         name="cifar10",
-        official_test=official_test,
-        skipped=tuple(skipped),
+        official_test=torch.arange(len(labels)) >= len(train.labels),
+        skipped=train.skipped + test.skipped,
     )
     if unbalanced:
         data = data.unbalance(PAPER_IMBALANCE, seed, part="train" if unbalanced == "train" else "all")
     return data
 
 
-def _read_tables(files: list[Path], image_size: int) -> tuple[Tensor, Tensor, list[Skipped]]:
-    rows = list(read_parquet(files))
-    if not rows or "label" not in rows[0]:
-        raise FairlineError(f"{files[0]} has no column 'label'.")
-    images, kept, skipped = decode(rows, image_size)
-    return images, torch.tensor([int(rows[i]["label"]) for i in kept]), skipped
+class _Part(NamedTuple):
+    """The training or the test part: images (n, 3, H, W) and labels (n,)."""
+
+    images: Tensor
+    labels: Tensor
+    skipped: tuple[Skipped, ...] = ()
+
+
+def _from_batches(folder: Path, size: Size | None) -> tuple[_Part, _Part]:
+    if size not in (None, (32, 32)):
+        raise FairlineError("The CIFAR-10 batches are 32×32; image_size cannot be changed for them.")
+    images, labels = zip(*(_read_batch(folder / name) for name in _TRAIN_BATCHES), strict=True)
+    return _Part(torch.cat(images), torch.cat(labels)), _Part(*_read_batch(folder / "test_batch"))
+
+
+def _from_parquet(path: Path, size: Size | None) -> tuple[_Part, _Part]:
+    parts = []
+    for part in ("train", "test"):
+        files = sorted(path.glob(f"cifar10_{part}*.parquet")) if path.is_dir() else []
+        if not files:
+            raise FairlineError(f"{path} holds neither cifar-10-batches-py/test_batch nor cifar10_{part}*.parquet.")
+        parts.append(_read_tables(files, size))
+    return parts[0], parts[1]
+
+
+def _read_tables(files: list[Path], size: Size | None) -> _Part:
+    table = ParquetTable(files, files[0].parent)
+    column = image_column(table)
+    require_columns(table, "label")
+    labels = []
+    for where, cell in table.cells("label"):
+        try:
+            labels.append(class_index(cell, CLASSES))
+        except BadCell as error:
+            raise FairlineError(f"{files[0].parent}: the label in {where} is {error}.") from None
+    images = (
+        replace(image, content=UnusableImage("its label is empty")) if label is None else image
+        for image, label in zip(table.images(column), labels, strict=True)
+    )
+    decoded = decode(images, size)
+    return _Part(decoded.images, torch.tensor([labels[i] for i in decoded.kept]), tuple(decoded.skipped))
 
 
 class _ArraysOnly(pickle.Unpickler):

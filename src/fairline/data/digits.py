@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fairline.data._options import refuse_unknown, require_flag, require_whole
 from fairline.data.grouped import GroupedData
-from fairline.errors import FairlineError
 
 #: The paper's imbalance for CIFAR-10 (Section 5).
 PAPER_IMBALANCE: dict[str | int, float] = {digit: 0.9 if digit < 5 else 0.1 for digit in range(10)}
@@ -39,8 +39,8 @@ def load(
     """
     from sklearn.datasets import load_digits
 
-    if options or task:
-        raise FairlineError(f"Data 'digits' knows no option '{task or next(iter(options))}'.")
+    refuse_unknown("digits", options, task)
+    unbalanced, seed = require_flag(unbalanced, "unbalanced", "digits"), require_whole(seed, "seed", "digits")
     bunch = load_digits()
     # Values are 0…16.
     images = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8)).unsqueeze(1)

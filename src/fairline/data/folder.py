@@ -1,16 +1,24 @@
-"""A folder of images with a metadata CSV that names a label and a group for each."""
+"""A folder of images with a table (CSV or parquet) that names a label and a group for each."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
-from fairline.data._images import decode, read_files, require_root
-from fairline.data.grouped import GroupedData, Skipped
+from fairline.data._images import IMAGE_SUFFIXES, Decoded, Undecoded, decode
+from fairline.data._names import encode
+from fairline.data._options import parse_size, refuse_unknown, require_flag, require_root
+from fairline.data._tables import CsvTable, ParquetTable, Table, image_column, require_columns
+from fairline.data.decoding import UnusableImage
+from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -22,93 +30,147 @@ def load(
     split: str = "split",
     metadata: str = "metadata.csv",
     test_metadata: str | None = None,
-    image_size: int | None = 32,
+    image_size: int | tuple[int, int] | str | None = 32,
+    white: float | None = None,
     flip: bool = True,
     **options: Any,
 ) -> GroupedData:
-    """Load images named in a CSV, in the layout of Hugging Face's ``imagefolder``.
+    """Load images named in a table, in the layout of Hugging Face's ``imagefolder``.
 
     Args:
-        root: The folder.
+        root: The folder, or one parquet file that holds images, labels and groups.
         task: None; there is one task.
         label: Column of the label.
         groups: Column of the group; the label by default.
         split: Column whose value ``test`` marks an official test split; ignored where it is absent.
-        metadata: The CSV inside the folder, with a column ``file_name`` (or ``file`` or ``image``).
-        test_metadata: A second CSV of the same columns, whose rows are an official test split. FairFace, for one:
+        metadata: The table inside the folder, with a column ``file_name`` (or ``file``, ``image``, ``img``); where
+            there is no ``metadata.csv``, ``metadata.parquet``. A pattern, ``data/train-*.parquet``, takes several.
+        test_metadata: A second table of the same columns, whose rows are an official test split. FairFace, for one:
             ``metadata="fairface_label_train.csv", test_metadata="fairface_label_val.csv", label="race"``.
-        image_size: Side in pixels; None keeps the images as they are, if all are of one size.
+        image_size: Side in pixels, or height and width: ``(48, 64)`` or ``"48x64"``. None keeps the images as they are
+            and skips those that are not of the commonest size.
+        white: The value of white in files of 16-bit grey values or floats: 4095 for 12 bits.
         flip: Whether a mirrored image keeps its label.
         options: None are known.
 
     Returns:
-        Images (N, 3, image_size, image_size); names sorted. Rows without a readable image, label or group
-        are skipped and listed.
+        Images (N, 3, H, W); names sorted, without spaces around them. Rows without a readable image, label or group are
+        skipped and listed.
 
     Raises:
-        FairlineError: The folder, the CSV or a column is missing.
+        FairlineError: The folder, the table or a column is missing, or no row can be used.
     """
-    if options or task:
-        raise FairlineError(f"Data 'folder' knows no option '{task or next(iter(options))}'.")
+    refuse_unknown("folder", options, task)
+    size, flip = parse_size(image_size, "folder"), require_flag(flip, "flip", "folder")
+    if white is not None and not (isinstance(white, int | float) and white > 0):
+        raise FairlineError(f"Data 'folder': white is a number above 0, not '{white}'.")
     path = require_root(root, "folder")
-    csv = path / metadata
-    table = _read_csv(csv)
-    if test_metadata is not None:
-        table = pd.concat([table.assign(**{split: "train"}), _read_csv(path / test_metadata).assign(**{split: "test"})])
-        table = table.reset_index(drop=True)
-    groups = groups or label
-    file_column = next((name for name in ("file_name", "file", "image") if name in table), None)
-    if file_column is None:
-        raise FairlineError(f"{csv} has no column 'file_name'; its columns are {', '.join(table.columns)}.")
-    for column in (label, groups):
-        if column not in table:
-            raise FairlineError(f"{csv} has no column '{column}'; its columns are {', '.join(table.columns)}.")
-    incomplete = table[[file_column, label, groups]].isna().any(axis=1)
-    skipped = [
-        Skipped(str(row[file_column]), "label, group or file name is empty") for _, row in table[incomplete].iterrows()
-    ]
-    table = table[~incomplete].reset_index(drop=True)
-    if table.empty:
-        raise FairlineError(f"{csv} has no row with a file, a label and a group.")
-    images, kept, unreadable = decode(read_files([path / name for name in table[file_column]]), image_size)
-    table = table.iloc[kept]
-    labels, class_names = _encode(table[label])
-    group_index, group_names = _encode(table[groups])
-    official_test = None
-    if split in table and (table[split].str.lower() == "test").any():
-        official_test = torch.tensor((table[split].str.lower() == "test").tolist())
-    return GroupedData(
-        images,
-        labels,
-        group_index,
-        class_names,
-        group_names,
-        name=path.resolve().name,
-        flip=flip,
-        official_test=official_test,
-        skipped=tuple(skipped + unreadable),
-    )
+    tables = [_find(path, str(name)) for name in (metadata, test_metadata) if name is not None]
+    # The command line reads a column called 1 as a number.
+    label = str(label)
+    rows = _Rows(tables, label, str(groups or label), str(split) if test_metadata is None else None)
+    decoded = decode(rows.images(), size, white=white)
+    _warn_of_unlisted(rows.listed, {file.parent for file in rows.listed}, tables)
+    return rows.grouped(decoded, path.resolve().name, flip)
 
 
-def _read_csv(file: Path) -> pd.DataFrame:
-    if not file.is_file():
-        raise FairlineError(f"{file.parent} holds no {file.name}.")
-    try:
-        return pd.read_csv(file, dtype=str)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise FairlineError(f"{file} is not a readable CSV ({str(error).strip()}).") from None
+class _Rows:
+    """Label, group and part of every row of the tables.
+
+    Args:
+        tables: One, or the training and the test table.
+        label: Column of the label.
+        groups: Column of the group.
+        split: Column of the part, or None where the second table is the test part.
+
+    Attributes:
+        listed: The image files that :meth:`images` has met, with label and group.
+    """
+
+    def __init__(self, tables: Sequence[Table], label: str, groups: str, split: str | None) -> None:
+        self.image_columns = [image_column(table) for table in tables]
+        for table in tables:
+            require_columns(table, label, groups)
+        self.tables, self.columns = tables, (label, groups)
+        self.labels = [name for table in tables for name in table.texts(label)]
+        self.groups = [name for table in tables for name in table.texts(groups)]
+        if not self.labels:
+            raise FairlineError(f"{tables[0]} has no rows.")
+        if split is None:
+            self.test = [table is not tables[0] for table in tables for _ in table.texts(label)]
+        elif split in tables[0].columns:
+            self.test = [(part or "").lower() == "test" for part in tables[0].texts(split)]
+        else:
+            self.test = [False] * len(self.labels)
+        self.listed: dict[Path, tuple[str, str]] = {}
+
+    def images(self) -> Iterator[Undecoded]:
+        """The image of each row; where the row cannot be used, with the reason."""
+        sources = zip(self.tables, self.image_columns, strict=True)
+        images = (image for table, column in sources for image in table.images(column))
+        for image, label, group in zip(images, self.labels, self.groups, strict=True):
+            reason = self._unusable(image, label, group)
+            yield image if reason is None else replace(image, content=UnusableImage(reason))
+
+    def _unusable(self, image: Undecoded, label: str | None, group: str | None) -> str | None:
+        if label is None or group is None:
+            return f"its {self.columns[label is not None]} is empty"
+        if not isinstance(image.content, Path):
+            return None
+        before = self.listed.setdefault(image.content, (label, group))
+        if before != (label, group):
+            return "is listed before with " + " and ".join(f"'{name}'" for name in dict.fromkeys(before))
+        return None
+
+    def grouped(self, decoded: Decoded, name: str, flip: bool) -> GroupedData:
+        """The data of the rows whose image could be decoded."""
+        labels, class_names = self._indices(self.labels, self.columns[0], decoded)
+        groups, group_names = self._indices(self.groups, self.columns[1], decoded)
+        test = torch.tensor([self.test[position] for position in decoded.kept])
+        return GroupedData(
+            decoded.images,
+            labels,
+            groups,
+            class_names,
+            group_names,
+            name=name,
+            flip=flip,
+            official_test=test if test.any() else None,
+            skipped=tuple(decoded.skipped),
+        )
+
+    def _indices(
+        self, texts: Sequence[str | None], column: str, decoded: Decoded
+    ) -> tuple[torch.Tensor, tuple[str, ...]]:
+        """Index of each decoded row's name, and the names."""
+        found = [text for text in (texts[position] for position in decoded.kept) if text is not None]
+        index, names = encode(found, f"{self.tables[0]}: column '{column}'")
+        gone = sorted({text for text in texts if text is not None}.difference(names))
+        if gone:
+            logger.warning("no image of %s '%s' can be used", column, "', '".join(gone))
+        return torch.tensor(index), names
 
 
-def _encode(column: pd.Series[str]) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Indices into the sorted names; numbers sort as numbers."""
-    names = sorted(column.unique(), key=lambda name: (0, float(name), name) if _number(name) else (1, 0.0, name))
-    position = {name: index for index, name in enumerate(names)}
-    return torch.tensor([position[name] for name in column]), tuple(names)
+def _find(path: Path, metadata: str) -> Table:
+    """The table of that name or pattern."""
+    if path.is_file():
+        csv = path.suffix.lower() in (".csv", ".tsv", ".txt")
+        return CsvTable(path, path.parent) if csv else ParquetTable([path], path.parent)
+    if metadata == "metadata.csv" and not (path / metadata).exists() and (path / "metadata.parquet").exists():
+        metadata = "metadata.parquet"
+    if not metadata.lower().endswith(".parquet"):
+        return CsvTable(path / metadata, path)
+    files = sorted(path.glob(metadata)) if "*" in metadata else [path / metadata]
+    if not files or not files[0].exists():
+        raise FairlineError(f"{path} holds no {metadata}.")
+    return ParquetTable(files, path)
 
 
-def _number(name: str) -> bool:
-    try:
-        float(name)
-    except ValueError:
-        return False
-    return True
+def _warn_of_unlisted(listed: Container[Path], folders: Iterable[Path], tables: Sequence[Table]) -> None:
+    """Log how many images lie beside the listed ones without being listed."""
+    beside = (file for folder in folders if folder.is_dir() for file in folder.iterdir())
+    images = (file for file in beside if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."))
+    unlisted = [file for file in images if file not in listed]
+    if unlisted:
+        table = " and ".join(map(str, tables))
+        logger.warning("%d images are not listed in %s, first %s", len(unlisted), table, min(unlisted))

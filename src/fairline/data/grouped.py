@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fairline.data._names import BadCell, class_index, clean_name, encode
 from fairline.errors import FairlineError
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ Index = np.ndarray[Any, np.dtype[np.int64]]
 
 #: Row that stands for all groups together in every table.
 OVERALL = "overall"
+#: Row that stands for the group with the lowest accuracy, whichever it is.
+WORST = "worst group"
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ class GroupedData:
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
-        object.__setattr__(self, "class_names", tuple(map(str, self.class_names)))
-        object.__setattr__(self, "group_names", tuple(map(str, self.group_names)))
+        for field in ("class_names", "group_names"):
+            object.__setattr__(self, field, tuple(clean_name(str(name)) for name in getattr(self, field)))
         if self.images.ndim != 4 or self.images.dtype != torch.uint8:
             raise FairlineError(
                 f"{self.name}: images must be uint8 of shape (N, C, H, W), "
@@ -89,10 +92,13 @@ class GroupedData:
             low, high = int(index.min()), int(index.max())
             if low < 0 or high >= len(names):
                 raise FairlineError(f"{self.name}: {what} run from {low} to {high}, but there are {len(names)} names.")
+            if "" in names:
+                raise FairlineError(f"{self.name}: the name of number {names.index('')} of the {what} is empty.")
             if len(set(names)) != len(names):
                 raise FairlineError(f"{self.name}: {what} have a name twice: {', '.join(names)}.")
-        if OVERALL in self.group_names:
-            raise FairlineError(f"{self.name}: a group cannot be called '{OVERALL}'.")
+        for reserved in (OVERALL, WORST):
+            if reserved in self.group_names:
+                raise FairlineError(f"{self.name}: a group cannot be called '{reserved}', a row of every table.")
         if self.official_test is not None and self.official_test.shape != (n,):
             raise FairlineError(f"{self.name}: official_test must have shape ({n},).")
 
@@ -236,7 +242,13 @@ class GroupedData:
             Training, validation and test part, all normalised by the training part's mean and deviation.
 
         Raises:
-            FairlineError: A group is too small to have an image in every part.
+            FairlineError: A group is too small to have an image in every part, or a class has none in the training
+                part.
+
+        >>> images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1)
+        >>> data = GroupedData(images, torch.arange(40) % 2, torch.arange(40) // 30, ("a", "b"), ("many", "few"))
+        >>> [part.counts()["n"].tolist() for part in data.split(seed=0, val=0.25, test=0.2)]
+        [[18, 6], [6, 2], [6, 2]]
         """
         if not (0 < val < 1 and 0 < test < 1):
             raise FairlineError(f"Split shares must lie between 0 and 1, not val={val}, test={test}.")
@@ -255,6 +267,7 @@ class GroupedData:
             parts = self._deal(everything, content, [test, (1 - test) * val], rng)
         test_index, val_index, train_index = (torch.from_numpy(np.sort(part)) for part in parts)
         train = self.select(train_index)
+        self._require_learnable(train)
         mean, std = train.normalization()
 
         def part(index: Tensor, label: str) -> GroupedData:
@@ -263,6 +276,15 @@ class GroupedData:
             return chosen
 
         return part(train_index, "training"), part(val_index, "validation"), part(test_index, "test")
+
+    def _require_learnable(self, train: GroupedData) -> None:
+        """Refuse a split whose training part lacks a class that the other parts have."""
+        everywhere, learned = (torch.bincount(part.labels, minlength=self.num_classes) for part in (self, train))
+        for label in torch.nonzero((everywhere > 0) & (learned == 0)).flatten().tolist():
+            raise FairlineError(
+                f"{self.name}: class '{self.class_names[label]}' has {int(everywhere[label])} images, but none in the "
+                "training part; leave it out, or split with another seed."
+            )
 
     def _deal(self, samples: Index, content: Index, shares: Sequence[float], rng: np.random.Generator) -> list[Index]:
         """Deal samples into ``len(shares) + 1`` parts, the last taking the rest; equal content stays together."""
@@ -275,8 +297,9 @@ class GroupedData:
             members = rng.permutation(np.flatnonzero(unit_group == group))
             if len(members) <= len(shares):
                 raise FairlineError(
-                    f"{self.name}: group '{self.group_names[group]}' has {len(members)} distinct images, "
-                    f"too few for {len(shares) + 1} parts."
+                    f"{self.name}: group '{self.group_names[group]}' has {len(members)} distinct images"
+                    + ("" if self.official_test is None else " outside of the official test part")
+                    + f", too few for {len(shares) + 1} parts."
                 )
             # Ordering by relative rank within the class deals every class evenly (systematic sampling).
             key = np.empty(len(members))
@@ -350,9 +373,12 @@ class GroupedData:
         """Read a map-style ``torch.utils.data.Dataset`` of ``(image, label)`` or ``(image, label, group)``.
 
         Args:
-            dataset: Images may be PIL images, uint8 tensors or arrays, or float tensors in [0, 1]; tensors
-                are (C, H, W), arrays (H, W) or (H, W, C). Without a group, the label is the group.
-            class_names: Names by label; ``"0"``, ``"1"``, … by default.
+            dataset: Images may be PIL images (of which grey ones have one channel, others three; read as
+                :mod:`fairline.data.decoding` tells), uint8 tensors or arrays, or float tensors in [0, 1]; tensors are
+                (C, H, W), arrays (H, W) or (H, W, C). Labels are whole numbers (also 1.0), names or one-hot vectors,
+                and groups likewise. Without a group, the label is the group.
+            class_names: Names by label; by default ``"0"``, ``"1"``, …, or the labels themselves, sorted, if they
+                are names.
             group_names: Names by group, likewise.
             name: What to call the data.
             flip: Whether a mirrored image keeps its label.
@@ -362,66 +388,72 @@ class GroupedData:
 
         Raises:
             FairlineError: An item is not of this form, or images differ in shape.
+
+        >>> pixels = np.zeros((8, 8, 3), np.uint8)
+        >>> data = GroupedData.from_dataset([(pixels, "cat", 1), (pixels, "bird", 0)], group_names=["dark", "light"])
+        >>> data.class_names, data.labels.tolist(), data.counts()["n"].to_dict()
+        (('bird', 'cat'), [1, 0], {'dark': 1, 'light': 1})
         """
         images: list[Tensor] = []
-        labels: list[int] = []
-        groups: list[int] = []
+        labels: list[Any] = []
+        groups: list[Any] = []
         for position in range(len(dataset)):
             item = dataset[position]
             if not isinstance(item, tuple | list) or len(item) not in (2, 3):
                 raise FairlineError(f"{name}: item {position} is not (image, label) or (image, label, group).")
-            image = _to_uint8(item[0], f"{name}: image {position}")
-            if images and image.shape != images[0].shape:
-                raise FairlineError(
-                    f"{name}: image {position} has shape {tuple(image.shape)}, "
-                    f"but the first has {tuple(images[0].shape)}."
-                )
-            try:
-                labels.append(int(item[1]))
-                groups.append(int(item[-1]))
-            except (TypeError, ValueError):
-                raise FairlineError(f"{name}: item {position} has a label or group that is not a number.") from None
-            images.append(image)
+            images.append(_image(item[0], images[0].shape if images else None, f"{name}: image {position}"))
+            labels.append(item[1])
+            groups += item[2:]
         if not images:
             raise FairlineError(f"{name}: the data set is empty.")
-        if min(labels) < 0 or min(groups) < 0:
-            raise FairlineError(f"{name}: a label or group is negative.")
-        classes = class_names or [str(i) for i in range(max(labels) + 1)]
-        if group_names is None:
-            group_names = classes if labels == groups else [str(i) for i in range(max(groups) + 1)]
+        if groups and len(groups) < len(labels):
+            raise FairlineError(f"{name}: only {len(groups)} of the {len(labels)} items have a group.")
+        label_index, classes = _indices(labels, class_names, name, "label")
+        group_index, by_group = _indices(groups, group_names, name, "group") if groups else (label_index, classes)
+        if group_names is None and group_index == label_index:
+            by_group = classes
         return cls(
             torch.stack(images),
-            torch.tensor(labels),
-            torch.tensor(groups),
-            tuple(classes),
-            tuple(group_names),
+            torch.tensor(label_index),
+            torch.tensor(group_index),
+            classes,
+            by_group if groups or group_names is None else tuple(group_names),
             name=name,
             flip=flip,
         )
 
 
-def _to_uint8(image: Any, where: str) -> Tensor:
-    """A uint8 (C, H, W) tensor from a PIL image, array or tensor."""
-    if not isinstance(image, Tensor):
-        array = np.asarray(image)
-        if array.ndim not in (2, 3):
-            raise FairlineError(f"{where} is not an image.")
-        image = torch.from_numpy(array.copy())
-        image = image.unsqueeze(0) if image.ndim == 2 else image.permute(2, 0, 1).contiguous()
-    if image.ndim == 2:
-        image = image.unsqueeze(0)
-    if image.ndim != 3:
-        raise FairlineError(f"{where} has shape {tuple(image.shape)}, not (C, H, W).")
-    if image.dtype == torch.uint8:
-        return image
-    if image.is_floating_point():
-        low, high = float(image.min()), float(image.max())
-        if not (low >= 0 and high <= 1):
-            raise FairlineError(
-                f"{where} has values from {low:.3g} to {high:.3g}; floats must lie in [0, 1], not normalised."
-            )
-        return image.mul(255).round().to(torch.uint8)
-    raise FairlineError(f"{where} is {image.dtype}; uint8 or float in [0, 1] is needed.")
+def _image(image: Any, shape: torch.Size | None, where: str) -> Tensor:
+    """An item's image as uint8 (C, H, W), which must be ``shape``."""
+    # Here, because Pillow may be missing where arrays suffice.
+    from fairline.data.decoding import UnusableImage, to_uint8
+
+    try:
+        pixels = to_uint8(image)
+    except UnusableImage as error:
+        raise FairlineError(f"{where} {error}.") from None
+    if shape is not None and pixels.shape != shape:
+        raise FairlineError(f"{where} has shape {tuple(pixels.shape)}, but the first has {tuple(shape)}.")
+    return pixels
+
+
+def _indices(
+    values: Sequence[Any], names: Sequence[str] | None, data: str, what: str
+) -> tuple[list[int], tuple[str, ...]]:
+    """The index that each item's label or group means, and the names."""
+    if names is None and all(isinstance(value, str) and clean_name(value) for value in values):
+        return encode([clean_name(value) for value in values], f"{data}: the {what}s")
+    known = None if names is None else tuple(clean_name(str(name)) for name in names)
+    indices = []
+    for position, value in enumerate(values):
+        try:
+            index = class_index(value, known)
+        except BadCell as error:
+            raise FairlineError(f"{data}: the {what} of item {position} is {error}.") from None
+        if index is None:
+            raise FairlineError(f"{data}: the {what} of item {position} is missing.")
+        indices.append(index)
+    return indices, known or tuple(str(index) for index in range(max(indices) + 1))
 
 
 def _listed(names: Sequence[str]) -> str:

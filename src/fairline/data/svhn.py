@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairline.data._images import require_root
+from fairline.data._options import refuse_unknown, require_flag, require_root, require_whole
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 
@@ -36,8 +36,8 @@ def load(
     Raises:
         FairlineError: The files are missing or not what they should be.
     """
-    if options or task:
-        raise FairlineError(f"Data 'svhn' knows no option '{task or next(iter(options))}'.")
+    refuse_unknown("svhn", options, task)
+    unbalanced, seed = require_flag(unbalanced, "unbalanced", "svhn"), require_whole(seed, "seed", "svhn")
     path = require_root(root, "svhn")
     images, labels = zip(*(_read_mat(path / f"{part}_32x32.mat") for part in ("train", "test")), strict=True)
     official_test = torch.zeros(len(labels[0]) + len(labels[1]), dtype=torch.bool)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fairline.data._images import IMAGE_SUFFIXES, decode, read_files, read_parquet, require_root
-from fairline.data.grouped import GroupedData, Skipped
+from fairline.data._images import IMAGE_SUFFIXES, Undecoded, decode
+from fairline.data._options import parse_size, refuse_unknown, require_root
+from fairline.data._tables import ParquetTable, image_column
+from fairline.data.decoding import UnusableImage
+from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +36,9 @@ def parse_name(name: str) -> dict[str, int] | str:
 
     Returns:
         Class indices by attribute (``age`` is absent for ages 0–1), or why the name cannot be used.
+
+    >>> parse_name("26_1_2_20170104023102422.jpg")
+    {'gender': 1, 'race': 2, 'age': 2}
     """
     match = _FILE_NAME.match(name)
     if match is None:
@@ -52,7 +60,7 @@ def load(
     *,
     task: str | None = None,
     groups: str | None = None,
-    image_size: int = 32,
+    image_size: int | tuple[int, int] | str | None = 32,
     **options: Any,
 ) -> GroupedData:
     """Load UTKFace from a parquet table or from a folder of the original JPEGs.
@@ -61,69 +69,65 @@ def load(
         root: A parquet file, or a folder that holds ``utkface*.parquet`` or the JPEGs (at any depth).
         task: What to predict: ``"age"``, ``"race"`` or ``"gender"``.
         groups: What makes the groups, likewise; the label by default.
-        image_size: Side in pixels.
+        image_size: Side in pixels, or height and width.
         options: None are known.
 
     Returns:
-        Images (N, 3, image_size, image_size). Faces of age 0–1 are left out where age is label or group,
+        Images (N, 3, H, W). Faces of age 0–1 are left out where age is label or group,
         as in the paper. Files whose name lacks a field are skipped and listed.
 
     Raises:
         FairlineError: The folder is missing or holds no face, or a task is unknown.
     """
-    if options:
-        raise FairlineError(f"Data 'utkface' knows no option '{next(iter(options))}'.")
+    refuse_unknown("utkface", options)
     if task is None:
         raise FairlineError("Data 'utkface' needs a task: utkface:age, utkface:race or utkface:gender.")
     groups = groups or task
     for what, value in (("task", task), ("groups", groups)):
         if value not in NAMES:
             raise FairlineError(f"UTKFace has no {what} '{value}'; choose age, race or gender.")
+    size = parse_size(image_size, "utkface")
     path = require_root(root, f"utkface:{task}")
-    rows, names = _find(path)
-
-    skipped: list[Skipped] = []
-    wanted: list[int] = []
-    attributes: list[dict[str, int]] = []
-    outside = 0
-    for position, name in enumerate(names):
-        parsed = parse_name(name)
-        if isinstance(parsed, str):
-            skipped.append(Skipped(name, parsed))
-        elif task not in parsed or groups not in parsed:
-            outside += 1
-        else:
-            wanted.append(position)
-            attributes.append(parsed)
-    if not wanted:
-        raise FairlineError(f"{path} holds no UTKFace image with a usable name ({len(skipped)} skipped).")
-    if outside:
-        logger.info("utkface: %d faces of age 0–1 are left out", outside)
-    images, kept, unreadable = decode([rows[position] for position in wanted], image_size)
-    skipped += unreadable
-    for item in skipped:
-        logger.debug("utkface: skipped %s: %s", item.file, item.reason)
+    names, images = _find(path)
+    parsed = [parse_name(name) for name in names]
+    left_out = [isinstance(found, dict) and not {task, groups} <= found.keys() for found in parsed]
+    if any(left_out):
+        logger.info("utkface: %d faces of age 0–1 are left out", sum(left_out))
+    wanted = [found for found, out in zip(parsed, left_out, strict=True) if not out]
+    if not any(isinstance(found, dict) for found in wanted):
+        raise FairlineError(f"{path} holds no UTKFace image with a usable name ({len(wanted)} skipped).")
+    decoded = decode(_named(images, parsed, left_out), size)
+    attributes = [found for found in (wanted[position] for position in decoded.kept) if isinstance(found, dict)]
     return GroupedData(
-        images,
-        torch.tensor([attributes[i][task] for i in kept]),
-        torch.tensor([attributes[i][groups] for i in kept]),
+        decoded.images,
+        torch.tensor([found[task] for found in attributes]),
+        torch.tensor([found[groups] for found in attributes]),
         NAMES[task],
         NAMES[groups],
         name=f"utkface:{task}" + ("" if groups == task else f" by {groups}"),
-        skipped=tuple(skipped),
+        skipped=tuple(decoded.skipped),
     )
 
 
-def _find(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Undecoded rows and original file names, in an order that does not depend on the file system."""
+def _named(
+    images: Iterable[Undecoded], parsed: Sequence[dict[str, int] | str], left_out: Sequence[bool]
+) -> Iterator[Undecoded]:
+    """The images that are not left out, each with the reason where its name cannot be used."""
+    for image, found, out in zip(images, parsed, left_out, strict=True):
+        if not out:
+            yield replace(image, content=UnusableImage(found)) if isinstance(found, str) else image
+
+
+def _find(path: Path) -> tuple[list[str], Iterable[Undecoded]]:
+    """File names and images, in an order that does not depend on the file system."""
     tables = [path] if path.is_file() else sorted(path.glob("utkface*.parquet"))
     if tables:
-        rows = list(read_parquet(tables))
-        return rows, [Path(row["image"]["path"] or "").name for row in rows]
+        table = ParquetTable(tables, path if path.is_dir() else path.parent)
+        column = image_column(table)
+        return [Path(name).name for name in table.image_names(column)], table.images(column)
     files = sorted(
-        (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES),
-        key=lambda file: file.name,
+        (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES), key=lambda file: (file.name, file)
     )
     if not files:
         raise FairlineError(f"{path} holds neither utkface*.parquet nor any image.")
-    return list(read_files(files)), [file.name for file in files]
+    return [file.name for file in files], (Undecoded(file.name, file) for file in files)

@@ -4,6 +4,7 @@ from fairline.jobs.audit import audit_job
 from fairline.jobs.compare import compare_job
 from fairline.jobs.demo import run_demo
 from fairline.jobs.finetune import ablate_job, finetune_job, last_layer_job
+from fairline.jobs.imported import import_job
 from fairline.jobs.linearize import linearize_job
 from fairline.jobs.theory import theory_job
 from fairline.jobs.train import train_job
@@ -13,6 +14,7 @@ __all__ = [
     "audit_job",
     "compare_job",
     "finetune_job",
+    "import_job",
     "last_layer_job",
     "linearize_job",
     "run_demo",

@@ -1,17 +1,78 @@
-"""What several jobs share."""
+"""What several jobs share: the run that is done once, its data, its base network, networks made of networks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
+
+from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.runs import (
-    DataSpec,
-    Run,
-)
+from fairline.runs import DataSpec, NetworkInfo, Run, load_network, save_network
 
 #: Commands whose runs hold linearized networks.
 STUDENTS = ("linearize", "finetune", "last-layer")
+
+#: What is told of a network while it is made: a row an epoch, for ``metrics.parquet``.
+Rows = list[dict[str, Any]]
+
+#: Changes a network in place. Takes its position among its run's, its name, the network and what stands beside it;
+#: returns what stands beside it now, and rows of metrics.
+Change = Callable[[int, str, nn.Module, NetworkInfo], tuple[NetworkInfo, Rows]]
+
+
+def do_once(
+    out: str | Path, command: str, config: Mapping[str, Any], device: torch.device, work: Callable[[Run], None]
+) -> Run:
+    """Do a job in its run folder, or go on with it, unless it is done.
+
+    Args:
+        out: The run folder.
+        command: Name of the job.
+        config: What determines the result.
+        device: Where it computes.
+        work: The job; resumes by itself from what it finds in the run.
+
+    Returns:
+        The finished run.
+    """
+    with Run.write(out, command, config, device) as run:
+        if not run.finished:
+            work(run)
+    return run
+
+
+def open_runs(what: str, sources: Sequence[str | Path], *commands: str) -> list[Run]:
+    """The finished runs that a job reads.
+
+    Args:
+        what: The job, for the error message.
+        sources: Folders.
+        commands: Whose runs they may be.
+
+    Returns:
+        The runs, in their order.
+
+    Raises:
+        FairlineError: There is none, or a folder holds no such run.
+    """
+    if not sources:
+        raise FairlineError(f"{what} needs at least one run.")
+    return [Run.read(source, *commands) for source in sources]
+
+
+def built_on(parent: Run) -> dict[str, Any]:
+    """What the config of a job says of the run that it is built on."""
+    return {"parent": parent.parent_entry(), "data": parent.config["data"]}
+
+
+def lineage_of(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """The configs of some runs and of all that they were built on, by folder."""
+    return {str(run.folder.resolve()): run.config for source in runs for run in source.lineage()}
 
 
 def require_split(split: str) -> None:
@@ -24,6 +85,46 @@ def require_split(split: str) -> None:
         raise FairlineError(f"The split is train, val or test, not '{split}'.")
 
 
+def require_bootstrap(split: str, resamples: int) -> None:
+    """Refuse a bootstrap over a part that data do not have, or of no resample.
+
+    Raises:
+        FairlineError: The split is none of the three, or there is not one resample.
+    """
+    require_split(split)
+    if resamples < 1:
+        raise FairlineError(f"The bootstrap needs at least one resample, not {resamples}.")
+
+
 def data_of(run: Run, root: str | None) -> DataSpec:
     """The run's data, from another folder if they have moved."""
     return run.data if root is None else replace(run.data, root=root)
+
+
+def load_parts(run: Run, root: str | None) -> dict[str, GroupedData]:
+    """The parts ``train``, ``val`` and ``test`` of the run's data."""
+    return data_of(run, root).load()[1]
+
+
+def load_base(run: Run) -> tuple[nn.Module, NetworkInfo]:
+    """The base network that a run's networks come from."""
+    return load_network(run.base().base_network())
+
+
+def remake(
+    parent: Run, run: Run, change: Callable[[int, str, nn.Module, NetworkInfo], tuple[NetworkInfo, Rows]]
+) -> None:
+    """Make a network of each of a parent's, save it under the same name, and write the metrics of all.
+
+    Args:
+        parent: Whose networks are taken.
+        run: Where the new ones and the metrics go.
+        change: What is done to each.
+    """
+    rows: Rows = []
+    for position, (name, folder) in enumerate(parent.networks().items(), start=1):
+        network, before = load_network(folder)
+        after, own = change(position, name, network, before)
+        rows += [{"network": name, **row} for row in own]
+        save_network(run.network_folder(name), network, after)
+    run.write_metrics(rows)

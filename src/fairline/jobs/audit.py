@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,17 @@ import pandas as pd
 from fairline._io import resolve_device, write_table
 from fairline.audit import REGISTRY, Subject, audit_subject, explaining
 from fairline.errors import FairlineError
-from fairline.jobs._common import STUDENTS, data_of, require_split
-from fairline.runs import (
-    Run,
-    load_info,
-    load_network,
+from fairline.jobs._common import (
+    STUDENTS,
+    built_on,
+    do_once,
+    lineage_of,
+    load_base,
+    load_parts,
+    open_runs,
+    require_bootstrap,
 )
+from fairline.runs import NetworkInfo, Run, load_info, load_network
 from fairline.training import Progress, ProgressCallback
 
 
@@ -61,97 +66,122 @@ def audit_job(
         FairlineError: The runs do not belong together, or a measure does not suit them.
     """
     where = resolve_device(device)
-    if not sources:
-        raise FairlineError("An audit needs at least one run.")
-    require_split(split)
-    runs = [Run.read(source, "train", *STUDENTS) for source in sources]
+    require_bootstrap(split, resamples)
+    request = _Request(measures, options or {}, explain, split, resamples, seed)
+    runs = open_runs("An audit", sources, "train", *STUDENTS)
+    base = _common_base(runs)
+    config = {
+        **built_on(base),
+        "sources": [run.parent_entry() for run in runs],
+        **request.config(),
+        **({} if with_base else {"with_base": False}),
+        "lineage": lineage_of(runs),
+    }
+
+    def work(run: Run) -> None:
+        parts = load_parts(base, root)
+        reference = Subject(load_base(base)[0], parts[split], None, where, seed, resamples, "base", progress)
+        _measure(run, _networks(base, runs, with_base), reference, request)
+        counts = pd.concat([part.counts().assign(part=name) for name, part in parts.items()]).reset_index()
+        write_table(run.folder / "counts.parquet", counts)
+
+    return do_once(out, "audit", config, where, work)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked of an audit; see :func:`audit_job`."""
+
+    measures: Sequence[str]
+    options: Mapping[str, Mapping[str, Any]]
+    explain: bool
+    split: str
+    resamples: int
+    seed: int
+
+    def config(self) -> dict[str, Any]:
+        """Its part of the run's config."""
+        return {
+            "measures": list(self.measures),
+            **({"options": {name: dict(own) for name, own in self.options.items()}} if self.options else {}),
+            **({"explain": True} if self.explain else {}),
+            "split": self.split,
+            "resamples": self.resamples,
+            "seed": self.seed,
+        }
+
+    def measures_of(self, subject: Subject) -> dict[str, dict[str, Any]]:
+        """Measures to take of one network, with their options."""
+        has_reference = subject.reference is not None
+        chosen: dict[str, dict[str, Any]] = {
+            name: {}
+            for name in ("accuracy", *self.measures)  # the report stands on accuracy
+            # An unknown name is refused by the audit.
+            if has_reference or name not in REGISTRY or not REGISTRY[name].needs_reference
+        }
+        if self.explain:
+            chosen |= explaining(subject)
+        for name, own in self.options.items():
+            if name in chosen or name not in REGISTRY:
+                chosen[name] = {**chosen.get(name, {}), **own}
+            elif not REGISTRY[name].needs_reference or has_reference:
+                raise FairlineError(f"Options are given for the measure '{name}', which is not taken.")
+        return chosen
+
+
+def _measure(run: Run, folders: Mapping[str, Path], reference: Subject, request: _Request) -> None:
+    """Measure every network, each at most once, and write what was found."""
+    tables, predictions = [], []
+    for position, (name, folder) in enumerate(folders.items()):
+        kept = [run.checkpoint / f"{position}.{part}.parquet" for part in ("audit", "predictions")]
+        if not all(path.exists() for path in kept):
+            subject = reference if name == "base" else _student(reference, name, folder)
+            chosen = request.measures_of(subject)
+            report = audit_subject(subject, list(chosen), split=request.split, options=chosen)
+            write_table(kept[0], report.to_frame())
+            write_table(kept[1], report.predictions.assign(model=name))
+        tables.append(pd.read_parquet(kept[0]).assign(**_described(load_info(folder))))
+        predictions.append(pd.read_parquet(kept[1]))
+        if reference.progress is not None:
+            reference.progress(Progress("auditing", position + 1, len(folders), name))
+    write_table(run.folder / "predictions.parquet", pd.concat(predictions))
+    write_table(run.folder / "audit.parquet", pd.concat(tables))
+
+
+def _common_base(runs: Sequence[Run]) -> Run:
+    """The training run that all come from."""
     base = runs[0].base()
     for run in runs[1:]:
         if run.base().folder.resolve() != base.folder.resolve():
             raise FairlineError(f"{run.folder} and {runs[0].folder} come from different base networks.")
-    config = {
-        "parent": base.parent_entry(),
-        "sources": [run.parent_entry() for run in runs],
-        "data": base.config["data"],
-        "measures": list(measures),
-        **({"options": {name: dict(own) for name, own in options.items()}} if options else {}),
-        **({"explain": True} if explain else {}),
-        **({} if with_base else {"with_base": False}),
-        "split": split,
-        "resamples": resamples,
-        "seed": seed,
-        "lineage": {str(run.folder.resolve()): run.config for source in runs for run in source.lineage()},
-    }
-    with Run.write(out, "audit", config, where) as run:
-        if not run.finished:
-            _, parts = data_of(base, root).load()
-            network, _ = load_network(base.networks()["base"])
-            reference = Subject(network, parts[split], None, where, seed, resamples, "base", progress)
-            folders = {"base": base.networks()["base"]} if with_base else {}
-            for source in runs:
-                if source.command != "train":
-                    folders |= {f"{source.folder.name}/{name}": path for name, path in source.networks().items()}
-            tables, predictions = [], []
-            for position, (name, folder) in enumerate(folders.items()):
-                kept = [run.checkpoint / f"{position}.{part}.parquet" for part in ("audit", "predictions")]
-                if not all(path.exists() for path in kept):
-                    subject = reference
-                    if name != "base":
-                        subject = replace(
-                            reference,
-                            model=load_network(folder)[0],
-                            reference=reference,
-                            name=name,
-                            samples={},
-                            rows=[],
-                            _kept={},
-                        )
-                    chosen = _measures(subject, measures, options, explain)
-                    report = audit_subject(subject, list(chosen), split=split, options=chosen)
-                    write_table(kept[0], report.to_frame())
-                    write_table(kept[1], report.predictions.assign(model=name))
-                info = load_info(folder)
-                described = {
-                    "stage": info.stage,
-                    "method": info.method,
-                    "objective": info.objective,
-                    "placement": info.placement,
-                    "surrogate": info.surrogate,
-                    "relus": info.relus,
-                    "total_relus": info.total,
-                    "seed": info.seed,
-                    "reached": info.reached,
-                }
-                tables.append(pd.read_parquet(kept[0]).assign(**described))
-                predictions.append(pd.read_parquet(kept[1]))
-                if progress is not None:
-                    progress(Progress("auditing", position + 1, len(folders), name))
-            counts = pd.concat([part.counts().assign(part=name) for name, part in parts.items()]).reset_index()
-            write_table(run.folder / "counts.parquet", counts)
-            write_table(run.folder / "predictions.parquet", pd.concat(predictions))
-            write_table(run.folder / "audit.parquet", pd.concat(tables))
-    return run
+    return base
 
 
-def _measures(
-    subject: Subject,
-    measures: Sequence[str],
-    options: Mapping[str, Mapping[str, Any]] | None,
-    explain: bool,
-) -> dict[str, dict[str, Any]]:
-    """Measures to take of one network, with their options."""
-    has_reference = subject.reference is not None
-    chosen: dict[str, dict[str, Any]] = {
-        name: {}
-        for name in ("accuracy", *measures)  # the report stands on accuracy
-        # An unknown name is refused by the audit.
-        if has_reference or name not in REGISTRY or not REGISTRY[name].needs_reference
+def _networks(base: Run, runs: Sequence[Run], with_base: bool) -> dict[str, Path]:
+    """Folders of the networks under audit, by name."""
+    folders = {"base": base.base_network()} if with_base else {}
+    for run in runs:
+        if run.command != "train":
+            folders |= {f"{run.folder.name}/{name}": path for name, path in run.networks().items()}
+    return folders
+
+
+def _student(reference: Subject, name: str, folder: Path) -> Subject:
+    """A network on the data of the base network, compared with it."""
+    model, _ = load_network(folder)
+    return replace(reference, model=model, reference=reference, name=name, samples={}, rows=[], _kept={})
+
+
+def _described(info: NetworkInfo) -> dict[str, Any]:
+    """Columns that say what a network is."""
+    return {
+        "stage": info.stage,
+        "method": info.method,
+        "objective": info.objective,
+        "placement": info.placement,
+        "surrogate": info.surrogate,
+        "relus": info.relus,
+        "total_relus": info.total,
+        "seed": info.seed,
+        "reached": info.reached,
     }
-    if explain:
-        chosen |= explaining(subject)
-    for name, own in (options or {}).items():
-        if name in chosen or name not in REGISTRY:
-            chosen[name] = {**chosen.get(name, {}), **own}
-        elif not REGISTRY[name].needs_reference or has_reference:
-            raise FairlineError(f"Options are given for the measure '{name}', which is not taken.")
-    return chosen

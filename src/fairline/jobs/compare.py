@@ -1,25 +1,27 @@
-"""The job of ``fairline compare``."""
+"""The job of ``fairline compare`` (paper, Section 6)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import nn
 
 from fairline._io import resolve_device, write_table
 from fairline.audit.comparison import BASE, Scored, compare
+from fairline.data.grouped import WORST
 from fairline.errors import FairlineError
 from fairline.inference import predict
-from fairline.jobs._common import STUDENTS, data_of, require_split
+from fairline.jobs._common import STUDENTS, do_once, lineage_of, load_parts, open_runs, require_bootstrap
 from fairline.masking import masked_relus
-from fairline.runs import (
-    NetworkInfo,
-    Run,
-    load_info,
-    load_network,
-)
+from fairline.runs import NetworkInfo, Run, load_info, load_network
 from fairline.training import Progress, ProgressCallback
 
 
@@ -84,95 +86,130 @@ def compare_job(
         FairlineError: The runs are of different data, or not the same for every base network.
     """
     where = resolve_device(device)
-    if not sources:
-        raise FairlineError("A comparison needs at least one run.")
-    require_split(split)
-    runs = [Run.read(source, *STUDENTS) for source in sources]
-    families: dict[Path, list[Run]] = {}
-    for run in runs:
-        families.setdefault(run.base().folder.resolve(), []).append(run)
-    bases = [Run.read(folder, "train") for folder in families]
-    for base in bases[1:]:
-        for key in ("name", "options"):
-            if base.config["data"][key] != bases[0].config["data"][key]:
-                raise FairlineError(f"{base.folder} and {bases[0].folder} were trained on different data.")
+    require_bootstrap(split, resamples)
+    runs = open_runs("A comparison", sources, *STUDENTS)
+    families = _families(runs)
     config = {
         "sources": [run.parent_entry() for run in runs],
-        "data": bases[0].config["data"],
+        "data": families[0].base.config["data"],
         "baseline": baseline,
         "split": split,
         "resamples": resamples,
         "seed": seed,
-        "lineage": {str(run.folder.resolve()): run.config for source in runs for run in source.lineage()},
+        "lineage": lineage_of(runs),
     }
-    with Run.write(out, "compare", config, where) as run:
-        if not run.finished:
-            tables, layers, counts = [], [], []
-            count = sum(len(source.networks()) for source in runs) + len(bases)
-            done = 0
-            for position, (base, family) in enumerate(zip(bases, families.values(), strict=True)):
-                kept = [run.checkpoint / f"{position}.{part}.parquet" for part in ("predictions", "layers", "counts")]
-                networks = _labelled(base, family)
-                if not all(path.exists() for path in kept):
-                    _, parts = data_of(base, root).load()
-                    data = parts[split]
-                    found, masks = [], []
-                    for (label, info), folder in networks:
-                        model, _ = load_network(folder)
-                        right = predict(model, data, device=where).argmax(1).cpu() == data.labels.cpu()
-                        what = {"base": str(base.folder), "method": label, "relus": info.relus, "total": info.total}
-                        found.append(
-                            pd.DataFrame(
-                                {
-                                    **what,
-                                    "sample": range(len(data)),
-                                    "group": np.asarray(data.group_names)[data.groups.cpu().numpy()],
-                                    "correct": right.numpy(),
-                                }
-                            )
-                        )
-                        masks += [
-                            {
-                                **what,
-                                "placement": info.placement,
-                                "linearizer": info.method,
-                                "layer": name,
-                                "kept": layer.num_kept,
-                                "units": layer.kept.numel(),
-                                "position": place,
-                            }
-                            for place, (name, layer) in enumerate(masked_relus(model).items())
-                        ]
-                        done += 1
-                        if progress is not None:
-                            progress(Progress("comparing", done, count, label))
-                    write_table(kept[0], pd.concat(found))
-                    write_table(kept[1], pd.DataFrame(masks))
-                    write_table(kept[2], parts["train"].counts().reset_index())
-                tables.append(pd.read_parquet(kept[0]))
-                layers.append(pd.read_parquet(kept[1]))
-                counts.append(pd.read_parquet(kept[2]))
-            predictions = pd.concat(tables)
-            groups = list(dict.fromkeys(predictions["group"]))
-            replicates = [_scored(table, groups) for table in tables]
-            if len({replicate.total for replicate in replicates}) > 1:
-                raise FairlineError("The base networks have different numbers of ReLUs and cannot be replicates.")
-            methods = list(dict.fromkeys(method for method, _ in replicates[0].correct if method != BASE))
-            chosen = baseline or ("erm" if "erm" in methods else methods[0])
-            table = compare(replicates, groups, chosen, resamples=resamples, seed=seed).assign(baseline=chosen)
-            table["train_n"] = table["group"].map(pd.concat(counts).groupby("group")["n"].mean())
-            write_table(run.folder / "predictions.parquet", predictions)
-            write_table(run.folder / "layers.parquet", pd.concat(layers))
-            write_table(run.folder / "comparison.parquet", table)
-    return run
+
+    def work(run: Run) -> None:
+        count = sum(len(source.networks()) for source in runs) + len(families)
+        look = partial(_seen, split=split, root=root, device=where, told=_counter(progress, count))
+        tables = [_kept(run, position, family, look) for position, family in enumerate(families)]
+        predictions, layers, counts = zip(*tables, strict=True)
+        table = _compared(predictions, baseline, resamples, seed)
+        table["train_n"] = table["group"].map(pd.concat(counts).groupby("group")["n"].mean())
+        write_table(run.folder / "predictions.parquet", pd.concat(predictions))
+        write_table(run.folder / "layers.parquet", pd.concat(layers))
+        write_table(run.folder / "comparison.parquet", table)
+
+    return do_once(out, "compare", config, where, work)
 
 
-def _labelled(base: Run, family: Sequence[Run]) -> list[tuple[tuple[str, NetworkInfo], Path]]:
+@dataclass(frozen=True)
+class _Family:
+    """A base network and the runs that were made of it."""
+
+    base: Run
+    runs: list[Run]
+
+
+def _families(runs: Sequence[Run]) -> list[_Family]:
+    """Runs by their base network; all of the same data."""
+    found: dict[Path, _Family] = {}
+    for run in runs:
+        base = run.base()
+        found.setdefault(base.folder.resolve(), _Family(Run(base.folder.resolve()), [])).runs.append(run)
+    families = list(found.values())
+    first = families[0].base
+    for family in families[1:]:
+        for key in ("name", "options"):
+            if family.base.config["data"][key] != first.config["data"][key]:
+                raise FairlineError(f"{family.base.folder} and {first.folder} were trained on different data.")
+    return families
+
+
+def _counter(progress: ProgressCallback | None, total: int) -> Callable[[str], None]:
+    """Tells that one network more is compared."""
+    done = itertools.count(1)
+
+    def told(label: str) -> None:
+        if progress is not None:
+            progress(Progress("comparing", next(done), total, label))
+
+    return told
+
+
+def _kept(
+    run: Run, position: int, family: _Family, look: Callable[[_Family], Sequence[pd.DataFrame]]
+) -> list[pd.DataFrame]:
+    """What was seen of a family, now or before an interruption."""
+    files = [run.checkpoint / f"{position}.{part}.parquet" for part in ("predictions", "layers", "counts")]
+    if not all(path.exists() for path in files):
+        for file, table in zip(files, look(family), strict=True):
+            write_table(file, table)
+    return [pd.read_parquet(path) for path in files]
+
+
+def _seen(
+    family: _Family, *, split: str, root: str | None, device: torch.device, told: Callable[[str], None]
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Every network of a family on every image: a row an image, a row a layer, and the training images by group."""
+    parts = load_parts(family.base, root)
+    data = parts[split]
+    groups = np.asarray(data.group_names)[data.groups.cpu().numpy()]
+    images, layers = [], []
+    for (label, info), folder in _labelled(family):
+        model, _ = load_network(folder)
+        right = predict(model, data, device=device).argmax(1).cpu() == data.labels.cpu()
+        what = {"base": str(family.base.folder), "method": label, "relus": info.relus, "total": info.total}
+        images.append(pd.DataFrame({**what, "sample": range(len(data)), "group": groups, "correct": right.numpy()}))
+        layers += [{**what, **row} for row in _kept_by_layer(model, info)]
+        told(label)
+    return pd.concat(images), pd.DataFrame(layers), parts["train"].counts().reset_index()
+
+
+def _kept_by_layer(model: nn.Module, info: NetworkInfo) -> list[dict[str, Any]]:
+    """A row for each layer of ReLUs, input to output."""
+    return [
+        {
+            "placement": info.placement,
+            "linearizer": info.method,
+            "layer": name,
+            "kept": layer.num_kept,
+            "units": layer.kept.numel(),
+            "position": place,
+        }
+        for place, (name, layer) in enumerate(masked_relus(model).items())
+    ]
+
+
+def _compared(tables: Sequence[pd.DataFrame], baseline: str | None, resamples: int, seed: int) -> pd.DataFrame:
+    """Rows of ``comparison.parquet`` from the predictions of each family."""
+    groups = list(dict.fromkeys(pd.concat(tables)["group"]))
+    if WORST in groups:
+        raise FairlineError(f"A comparison speaks of the '{WORST}' of each method; a group cannot be called so.")
+    replicates = [_scored(table, groups) for table in tables]
+    if len({replicate.total for replicate in replicates}) > 1:
+        raise FairlineError("The base networks have different numbers of ReLUs and cannot be replicates.")
+    methods = list(dict.fromkeys(method for method, _ in replicates[0].correct if method != BASE))
+    chosen = baseline or ("erm" if "erm" in methods else methods[0])
+    return compare(replicates, groups, chosen, resamples=resamples, seed=seed).assign(baseline=chosen)
+
+
+def _labelled(family: _Family) -> list[tuple[tuple[str, NetworkInfo], Path]]:
     """Every network of one base network, and the name of its method."""
-    folder = base.networks()["base"]
+    folder = family.base.base_network()
     found = [((BASE, load_info(folder)), folder)]
     taken: dict[tuple[str, int], Path] = {}
-    for run in family:
+    for run in family.runs:
         for path in run.networks().values():
             info = load_info(path)
             label = method_label(run, info)

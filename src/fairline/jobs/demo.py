@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fairline.jobs.audit import audit_job
 from fairline.jobs.finetune import finetune_job
@@ -11,6 +13,26 @@ from fairline.jobs.linearize import linearize_job
 from fairline.jobs.train import train_job
 from fairline.runs import DataSpec, Run
 from fairline.training import ProgressCallback
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """Settings of a short run.
+
+    Masks are learned with a larger learning rate and λ than SNL publishes, so that they close within it.
+    """
+
+    model: str
+    batch_size: int
+    epochs: int
+    finetune_epochs: int
+    max_epochs: int
+    mask_lr: float
+    lam: float
+
+
+_DIGITS = _Schedule("cnn", 32, epochs=40, finetune_epochs=40, max_epochs=200, mask_lr=0.01, lam=3e-4)
+_PHOTOS = _Schedule("resnet18", 128, epochs=20, finetune_epochs=10, max_epochs=40, mask_lr=3e-3, lam=1e-3)
 
 
 def run_demo(
@@ -29,9 +51,6 @@ def run_demo(
 ) -> Run:
     """Train, linearize, finetune and audit into subfolders of ``out``; resumes what an earlier call began.
 
-    Mask learning here uses a larger learning rate and λ than SNL publishes, so that masks close within a short
-    run; the settings are in each run's config.
-
     Args:
         out: Folder of the four runs.
         data: What to train on.
@@ -48,42 +67,17 @@ def run_demo(
     Returns:
         The audit run.
     """
-    small = data.name == "digits"
+    usual = _DIGITS if data.name == "digits" else _PHOTOS
     out = Path(out)
-    batch_size = 32 if small else 128
+    common: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
+    steps = {**common, "batch_size": usual.batch_size}
+    options = {} if width is None else {"width": width}
     base = train_job(
-        out / "train",
-        data,
-        model or ("cnn" if small else "resnet18"),
-        {} if width is None else {"width": width},
-        epochs=epochs or (40 if small else 20),
-        lr=0.05,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        progress=progress,
+        out / "train", data, model or usual.model, options, epochs=epochs or usual.epochs, lr=0.05, **steps
     )
-    cuts = linearize_job(
-        base.folder,
-        out / "linearize",
-        budgets or (0.5, 0.1, 0.02),
-        "snl",
-        lr=0.01 if small else 3e-3,
-        lam=3e-4 if small else 1e-3,
-        max_epochs=max_epochs or (200 if small else 40),
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )
+    learned: dict[str, Any] = {"lr": usual.mask_lr, "lam": usual.lam, "max_epochs": max_epochs or usual.max_epochs}
+    cuts = linearize_job(base.folder, out / "linearize", budgets or (0.5, 0.1, 0.02), "snl", **learned, **steps)
     students = finetune_job(
-        cuts.folder,
-        out / "finetune",
-        epochs=finetune_epochs or (40 if small else 10),
-        lr=5e-3,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        progress=progress,
+        cuts.folder, out / "finetune", epochs=finetune_epochs or usual.finetune_epochs, lr=5e-3, **steps
     )
-    return audit_job([students.folder], out / "audit", seed=seed, device=device, progress=progress)
+    return audit_job([students.folder], out / "audit", **common)

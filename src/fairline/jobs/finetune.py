@@ -1,25 +1,24 @@
-"""The jobs of ``fairline finetune``, ``last-layer`` and ``ablate``."""
+"""The jobs of ``fairline finetune``, ``last-layer`` and ``ablate`` (paper, Section 6 and Figure 15)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fairline import linearize as linearizers
 from fairline import objectives
 from fairline._io import resolve_device
+from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.jobs._common import STUDENTS, data_of
+from fairline.jobs._common import STUDENTS, Rows, built_on, do_once, load_base, load_parts, remake
 from fairline.jobs.compare import compare_job
-from fairline.runs import (
-    Run,
-    load_network,
-    save_network,
-)
+from fairline.runs import NetworkInfo, Run
 from fairline.training import Progress, ProgressCallback, finetune, named_stage
 
 
@@ -39,58 +38,83 @@ def finetune_job(
 ) -> Run:
     """Finetune every network of a linearize run into ``out``; ``settings`` go to :func:`fairline.finetune`.
 
-    ``preset`` names one of ``fairline.linearize.FINETUNE_PRESETS``; settings and options that are given win over it.
+    Args:
+        source: A linearize run.
+        out: The run folder.
+        objective: A key of ``fairline.objectives.REGISTRY``.
+        objective_options: Its options.
+        distill: Whether the base network teaches.
+        preset: One of ``fairline.linearize.FINETUNE_PRESETS``; settings and options that are given win over it.
+        root: Where the data are now, if they have moved.
+        seed: Of every random choice.
+        device: The accelerator if there is one, by default.
+        progress: Called after every batch.
+        settings: Of the finetune.
+
+    Returns:
+        The run.
     """
     where = resolve_device(device)
     parent = Run.read(source, "linearize")
-    if preset is not None:
-        if preset not in linearizers.FINETUNE_PRESETS:
-            raise FairlineError(
-                f"There is no preset '{preset}'; choose one of {', '.join(linearizers.FINETUNE_PRESETS)}."
-            )
-        chosen = linearizers.FINETUNE_PRESETS[preset]
-        settings = {**chosen["settings"], **settings}
-        objective_options = {**chosen["objective"], **(objective_options or {})}
-    objectives.build(objective, **(objective_options or {}))
+    chosen = _preset(preset)
+    settings = {**chosen.get("settings", {}), **settings}
+    options = {**chosen.get("objective", {}), **(objective_options or {})}
+    objectives.build(objective, **options)
     config = {
-        "parent": parent.parent_entry(),
-        "data": parent.config["data"],
+        **built_on(parent),
         "objective": objective,
-        "objective_options": dict(objective_options or {}),
+        "objective_options": options,
         "distill": distill,
         "settings": settings,
         "seed": seed,
     }
-    with Run.write(out, "finetune", config, where) as run:
-        if not run.finished:
-            _, parts = data_of(parent, root).load()
-            teacher, _ = load_network(parent.base().networks()["base"])
-            rows: list[dict[str, Any]] = []
-            for position, (name, folder) in enumerate(parent.networks().items(), start=1):
-                network, info = load_network(folder)
-                stage = f"finetuning {position}/{len(parent.networks())} ({info.percent:.3g} % of ReLUs)"
-                history: list[dict[str, float]] = []
-                finetune(
-                    network,
-                    teacher if distill else None,
-                    parts["train"],
-                    parts["val"],
-                    objective=objectives.build(objective, **(objective_options or {})),
-                    seed=seed,
-                    device=where,
-                    progress=named_stage(progress, stage),
-                    checkpoint=run.checkpoint / f"{name}.safetensors",
-                    history=history,
-                    **settings,
-                )
-                rows += [{"network": name, **row} for row in history]
-                save_network(
-                    run.network_folder(name),
-                    network,
-                    replace(info, stage="finetuned", objective=objective, seed=seed),
-                )
-            run.write_metrics(rows)
-    return run
+
+    def work(run: Run) -> None:
+        teacher = load_base(parent)[0] if distill else None
+        build = partial(objectives.build, objective, **options)
+        taught: dict[str, Any] = {"seed": seed, "device": where, **settings}
+        _finetune_each(parent, run, load_parts(parent, root), teacher, build, progress, taught)
+
+    return do_once(out, "finetune", config, where, work)
+
+
+def _finetune_each(
+    parent: Run,
+    run: Run,
+    parts: Mapping[str, GroupedData],
+    teacher: nn.Module | None,
+    build: Callable[[], objectives.Objective],
+    progress: ProgressCallback | None,
+    settings: Mapping[str, Any],
+) -> None:
+    """Finetune every network of a parent, each under an objective of its own."""
+    count = len(parent.networks())
+
+    def change(position: int, name: str, network: nn.Module, info: NetworkInfo) -> tuple[NetworkInfo, Rows]:
+        history: list[dict[str, float]] = []
+        finetune(
+            network,
+            teacher,
+            parts["train"],
+            parts["val"],
+            objective=build(),
+            progress=named_stage(progress, f"finetuning {position}/{count} ({info.percent:.3g} % of ReLUs)"),
+            checkpoint=run.checkpoint / f"{name}.safetensors",
+            history=history,
+            **settings,
+        )
+        return replace(info, stage="finetuned", objective=run.config["objective"], seed=settings["seed"]), history
+
+    remake(parent, run, change)
+
+
+def _preset(name: str | None) -> Mapping[str, Mapping[str, Any]]:
+    """Published settings of a finetune and options of its objective."""
+    if name is None:
+        return {}
+    if name not in linearizers.FINETUNE_PRESETS:
+        raise FairlineError(f"There is no preset '{name}'; choose one of {', '.join(linearizers.FINETUNE_PRESETS)}.")
+    return linearizers.FINETUNE_PRESETS[name]
 
 
 def last_layer_job(
@@ -106,41 +130,45 @@ def last_layer_job(
     """Retrain the last layer of every network of a linearize or finetune run on balanced validation data, into ``out``.
 
     See :func:`fairline.retrain_last_layer`.
+
+    Args:
+        source: A linearize or finetune run.
+        out: The run folder.
+        balance: As many images of each: ``"group"`` or ``"group_and_class"``.
+        repeats: Balanced subsets to average over.
+        root: Where the data are now, if they have moved.
+        seed: Of the subsets.
+        progress: Told of every network.
+
+    Returns:
+        The run.
     """
     parent = Run.read(source, *STUDENTS)
-    config = {
-        "parent": parent.parent_entry(),
-        "data": parent.config["data"],
-        "balance": balance,
-        "repeats": repeats,
-        "seed": seed,
-    }
-    with Run.write(out, "last-layer", config, torch.device("cpu")) as run:
-        if not run.finished:
-            _, parts = data_of(parent, root).load()
-            rows = []
-            networks = parent.networks()
-            for position, (name, folder) in enumerate(networks.items(), start=1):
-                network, info = load_network(folder)
-                said = objectives.retrain_last_layer(network, parts["val"], balance=balance, repeats=repeats, seed=seed)
-                for strength, worst in said["worst_group_accuracy"].items():
-                    rows.append(
-                        {
-                            "network": name,
-                            "strength": strength,
-                            "worst_group_accuracy": worst,
-                            "chosen": strength == said["strength"],
-                            "per_cell": said["per_cell"],
-                        }
-                    )
-                objective = f"{info.objective} + last layer" if info.objective else "last layer"
-                save_network(
-                    run.network_folder(name), network, replace(info, stage="finetuned", objective=objective, seed=seed)
-                )
-                if progress is not None:
-                    progress(Progress("retraining last layers", position, len(networks), name))
-            run.write_metrics(rows)
-    return run
+    config = {**built_on(parent), "balance": balance, "repeats": repeats, "seed": seed}
+
+    def work(run: Run) -> None:
+        val = load_parts(parent, root)["val"]
+        count = len(parent.networks())
+
+        def change(position: int, name: str, network: nn.Module, info: NetworkInfo) -> tuple[NetworkInfo, Rows]:
+            said = objectives.retrain_last_layer(network, val, balance=balance, repeats=repeats, seed=seed)
+            tried = [
+                {
+                    "strength": strength,
+                    "worst_group_accuracy": worst,
+                    "chosen": strength == said["strength"],
+                    "per_cell": said["per_cell"],
+                }
+                for strength, worst in said["worst_group_accuracy"].items()
+            ]
+            if progress is not None:
+                progress(Progress("retraining last layers", position, count, name))
+            objective = f"{info.objective} + last layer" if info.objective else "last layer"
+            return replace(info, stage="finetuned", objective=objective, seed=seed), tried
+
+        remake(parent, run, change)
+
+    return do_once(out, "last-layer", config, torch.device("cpu"), work)
 
 
 def ablate_job(
@@ -180,29 +208,18 @@ def ablate_job(
     """
     if not values:
         raise FairlineError(f"No value of {vary} was given.")
-    variants: list[tuple[str, str, dict[str, Any]]] = [("erm", "erm", {})]
+    variants: dict[str, tuple[str, dict[str, Any]]] = {"erm": ("erm", {})}
     for value in values:
         options = {**(objective_options or {}), vary: value}
         objectives.build(objective, **options)
-        variants.append((f"{vary}-{value:g}" if isinstance(value, float) else f"{vary}-{value}", objective, options))
+        variants[f"{vary}-{value:g}" if isinstance(value, float) else f"{vary}-{value}"] = objective, options
+    common: dict[str, Any] = {"root": root, "seed": seed, "device": device}
     runs = []
-    for name, chosen, options in variants:
-        runs.append(
-            finetune_job(
-                source,
-                Path(out) / name,
-                chosen,
-                options,
-                root=root,
-                seed=seed,
-                device=device,
-                progress=progress if progress is None else _prefixed(progress, name),
-                **settings,
-            ).folder
-        )
-    return compare_job(
-        runs, Path(out) / "compare", baseline="erm", root=root, seed=seed, device=device, progress=progress
-    )
+    for name, (chosen, options) in variants.items():
+        told = progress if progress is None else _prefixed(progress, name)
+        runs.append(finetune_job(source, Path(out) / name, chosen, options, progress=told, **common, **settings))
+    folders = [run.folder for run in runs]
+    return compare_job(folders, Path(out) / "compare", baseline="erm", progress=progress, **common)
 
 
 def _prefixed(progress: ProgressCallback, name: str) -> ProgressCallback:

@@ -11,17 +11,16 @@ from typing import Any
 from fairline import linearize as linearizers
 from fairline import objectives
 from fairline._io import resolve_device
-from fairline.jobs._common import data_of
+from fairline.jobs._common import built_on, do_once, load_base, load_parts
+from fairline.linearize import Linearized
 from fairline.masking import surrogate_of
-from fairline.runs import (
-    NetworkInfo,
-    Run,
-    load_network,
-    save_network,
-)
+from fairline.runs import NetworkInfo, Run, save_network
 from fairline.training import ProgressCallback
 
 logger = logging.getLogger(__name__)
+
+#: Settings of methods that change what masks are placed for, and how the placement is called then.
+_MARKS = {"protect": "protect", "empty_layers": "layers emptied"}
 
 
 def linearize_job(
@@ -41,61 +40,81 @@ def linearize_job(
     """Linearize a base network to several budgets into ``out``; ``settings`` go to the method.
 
     With another ``objective`` than ``"erm"`` the masks are learned under it: fair placement.
+
+    Args:
+        source: A train run.
+        out: The run folder.
+        budgets: ReLUs to keep; see :func:`fairline.linearize.resolve_budgets`.
+        method: A key of ``fairline.linearize.REGISTRY``.
+        objective: What the masks are learned under; a key of ``fairline.objectives.REGISTRY``.
+        objective_options: Its options.
+        root: Where the data are now, if they have moved.
+        seed: Of every random choice.
+        device: The accelerator if there is one, by default.
+        progress: Called after every batch.
+        settings: Of the method.
+
+    Returns:
+        The run.
     """
     where = resolve_device(device)
     parent = Run.read(source, "train")
-    fair: dict[str, Any] = {}
-    if objective != "erm" or objective_options:
-        fair = {"objective": objective, "objective_options": dict(objective_options or {})}
-        linearizer = linearizers.build(
-            method, seed=seed, objective=objectives.build(objective, **fair["objective_options"]), **settings
-        )
-    else:
-        linearizer = linearizers.build(method, seed=seed, **settings)
-    marks = {"protect": "protect", "empty_layers": "layers emptied"}
-    placement = " ".join(
-        filter(None, [objective if fair else "", *(mark for key, mark in marks.items() if settings.get(key))])
-    )
-    teacher, info = load_network(parent.networks()["base"])
+    fair = _fair(objective, objective_options)
+    linearizer = _linearizer(method, fair, {"seed": seed, **settings})
+    teacher, info = load_base(parent)
     linearizers.resolve_budgets(budgets, info.total)
     config = {
-        "parent": parent.parent_entry(),
-        "data": parent.config["data"],
+        **built_on(parent),
         "budgets": list(budgets),
         "method": method,
         **fair,
         "settings": settings,
         "seed": seed,
     }
-    with Run.write(out, "linearize", config, where) as run:
-        if not run.finished:
-            _, parts = data_of(parent, root).load()
-            rows: list[dict[str, float]] = []
-            for cut in linearizer.linearize(
-                teacher,
-                parts["train"],
-                budgets,
-                device=where,
-                progress=progress,
-                checkpoint=run.checkpoint,
-                history=rows,
-            ):
-                save_network(
-                    run.network_folder(f"budget-{cut.budget}"),
-                    cut.model,
-                    NetworkInfo(
-                        replace(info.model, options={**info.model.options, **cut.info.get("model_options", {})}),
-                        "linearized",
-                        cut.relus,
-                        cut.total,
-                        cut.budget,
-                        method,
-                        seed=seed,
-                        reached=bool(cut.info.get("reached", True)),
-                        placement=placement,
-                        surrogate=surrogate_of(cut.model),
-                    ),
-                )
-                logger.info("budget %d: kept %d of %d ReLUs; %s", cut.budget, cut.relus, cut.total, cut.info)
-            run.write_metrics(rows)
-    return run
+    common = replace(info, stage="linearized", method=method, seed=seed, placement=_placement(fair, settings))
+
+    def work(run: Run) -> None:
+        rows: list[dict[str, float]] = []
+        data = load_parts(parent, root)["train"]
+        watched: dict[str, Any] = {"progress": progress, "checkpoint": run.checkpoint, "history": rows}
+        for cut in linearizer.linearize(teacher, data, budgets, device=where, **watched):
+            save_network(run.network_folder(f"budget-{cut.budget}"), cut.model, _described(cut, common))
+            logger.info("budget %d: kept %d of %d ReLUs; %s", cut.budget, cut.relus, cut.total, cut.info)
+        run.write_metrics(rows)
+
+    return do_once(out, "linearize", config, where, work)
+
+
+def _fair(objective: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the config says of an objective of the placement; nothing for plain distillation."""
+    if objective == "erm" and not options:
+        return {}
+    return {"objective": objective, "objective_options": dict(options or {})}
+
+
+def _linearizer(method: str, fair: Mapping[str, Any], options: Mapping[str, Any]) -> linearizers.Linearizer:
+    """The method; only one that places masks under an objective of its own is told of one."""
+    if not fair:
+        return linearizers.build(method, **options)
+    objective = objectives.build(fair["objective"], **fair["objective_options"])
+    return linearizers.build(method, objective=objective, **options)
+
+
+def _placement(fair: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Under what the masks are placed, in words; empty for plain distillation."""
+    marks = [mark for key, mark in _MARKS.items() if settings.get(key)]
+    return " ".join([*([fair["objective"]] if fair else []), *marks])
+
+
+def _described(cut: Linearized, common: NetworkInfo) -> NetworkInfo:
+    """What stands beside a cut network."""
+    options = {**common.model.options, **cut.info.get("model_options", {})}
+    return replace(
+        common,
+        model=replace(common.model, options=options),
+        relus=cut.relus,
+        total=cut.total,
+        budget=cut.budget,
+        reached=bool(cut.info.get("reached", True)),
+        surrogate=surrogate_of(cut.model),
+    )

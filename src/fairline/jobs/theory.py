@@ -1,4 +1,4 @@
-"""The job of ``fairline theory``."""
+"""The job of ``fairline theory`` (paper, Section 4 and Appendix A.1)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from fairline._io import write_table
 from fairline.data import load
 from fairline.errors import FairlineError
-from fairline.runs import (
-    Run,
-)
+from fairline.jobs._common import do_once
+from fairline.runs import Run
 from fairline.theory import balance, toy
 from fairline.theory.rates import rates
 from fairline.training import Progress, ProgressCallback
@@ -35,23 +34,23 @@ def theory_job(out: str | Path, *, seeds: int = 100, progress: ProgressCallback 
     """
     if seeds < 2:
         raise FairlineError(f"An interval over seeds needs two of them at least, not {seeds}.")
-    with Run.write(out, "theory", {"seeds": seeds}, torch.device("cpu")) as run:
-        if not run.finished:
 
-            def seen(done: int, total: int) -> None:
-                if progress is not None:
-                    progress(Progress("Figure 2", done, total))
+    def seen(done: int, total: int) -> None:
+        if progress is not None:
+            progress(Progress("Figure 2", done, total))
 
-            result = toy.run(seeds, seen=seen)
-            found = result.tables()
-            tables = {
-                "figure_2": found["accuracy"],
-                "figure_2_map": found["map"],
-                "figure_2_points": found["points"],
-                "figure_2_summary": result.summary(),
-                "proposition_4_1": rates()[0],
-                "appendix_a1": balance.check(load("digits").split(seed=0)[0]),
-            }
-            for name, table in tables.items():
-                write_table(run.folder / f"{name}.parquet", table)
-    return run
+    def work(run: Run) -> None:
+        result = toy.run(seeds, seen=seen)
+        found = result.tables()
+        tables = {
+            "figure_2": found["accuracy"],
+            "figure_2_map": found["map"],
+            "figure_2_points": found["points"],
+            "figure_2_summary": result.summary(),
+            "proposition_4_1": rates()[0],
+            "appendix_a1": balance.check(load("digits").split(seed=0)[0]),
+        }
+        for name, table in tables.items():
+            write_table(run.folder / f"{name}.parquet", table)
+
+    return do_once(out, "theory", {"seeds": seeds}, torch.device("cpu"), work)

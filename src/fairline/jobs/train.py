@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fairline._io import resolve_device
+from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
+from fairline.jobs._common import do_once
+from fairline.masking import copy_model, mask_relus, masked_relus
+from fairline.masking.published import take_over_published
 from fairline.runs import (
     DataSpec,
     ModelSpec,
@@ -18,10 +23,10 @@ from fairline.runs import (
     Run,
     count_relus,
     digest,
-    load_weights,
     save_network,
 )
 from fairline.training import ProgressCallback, train
+from fairline.weights import load_weights
 
 
 def train_job(
@@ -43,7 +48,8 @@ def train_job(
         data: What to train on.
         model: Architecture; see :func:`fairline.models.build`.
         model_options: Its options.
-        weights: A safetensors file to start from; with ``epochs=0`` they are taken as they are.
+        weights: A file to start from, as for :func:`fairline.load_weights`; with ``epochs=0`` they are taken as they
+            are.
         seed: Of initialisation and training.
         device: The accelerator if there is one, by default.
         progress: Called after every batch.
@@ -57,39 +63,42 @@ def train_job(
     """
     where = resolve_device(device)
     spec, parts = data.load()
-    _, channels, height, width = parts["train"].images.shape
-    if height != width:
-        raise FairlineError(f"{spec.name}: images are {height}×{width}; square ones are needed.")
-    model_spec = ModelSpec(model, parts["train"].num_classes, channels, height, dict(model_options or {}))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = model_spec.build()
-    if weights is not None:
-        load_weights(network, Path(weights))
-    elif settings.get("epochs") == 0:
+    model_spec = _model_for(parts["train"], model, model_options)
+    network = _started(model_spec, weights, seed)
+    trains = settings.get("epochs") != 0
+    if weights is None and not trains:
         raise FairlineError("A network that is not trained (epochs 0) needs weights.")
-    total = count_relus(network, model_spec)
+    if take_over_published(copy_model(network), model_spec.example()):
+        network = mask_relus(network, model_spec.example())
+    relus = count_relus(network, model_spec)
+    total = sum(layer.kept.numel() for layer in masked_relus(network).values()) or relus
+    info = NetworkInfo(model_spec, "base", relus, total, relus, seed=seed)
     config: dict[str, Any] = {"data": asdict(spec), "model": asdict(model_spec), "settings": settings, "seed": seed}
     if weights is not None:
         config["weights"] = {"file": str(Path(weights).resolve()), "digest": digest([Path(weights)])}
-    with Run.write(out, "train", config, where) as run:
-        if not run.finished:
-            rows: list[dict[str, float]] = []
-            if settings.get("epochs") != 0:
-                rows = train(
-                    network,
-                    parts["train"],
-                    parts["val"],
-                    seed=seed,
-                    device=where,
-                    progress=progress,
-                    checkpoint=run.checkpoint / "train.safetensors",
-                    **settings,
-                )
-            run.write_metrics(rows)
-            save_network(
-                run.network_folder("base"),
-                network,
-                NetworkInfo(model_spec, "base", total, total, total, seed=seed),
-            )
-    return run
+
+    def work(run: Run) -> None:
+        rows: list[dict[str, float]] = []
+        if trains:
+            own: dict[str, Any] = {"checkpoint": run.checkpoint / "train.safetensors", "progress": progress, **settings}
+            rows = train(network, parts["train"], parts["val"], seed=seed, device=where, **own)
+        run.write_metrics(rows)
+        save_network(run.network_folder("base"), network, info)
+
+    return do_once(out, "train", config, where, work)
+
+
+def _model_for(data: GroupedData, model: str, options: Mapping[str, Any] | None) -> ModelSpec:
+    """The architecture for images and classes of these data."""
+    _, channels, height, width = data.images.shape
+    return ModelSpec(model, data.num_classes, channels, (height, width), dict(options or {}))
+
+
+def _started(spec: ModelSpec, weights: str | Path | None, seed: int) -> nn.Module:
+    """The network before training: at random, or with given weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = spec.build()
+    if weights is not None:
+        load_weights(network, Path(weights))
+    return network

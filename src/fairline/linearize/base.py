@@ -5,7 +5,6 @@ Source: none. :class:`Linearizer` does what all methods do; a method implements 
 
 from __future__ import annotations
 
-import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.linearize.identity import claim, data_digest, described, network_digest
 from fairline.linearize.surrogates import require_surrogate, start_masked
-from fairline.masking import Surrogate, masked_relus, relu_count
+from fairline.masking import Surrogate, copy_model, masked_relus, relu_count
 from fairline.training import ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -123,7 +122,7 @@ class Linearization:
             if file is None or not file.exists():
                 return
             tensors, about = load_tensors(file)
-            network = copy.deepcopy(self.student)
+            network = copy_model(self.student)
             network.load_state_dict(tensors)
             self.rows = about["rows"]
             yield Cut(self.budgets.pop(0), network, about["info"])
@@ -243,7 +242,7 @@ class Linearizer(ABC):
             own = {"method": self.name, "budgets": counts, **settings, "training images": images, "network": network}
             claim(folder, own)
         return Linearization(
-            teacher=copy.deepcopy(self.teacher or model).to(device).eval(),
+            teacher=copy_model(self.teacher or model).to(device).eval(),
             student=student,
             train=train.to(device),
             total=total,
@@ -258,7 +257,7 @@ class Linearizer(ABC):
     def _all_cuts(self, run: Linearization) -> Iterator[Cut]:
         """What the network meets as it is, what an interrupted run has met, then what the method finds."""
         while run.budgets and run.budgets[0] >= run.open:
-            yield Cut(run.budgets.pop(0), copy.deepcopy(run.student))
+            yield Cut(run.budgets.pop(0), copy_model(run.student))
         if self.keeps_snapshots:
             yield from run.saved()
         if not run.budgets:

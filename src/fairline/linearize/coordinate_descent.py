@@ -37,9 +37,9 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.inference import predict
+from fairline.inference import logits_of, predict
 from fairline.linearize.base import Cut, Linearization, Linearizer, set_aside
-from fairline.masking import masked_relus, relu_count
+from fairline.masking import copy_model, masked_graph, masked_relus, relu_count
 from fairline.objectives.base import Batch, Objective
 from fairline.objectives.erm import ERM
 from fairline.training import Epoch, Progress, run_epochs
@@ -138,7 +138,7 @@ class CoordinateDescent(Linearizer):
                 run.progress(Progress("coordinate descent", number, len(rounds.plan), message))
             if target in run.budgets:
                 run.budgets.remove(target)
-                yield Cut(target, copy.deepcopy(run.student))
+                yield Cut(target, copy_model(run.student))
             if not run.budgets:
                 return
 
@@ -279,7 +279,7 @@ class _Rounds:
         batch = Batch(data.normalized(index), data.labels[index], data.groups[index], index)
         options = []
         with torch.no_grad():
-            targets = self.run.teacher(batch.images).float()
+            targets = logits_of(self.run.teacher(batch.images), self.run.teacher, batch.images).float()
             evaluate = cached_forward(student, batch.images)
             for _ in range(method.candidates):
                 name, units = draw_within_a_layer(layers, size, generator, evenly=method.empty_layers > 0)
@@ -356,10 +356,10 @@ def cached_forward(model: nn.Module, images: Tensor) -> Callable[[str], Tensor]:
         mask has changed. Models that ``torch.fx`` could not trace, or that change an activation in place, are run
         whole.
     """
-    graph = _pure_graph(model)
-    if graph is None:
-        return lambda _name: model(images)
-    pure = fx.GraphModule(model, graph)
+    pure = _pure_graph(model, images[:2])
+    if pure is None:
+        return lambda _name: logits_of(model(images), model, images)
+    graph = pure.graph
     interpreter = fx.Interpreter(pure, garbage_collect_values=False)
     interpreter.run(images)
     values = dict(interpreter.env)
@@ -368,24 +368,23 @@ def cached_forward(model: nn.Module, images: Tensor) -> Callable[[str], Tensor]:
 
     def forward(name: str) -> Tensor:
         before = {node: value for node, value in values.items() if position[node] < sites[name]}
-        logits: Tensor = fx.Interpreter(pure).run(images, initial_env=before)
-        return logits
+        return logits_of(fx.Interpreter(pure).run(images, initial_env=before), model, images)
 
     return forward
 
 
-def _pure_graph(model: nn.Module) -> fx.Graph | None:
+def _pure_graph(model: nn.Module, images: Tensor) -> fx.GraphModule | None:
     """The model's graph without in-place operations; None where there is no graph, or no way to avoid one."""
-    if not isinstance(model, fx.GraphModule):
+    traced = masked_graph(model, images)
+    if traced is None:
         return None
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(model.graph, {}))
-    for node in graph.nodes:
+    for node in traced.graph.nodes:
         if node.op == "call_function" and node.target in _OUT_OF_PLACE:
             node.target = _OUT_OF_PLACE[node.target]
         in_place = node.op == "call_method" and str(node.target).endswith("_")
         if node.op == "call_module":
-            in_place = bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+            in_place = bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
         if in_place or node.kwargs.get("inplace"):
             return None
-    return graph
+    traced.recompile()
+    return traced

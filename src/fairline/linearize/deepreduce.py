@@ -23,7 +23,6 @@ Where this differs from the description and the published code, or they leave so
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fairline._io import load_state, load_tensors, resolve_device, save_state, save_tensors
 from fairline.data.grouped import GroupedData
@@ -40,7 +39,7 @@ from fairline.errors import FairlineError
 from fairline.inference import predict
 from fairline.linearize.base import Cut, Linearization, Linearizer, set_aside
 from fairline.linearize.surrogates import fit_quadratics, start_masked
-from fairline.masking import MaskedReLU, mask_relus, masked_relus, relu_count
+from fairline.masking import MaskedReLU, copy_model, mask_relus, masked_graph, masked_relus, relu_count
 from fairline.models import rescaled
 from fairline.objectives.erm import ERM
 from fairline.training import ProgressCallback, finetune, named_stage
@@ -251,10 +250,10 @@ class DeepReDuce(Linearizer):
         measuring, training = set_aside(train, self.held_out, self.seed)
         start = start_masked(model, training, self.surrogate, where, seed=self.seed)
         stages = stages_of(start, self.stages)
-        teacher = copy.deepcopy(model)
+        teacher = copy_model(model)
         rows = []
         for name, own in stages.items():
-            student = copy.deepcopy(start)
+            student = copy_model(start)
             for layer_name, layer in masked_relus(student).items():
                 if layer_name not in own:
                     layer.set_mask(torch.zeros(layer.shape, dtype=torch.bool))
@@ -366,7 +365,7 @@ class DeepReDuce(Linearizer):
     def _start_of(self, rung: Configuration, run: Linearization) -> tuple[nn.Module, dict[str, int]]:
         """A student of a configuration's shape before anything is culled, and the options that shape it."""
         if rung.same_shape and not self.fresh:
-            return copy.deepcopy(run.student), {}
+            return copy_model(run.student), {}
         options: dict[str, int] = {}
         if rung.same_shape:
             student = untrained(run.student, run.teacher, self.seed)
@@ -420,7 +419,7 @@ def untrained(student: nn.Module, model: nn.Module, seed: int) -> nn.Module:
     Raises:
         FairlineError: A module draws its weights in no known way.
     """
-    fresh = copy.deepcopy(student).cpu()
+    fresh = copy_model(student).cpu()
     arguments = getattr(model, "arguments", None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -450,9 +449,10 @@ def _least_critical_first(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def execution_order(masked: nn.Module) -> list[str]:
     """Names of the masked ReLUs as a forward pass meets them; of an untraced model, as its modules come."""
     names = masked_relus(masked)
-    if not isinstance(masked, fx.GraphModule):
+    traced = masked_graph(masked)
+    if traced is None:
         return list(names)
-    return [str(node.target) for node in masked.graph.nodes if node.op == "call_module" and node.target in names]
+    return [str(node.target) for node in traced.graph.nodes if node.op == "call_module" and node.target in names]
 
 
 def stages_of(

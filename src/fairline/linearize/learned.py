@@ -7,7 +7,6 @@ Source: Cho et al. (ICML 2022), Algorithm 1, lines 1 to 11; ``protect`` and ``em
 
 from __future__ import annotations
 
-import copy
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from fairline.masking import (
     Granularity,
     MaskedReLU,
     Surrogate,
+    copy_model,
     keep_largest,
     masked_relus,
     relu_count,
@@ -217,7 +217,7 @@ class _Learning:
         self.run = run
         self.layers = masked_relus(run.student)
         # Snapshots start from it: training may change how the student's weights lie in memory.
-        self.untrained = copy.deepcopy(run.student)
+        self.untrained = copy_model(run.student)
         self.units = {name: units_of(layer) for name, layer in self.layers.items()}
         self.scale = method.price_scale(run.total)
         self.aims = [budget for budget in run.asked if budget < run.open]
@@ -313,7 +313,7 @@ class _Learning:
         """The student as it is now, its masks made binary."""
         method, state = self.method, self.state
         self.run.rows = state.rows
-        network = copy.deepcopy(self.untrained)
+        network = copy_model(self.untrained)
         network.load_state_dict(self.run.student.state_dict())
         reached = budget == self.aim and state.reached > 0
         method._fix(network, budget, fill=method.exact or state.count > budget)

@@ -5,7 +5,6 @@ Source: none.
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from fairline.data.grouped import GroupedData
 from fairline.linearize.base import Cut, Linearization, Linearizer
-from fairline.masking import masked_relus
+from fairline.masking import copy_model, masked_relus
 from fairline.training import Progress
 
 
@@ -54,7 +53,7 @@ class Ranked(Linearizer):
         """
         order = self._ranking(run)
         for position, budget in enumerate(run.budgets, start=1):
-            network = copy.deepcopy(run.student)
+            network = copy_model(run.student)
             kept = torch.zeros(run.total, dtype=torch.bool)
             kept[order[:budget]] = True
             layers = list(masked_relus(network).values())
@@ -67,7 +66,7 @@ class Ranked(Linearizer):
 
     def _ranking(self, run: Linearization) -> Tensor:
         """Positions of the ReLUs that are there, from the largest score on; int64, (open,)."""
-        found = self.scores(copy.deepcopy(run.student).eval(), run.train)
+        found = self.scores(copy_model(run.student).eval(), run.train)
         flat = torch.cat([found[name].detach().flatten().cpu().double() for name in masked_relus(run.student)])
         # A random order first, so that ties do not favour the first layers.
         shuffled = torch.randperm(run.total, generator=torch.Generator().manual_seed(self.seed))

@@ -52,7 +52,7 @@ from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.linearize.activations import each_activation
 from fairline.linearize.base import Cut, Linearization, Linearizer
-from fairline.masking import Granularity, MaskedReLU, mask_relus, masked_relus
+from fairline.masking import Granularity, MaskedReLU, copy_model, mask_relus, masked_graph, masked_relus
 from fairline.masking.budget import fullest
 from fairline.objectives.base import Objective
 from fairline.objectives.erm import ERM
@@ -140,7 +140,7 @@ class SENet(Linearizer):
         densities = self.densities(run.student, sources, training, run.folder)
         sizes = {name: layer.num_kept for name, layer in masked_relus(run.student).items()}
         for budget in run.budgets:
-            student = copy.deepcopy(run.student)
+            student = copy_model(run.student)
             shares = layer_budgets(densities, sizes, budget, self.weigh)
             self.search(student, shares, budget, training, run.folder)
             if self.epochs:
@@ -165,7 +165,7 @@ class SENet(Linearizer):
         file = None if folder is None else folder / "densities.safetensors"
         if file is not None and file.exists():
             return dict(load_state(file)["densities"])
-        pruned = copy.deepcopy(model)
+        pruned = copy_model(model)
         names = sorted({name for own in sources.values() for name in own})
         weights = [(pruned.get_submodule(name), "weight") for name in names]
         for module, parameter in weights:
@@ -361,12 +361,13 @@ def weights_before(model: nn.Module) -> dict[str, list[str]]:
     Raises:
         FairlineError: The model could not be traced, or no ReLU has any weights before it.
     """
-    if not isinstance(model, fx.GraphModule):
+    traced = masked_graph(model)
+    if traced is None:
         raise FairlineError(
             f"SENet cannot act on {type(model).__name__}: torch.fx cannot trace it, so which weights stand before a "
             "ReLU is not known."
         )
-    nodes = {node.target: node for node in model.graph.nodes if node.op == "call_module"}
+    nodes = {node.target: node for node in traced.graph.nodes if node.op == "call_module"}
     found = {}
     for name in masked_relus(model):
         own: list[str] = []

@@ -1,8 +1,10 @@
 """Masked ReLUs: the one place that knows how a ReLU is switched off."""
 
 from fairline.masking.budget import keep_largest, layer_table, relu_count
+from fairline.masking.copying import copy_model, unwrap
 from fairline.masking.files import MaskInfo, load_masks, save_masks
 from fairline.masking.find import mask_relus
+from fairline.masking.graph import masked_graph
 from fairline.masking.layer import (
     GRANULARITIES,
     SQUARE_SCALE,
@@ -22,12 +24,15 @@ __all__ = [
     "MaskInfo",
     "MaskedReLU",
     "Surrogate",
+    "copy_model",
     "keep_largest",
     "layer_table",
     "load_masks",
     "mask_relus",
+    "masked_graph",
     "masked_relus",
     "relu_count",
     "save_masks",
     "surrogate_of",
+    "unwrap",
 ]

@@ -1,52 +1,66 @@
-"""Finding a model's ReLUs and putting masks in their place."""
+"""Finding a model's ReLUs and putting masks in their place.
+
+An ``nn.ReLU`` that a forward pass calls once is swapped for its mask. Functions, and modules that are called several
+times, are redirected from the lines of code that call them (:mod:`fairline.masking.redirect`). Either way the masked
+model is a copy of the user's own object, whose code runs as it did.
+"""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+import logging
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fairline.errors import FairlineError
-from fairline.masking.layer import (
-    MaskedReLU,
-    Surrogate,
-    masked_relus,
-)
+from fairline.masking.copying import copy_model, unwrap
+from fairline.masking.equal import difference, same_random, tensors_of
+from fairline.masking.layer import Surrogate, masked_relus
+from fairline.masking.plan import Plan, others_of
+from fairline.masking.published import take_over_published
+from fairline.masking.watch import ACTIVATIONS, Seen, count_calls, is_plain_relu, watch
 
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, MaskedReLU) or super().is_leaf_module(m, module_qualified_name)
-
-
-_RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
-_RELU_METHODS = {"relu", "relu_"}
+logger = logging.getLogger(__name__)
 
 
 def mask_relus(model: nn.Module, example: Tensor, surrogate: Surrogate | None = None) -> nn.Module:
     """Replace every ReLU of a model by a :class:`MaskedReLU` that keeps all of its units.
 
-    Finds ``nn.ReLU`` modules and calls of ``F.relu``, ``torch.relu`` and ``.relu()`` through ``torch.fx``; a
-    module that is called twice gets two masks. A model that cannot be traced is accepted where all its ReLUs
-    are ``nn.ReLU`` modules that a forward pass calls once each.
+    A ReLU is whatever computes max(x, 0): ``nn.ReLU``, ``F.relu``, ``.relu()``, ``clamp`` with a minimum of 0 alone, or
+    ``threshold`` with 0 and 0. A module that is called twice gets two masks. What runs only while training, and
+    what no image reaches, stays as it is. Optional arguments of the forward keep their defaults.
 
     Args:
-        model: Any module that maps a batch to a batch. It is not changed.
+        model: Any module that maps a batch to a batch. It is not changed. Of a wrapper (``DataParallel``,
+            ``DistributedDataParallel``, ``AveragedModel``, ``torch.compile``) the network inside is taken.
         example: Input, (B, …), B ≥ 1, of the shape that the model will see; its values do not matter.
         surrogate: What will stand in a ReLU's place; the identity by default, and what a masked model has already. See
             :meth:`MaskedReLU.use_surrogate`.
 
     Returns:
-        A copy with masks. Its outputs equal the model's exactly, and the names of its weights are the same; a
-        quadratic surrogate adds its coefficients.
+        A copy with masks, of the model's own class. It equals the model in evaluation and in training mode: outputs,
+        gradients, randomness and buffers. The names of its weights are the same; a quadratic surrogate adds its
+        coefficients.
 
     Raises:
-        FairlineError: The model has no ReLU, or cannot be traced.
+        FairlineError: The model has no ReLU, cannot be copied, has ReLUs that a mask cannot reach, or would not
+            stay what it is.
+
+    Example:
+        >>> model = mask_relus(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.zeros(1, 4))
+        >>> model
+        Sequential(
+          (0): Linear(in_features=4, out_features=3, bias=True)
+          (1): MaskedReLU(shape=(3,), kept=3)
+        )
+        >>> masked_relus(model)["1"].set_mask(torch.tensor([True, False, False]))
+        >>> masked_relus(model)["1"](torch.tensor([[-1.0, -1.0, 2.0]]))
+        tensor([[ 0., -1.,  2.]])
     """
-    masked = copy.deepcopy(model) if masked_relus(model) else _mask_relus(model, example)
+    model = unwrap(model)
+    masked = copy_model(model) if masked_relus(model) else _mask_relus(model, example)
     if surrogate is not None:
         for layer in masked_relus(masked).values():
             layer.use_surrogate(surrogate)
@@ -54,187 +68,126 @@ def mask_relus(model: nn.Module, example: Tensor, surrogate: Surrogate | None = 
 
 
 def _mask_relus(model: nn.Module, example: Tensor) -> nn.Module:
+    if not isinstance(example, Tensor) or example.ndim < 1 or len(example) < 1:
+        what = f"shape {tuple(example.shape)}" if isinstance(example, Tensor) else type(example).__name__
+        raise FairlineError(f"An example input is a batch of images, (B, …), not {what}.")
     device = next((p.device for p in model.parameters()), example.device)
-    example = example[:2].to(device)
-    copied = copy.deepcopy(model)
+    batches = [_batch(example, seed).to(device) for seed in range(2)]
+    plain = copy_model(model)
+    if take_over_published(plain, batches[0]):
+        model = copy_model(plain)
+        if _missed(plain, batches[0], varies=False) is None:
+            return plain
+    _separate(plain)
+    passes = _observe(plain, batches)
+    plan = Plan.of(type(model).__name__, *passes)
+    masked = plan.carry_out(copy_model(plain), device)
+    if plan.in_place:
+        strict = Plan.of(type(model).__name__, *passes, overwrite=True)
+        overwriting = strict.carry_out(copy_model(plain), device)
+        if _reads_again(masked, overwriting, batches[0]):
+            plan, masked = strict, overwriting
+    plan.require_no_checkpoint()
+    found = difference(model, masked, batches) or _missed(masked, batches[0], varies=plan.varies)
+    if found is not None:
+        raise FairlineError(f"{type(model).__name__} {found} once it is masked.")
+    _report(plain, *passes)
+    return masked
+
+
+def _report(model: nn.Module, evaluated: Sequence[Seen], trained: Sequence[Seen]) -> None:
+    """Log what masks do not reach."""
+    name = type(model).__name__
+    if ACTIVATIONS & evaluated[0].others.keys():
+        logger.warning("%s: masks act on its ReLUs alone%s", name, others_of(evaluated[0]))
+    used = {call.relu for seen in (*evaluated, *trained) for call in seen.calls}
+    idle = [path for path, module in model.named_modules() if is_plain_relu(module) and path not in used]
+    if idle:
+        logger.warning("%s: no forward pass called %s; they stay as they are", name, ", ".join(idle))
+
+
+def _reads_again(masked: nn.Module, overwriting: nn.Module, images: Tensor) -> bool:
+    """Whether anything reads the input of an in-place ReLU after it, and meets its output; seen under mixed masks."""
+    outputs = []
+    for each in (copy_model(masked).eval(), copy_model(overwriting).eval()):
+        generator = torch.Generator().manual_seed(0)
+        # Named differently, but in the same order.
+        for layer in masked_relus(each).values():
+            layer.set_mask(torch.rand(layer.shape, generator=generator) < 0.5)
+        with torch.no_grad(), same_random(0):
+            outputs.append(list(tensors_of(each(images.clone()))))
+    return not all(torch.equal(*each) for each in zip(*outputs, strict=True))
+
+
+def _batch(example: Tensor, seed: int, size: int = 2) -> Tensor:
+    """Random images of the example's shape; whole numbers may be indices, and are the example's own."""
+    if example.is_floating_point():
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn((size, *example.shape[1:]), generator=generator).to(example)
+    return example[torch.arange(size) % len(example)]
+
+
+def _separate(model: nn.Module) -> None:
+    """One ReLU module in several places becomes one for each, and none is passed over."""
+    seen: set[int] = set()
+    for module in list(model.modules()):
+        if hasattr(module, "activation_relu_or_gelu"):
+            # Transformer layers would evaluate their own ReLU in one operator, whatever module stands there.
+            module.activation_relu_or_gelu = 0  # type: ignore[assignment]
+        for name, child in module._modules.items():
+            if child is None or not is_plain_relu(child):
+                continue
+            if id(child) in seen:
+                module._modules[name] = twin = copy.copy(child)
+                vars(twin).update({key: copy.copy(value) for key, value in vars(child).items()})
+            seen.add(id(child))
+
+
+def _observe(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Seen], list[Seen]]:
+    """What a model evaluates in evaluation mode, for each batch, and while training."""
+    evaluated, trained = [], []
+    observed = copy_model(model).eval()
     try:
-        with torch.no_grad():
-            copy.deepcopy(model).eval()(example.clone())
+        for images in (batches[0], torch.cat([batches[1], batches[1][:1]])):
+            with same_random(0), torch.no_grad():
+                evaluated.append(watch(observed, images.clone()))
+    except FairlineError:
+        raise
     except Exception as error:
         # The user's own forward may raise anything.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FairlineError(
-            f"{type(model).__name__} fails on an example of shape {tuple(example.shape)} ({reason})."
-        ) from None
-    try:
-        graph = _Tracer().trace(copied)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        masked = _replace_modules(copy.deepcopy(copied), example, reason)
-    else:
-        masked = _replace_nodes(copy.deepcopy(copied), graph, example)
-    if not masked_relus(masked):
-        raise FairlineError(f"{type(model).__name__} has no ReLU to mask.")
-    _check_equal(copied, masked, example)
-    return masked.train(model.training)
+        shape = tuple(batches[0].shape)
+        raise FairlineError(f"{type(model).__name__} fails on an example of shape {shape} ({reason}).") from None
+    observed = copy_model(model).train()
+    for seed, images in enumerate(batches):
+        try:
+            with same_random(seed), torch.enable_grad():
+                trained.append(watch(observed, images.clone()))
+        except Exception:
+            # A model that does not train can be masked all the same.
+            logger.info("%s fails in training mode", type(model).__name__, exc_info=True)
+    return evaluated, trained
 
 
-def _check_equal(model: nn.Module, masked: nn.Module, example: Tensor) -> None:
-    """Tracing runs one path through a forward; make sure that nothing else was lost."""
-    if example.is_floating_point():
-        generator = torch.Generator().manual_seed(0)
-        example = torch.randn(example.shape, generator=generator).to(example)
-    with torch.no_grad():
-        before, after = model.eval()(example), masked.eval()(example)
-    if isinstance(before, Tensor) and not torch.equal(before, after):
-        raise FairlineError(
-            f"{type(model).__name__} computes something else once it is traced; "
-            "its forward depends on more than the input."
-        )
+def _missed(masked: nn.Module, images: Tensor, *, varies: bool) -> str | None:
+    """Whether each mask acts once in a forward pass, and no ReLU that an image reaches goes without.
 
+    Args:
+        masked: The masked model.
+        images: (B, …).
+        varies: Whether other images may call other ReLUs.
 
-def _replace_nodes(model: nn.Module, graph: fx.Graph, example: Tensor) -> nn.Module:
-    modules = dict(model.named_modules())
-    traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    taken = set(modules)
-    sites: list[tuple[fx.Node, str]] = []
-    for node in list(graph.nodes):
-        path = None
-        if node.op == "call_module" and type(modules[node.target]) is nn.ReLU:
-            path = node.target
-            # The first call of a module takes its name over; the next ones are numbered.
-            if any(path == name for _, name in sites):
-                path = _free_name(f"{path}_", taken)
-        elif (node.op == "call_function" and node.target in _RELU_FUNCTIONS) or (
-            node.op == "call_method" and node.target in _RELU_METHODS
-        ):
-            scope = next(reversed(node.meta.get("nn_module_stack", {"": None})), "")
-            path = _free_name(f"{scope}.relu" if scope else "relu", taken)
-        elif node.op == "call_function" and node.target is F.dropout:
-            _dropout_to_module(traced, node, taken)
-        elif node.op == "call_function" and node.target is F.batch_norm:
-            raise FairlineError(
-                f"{type(model).__name__} calls F.batch_norm, whose training flag tracing would freeze; "
-                "use nn.BatchNorm2d."
-            )
-        if path is not None:
-            taken.add(path)
-            sites.append((node, path))
-    shapes = _Shapes(traced, {node for node, _ in sites})
-    with torch.no_grad():
-        was_training = traced.training
-        traced.eval()
-        shapes.run(example)
-        traced.train(was_training)
-    for node, path in sites:
-        shape = shapes.found.get(node)
-        if shape is None or shape[0] != len(example):
-            raise FairlineError(f"The activation of ReLU '{path}' has no batch axis in front: {shape}.")
-        traced.add_submodule(path, MaskedReLU(shape[1:]).to(example.device))
-        source = cast(fx.Node, node.args[0] if node.args else node.kwargs["input"])
-        with graph.inserting_after(node):
-            new = graph.call_module(path, (source,))
-        if _in_place(node, modules):
-            # Whoever reads the input after an in-place ReLU reads its output.
-            order = {each: place for place, each in enumerate(graph.nodes)}
-            later = {user for user in source.users if order[user] > order[new]}
-            source.replace_all_uses_with(new, later.__contains__)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-    traced.graph = graph
-    graph.lint()
-    traced.recompile()
-    return traced
-
-
-def _in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(modules[str(node.target)], "inplace", False))
-    if node.target in (F.relu_, torch.relu_, "relu_"):
-        return True
-    return bool(node.kwargs.get("inplace") or (node.target is F.relu and len(node.args) > 1 and node.args[1]))
-
-
-class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shape of some nodes' outputs."""
-
-    def __init__(self, module: fx.GraphModule, wanted: set[fx.Node]) -> None:
-        super().__init__(module)
-        self.wanted = wanted
-        self.found: dict[fx.Node, tuple[int, ...]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.wanted:
-            self.found[n] = tuple(result.shape)
-        return result
-
-
-def _free_name(stem: str, taken: set[str]) -> str:
-    if stem not in taken and not stem.endswith("_"):
-        return stem
-    number = 1
-    while f"{stem}{number}" in taken:
-        number += 1
-    return f"{stem}{number}"
-
-
-def _dropout_to_module(traced: fx.GraphModule, node: fx.Node, taken: set[str]) -> None:
-    """F.dropout(training=self.training) is a constant once traced; a module follows train() and eval()."""
-    probability = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-    path = _free_name("dropout_", taken)
-    taken.add(path)
-    traced.add_submodule(path, nn.Dropout(cast(float, probability)))
-    with traced.graph.inserting_after(node):
-        new = traced.graph.call_module(path, (node.args[0] if node.args else node.kwargs["input"],))
-    node.replace_all_uses_with(new)
-    traced.graph.erase_node(node)
-
-
-def _replace_modules(model: nn.Module, example: Tensor, reason: str) -> nn.Module:
-    """For a model that cannot be traced: swap nn.ReLU modules that are called once each."""
-    calls: dict[str, list[tuple[int, ...]]] = {
-        name: [] for name, module in model.named_modules(remove_duplicate=False) if type(module) is nn.ReLU
-    }
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda _module, _inputs, output, name=name: calls[name].append(tuple(output.shape))
-        )
-        for name in calls
-    ]
-    was_training = model.training
-    model.eval()
-    functional: list[str] = []
-    try:
-        with torch.no_grad(), _WatchReLU(functional):
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    model.train(was_training)
-    in_modules = sum(len(shapes) for shapes in calls.values())
-    repeated = [name for name, shapes in calls.items() if len(shapes) > 1]
-    if repeated or len(functional) != in_modules:
-        what = f"calls '{repeated[0]}' more than once" if repeated else "calls relu outside of nn.ReLU modules"
-        raise FairlineError(f"{type(model).__name__} cannot be traced ({reason}) and {what}.")
-    for name, shapes in calls.items():
-        if not shapes:
-            continue
-        model.set_submodule(name, MaskedReLU(shapes[0][1:]).to(example.device))
-    return model
-
-
-class _WatchReLU(torch.overrides.TorchFunctionMode):
-    """Notes every outermost call of a ReLU."""
-
-    def __init__(self, seen: list[str]) -> None:
-        super().__init__()
-        self.seen = seen
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in ("relu", "relu_"):
-            self.seen.append(name)
-            with torch._C.DisableTorchFunction():
-                return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    Returns:
+        What is wrong; None if nothing is.
+    """
+    masked = copy_model(masked).eval()
+    layers = masked_relus(masked)
+    with torch.no_grad(), same_random(0):
+        # Unwatched: some layers of torch take another way while they are watched.
+        calls = count_calls(masked, images.clone())
+        seen = watch(masked, images.clone())
+    for call in seen.calls:
+        if call.reached:
+            return f"evaluates a ReLU of '{call.scope}' without a mask"
+    allowed = (0, 1) if varies else (1,)
+    return next((f"calls the mask '{name}' {calls[name]} times" for name in layers if calls[name] not in allowed), None)

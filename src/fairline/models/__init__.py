@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
 from fairline.errors import FairlineError
+from fairline.models import own
 
 #: Architecture → (module, function). The function takes num_classes, in_channels, image_size and its options.
 REGISTRY: dict[str, tuple[str, str]] = {
@@ -24,7 +22,9 @@ REGISTRY: dict[str, tuple[str, str]] = {
 }
 
 
-def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 32, **options: Any) -> nn.Module:
+def build(
+    name: str, num_classes: int, in_channels: int = 3, image_size: int | Sequence[int] = 32, **options: Any
+) -> nn.Module:
     """Build an untrained network.
 
     Args:
@@ -32,7 +32,8 @@ def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 3
             called with ``num_classes``, ``in_channels`` and ``image_size`` (those that it takes).
         num_classes: Outputs.
         in_channels: Channels of the image.
-        image_size: Side of the image in pixels.
+        image_size: Side of the image in pixels, or (height, width); a function of your own gets a tuple only
+            if they differ.
         options: Passed on; ``width`` for all, ``stem_stride`` for all but the tiny one, ``stem_relu`` for the ResNets,
             ``final_relu`` for the wide ones.
 
@@ -40,28 +41,57 @@ def build(name: str, num_classes: int, in_channels: int = 3, image_size: int = 3
         The network, in training mode.
 
     Raises:
-        FairlineError: The name or an option is unknown.
+        FairlineError: The name or an option is unknown, the network does not take images of this size, or your own
+            function cannot be imported, raises, or returns something else.
+
+    >>> import torch
+    >>> network = build("cnn", num_classes=5, image_size=16, width=4)
+    >>> network(torch.zeros(2, 3, 16, 16)).shape
+    torch.Size([2, 5])
     """
     if name in REGISTRY:
         module, function = REGISTRY[name]
         make: Callable[..., Any] = getattr(importlib.import_module(module), function)
     elif ":" in name:
-        make = _import(name)
+        make = own.find(name)
     else:
         raise FairlineError(
-            f"There is no model '{name}'; choose one of {', '.join(REGISTRY)}, or name your own as module:function."
+            f"There is no model '{name}'; choose one of {', '.join(REGISTRY)}, or name your own as module:function or "
+            "file.py:function."
         )
-    arguments = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
-    known = inspect.signature(make).parameters
+    sides = image_sides(image_size)
+    size = sides[0] if sides[0] == sides[1] else sides
+    arguments = {"num_classes": num_classes, "in_channels": in_channels, "image_size": size}
+    source = name.rpartition(":")[0]
+    failed = f"Model '{name}' cannot be built" + ("" if isinstance(size, int) else f" with image_size={size}")
+    with own.told(failed, source):
+        known = inspect.signature(make).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         for option in options:
             if option not in known:
                 raise FairlineError(f"Model '{name}' knows no option '{option}'; it takes {', '.join(known)}.")
         arguments = {key: value for key, value in arguments.items() if key in known}
-    model = make(**arguments, **options)
+    with own.told(failed, source):
+        model = make(**arguments, **options)
     if not isinstance(model, nn.Module):
         raise FairlineError(f"'{name}' returned a {type(model).__name__}, not an nn.Module.")
     return model
+
+
+def image_sides(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of an image of this size.
+
+    Args:
+        image_size: Side of a square image, or height and width.
+
+    Returns:
+        Both in pixels.
+
+    >>> image_sides(32), image_sides([48, 64])
+    ((32, 32), (48, 64))
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return height, width
 
 
 def rescaled(model: nn.Module, alpha: float, rho: float) -> tuple[nn.Module, dict[str, int]]:
@@ -95,24 +125,4 @@ def rescaled(model: nn.Module, alpha: float, rho: float) -> tuple[nn.Module, dic
     return type(model)(**{**arguments, **changed}), changed
 
 
-def _import(name: str) -> Callable[..., Any]:
-    source, _, function = name.rpartition(":")
-    try:
-        if source.endswith(".py"):
-            path = Path(source).resolve()
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            if spec is None or spec.loader is None or not path.exists():
-                raise FairlineError(f"{source} does not exist.")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules.setdefault(path.stem, module)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(source)
-    except ImportError as error:
-        raise FairlineError(f"Model '{name}' cannot be imported ({error}).") from None
-    if not callable(getattr(module, function, None)):
-        raise FairlineError(f"{source} has no function '{function}'.")
-    return cast(Callable[..., Any], getattr(module, function))
-
-
-__all__ = ["REGISTRY", "build", "rescaled"]
+__all__ = ["REGISTRY", "build", "image_sides", "rescaled"]

@@ -43,7 +43,7 @@ class ResNet(nn.Module):
         blocks: Residual blocks in each of the four stages.
         num_classes: Outputs.
         in_channels: Channels of the image.
-        image_size: Side of the image in pixels.
+        image_size: Side of the image in pixels, or height and width.
         width: Channels of the first stage; doubled at each next one.
         stem_relu: Whether a ReLU follows the stem.
         stem_stride: Stride of the stem; 2 halves every resolution, which is DeepReDuce's Reshape with ρ = 1/2, and
@@ -55,7 +55,7 @@ class ResNet(nn.Module):
         blocks: Sequence[int],
         num_classes: int,
         in_channels: int = 3,
-        image_size: int = 32,
+        image_size: int | tuple[int, int] = 32,
         width: int = 64,
         stem_relu: bool = False,
         stem_stride: int = 1,
@@ -93,7 +93,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, image_size, image_size) to logits (B, num_classes)."""
+        """(B, in_channels, H, W) to logits (B, num_classes)."""
         x = self.relu(self.bn1(self.conv1(x)))
         for stage in range(1, self.stages + 1):
             x = self.get_submodule(f"layer{stage}")(x)
@@ -104,7 +104,7 @@ class ResNet(nn.Module):
 def resnet18(
     num_classes: int,
     in_channels: int = 3,
-    image_size: int = 32,
+    image_size: int | tuple[int, int] = 32,
     width: int = 64,
     stem_relu: bool = False,
     stem_stride: int = 1,
@@ -116,7 +116,7 @@ def resnet18(
 def resnet34(
     num_classes: int,
     in_channels: int = 3,
-    image_size: int = 32,
+    image_size: int | tuple[int, int] = 32,
     width: int = 64,
     stem_relu: bool = False,
     stem_stride: int = 1,

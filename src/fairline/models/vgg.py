@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fairline.errors import FairlineError
+
 #: Convolutions of each stage of VGG-19, and channels of the stage in multiples of the width.
 _STAGES = ((2, 1), (2, 2), (4, 4), (4, 8), (4, 8))
 
@@ -16,15 +18,30 @@ class VGG(nn.Module):
     Args:
         num_classes: Outputs.
         in_channels: Channels of the image.
-        image_size: Side of the image in pixels; at least 16, and more with a strided stem.
+        image_size: Side of the image in pixels, or height and width; at least 16 each, and more with a strided stem.
         width: Channels of the first stage; 64 is VGG-19.
         stem_stride: Stride of the first convolution; 2 halves every resolution.
+
+    Raises:
+        FairlineError: Max-pooling would leave nothing of the image.
     """
 
     def __init__(
-        self, num_classes: int, in_channels: int = 3, image_size: int = 32, width: int = 64, stem_stride: int = 1
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        image_size: int | tuple[int, int] = 32,
+        width: int = 64,
+        stem_stride: int = 1,
     ) -> None:
         super().__init__()
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+        # The stem keeps one pixel in each stride, the poolings drop the last of an odd number.
+        if -(-min(sides) // stem_stride) < 2 ** (len(_STAGES) - 1):
+            raise FairlineError(
+                f"VGG-19 halves its images four times, so they need {15 * stem_stride + 1} pixels a side, "
+                f"not {sides[0]}×{sides[1]}."
+            )
         self.arguments = {
             "num_classes": num_classes,
             "in_channels": in_channels,
@@ -55,7 +72,7 @@ class VGG(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, image_size, image_size) to logits (B, num_classes)."""
+        """(B, in_channels, H, W) to logits (B, num_classes)."""
         for stage in range(1, self.stages + 1):
             if stage > 1:
                 x = self.downsample(x)
@@ -64,6 +81,12 @@ class VGG(nn.Module):
         return logits
 
 
-def vgg19(num_classes: int, in_channels: int = 3, image_size: int = 32, width: int = 64, stem_stride: int = 1) -> VGG:
+def vgg19(
+    num_classes: int,
+    in_channels: int = 3,
+    image_size: int | tuple[int, int] = 32,
+    width: int = 64,
+    stem_stride: int = 1,
+) -> VGG:
     """VGG-19 with batch normalisation; see :class:`VGG`."""
     return VGG(num_classes, in_channels, image_size, width, stem_stride)

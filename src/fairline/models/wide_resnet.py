@@ -40,7 +40,7 @@ class WideResNet(nn.Module):
         depth: 6n + 4.
         num_classes: Outputs.
         in_channels: Channels of the image.
-        image_size: Side of the image in pixels.
+        image_size: Side of the image in pixels, or height and width.
         width: Channels of the first group, doubled at each next one; 16·k.
         final_relu: Whether a ReLU follows the last batch normalisation.
         stem_stride: Stride of the stem; 2 halves every resolution.
@@ -51,7 +51,7 @@ class WideResNet(nn.Module):
         depth: int,
         num_classes: int,
         in_channels: int = 3,
-        image_size: int = 32,
+        image_size: int | tuple[int, int] = 32,
         width: int = 128,
         final_relu: bool = False,
         stem_stride: int = 1,
@@ -88,7 +88,7 @@ class WideResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, image_size, image_size) to logits (B, num_classes)."""
+        """(B, in_channels, H, W) to logits (B, num_classes)."""
         x = self.conv1(x)
         for stage in range(1, self.stages + 1):
             x = self.get_submodule(f"layer{stage}")(x)
@@ -99,7 +99,7 @@ class WideResNet(nn.Module):
 def wide_resnet22_8(
     num_classes: int,
     in_channels: int = 3,
-    image_size: int = 32,
+    image_size: int | tuple[int, int] = 32,
     width: int = 128,
     final_relu: bool = False,
     stem_stride: int = 1,

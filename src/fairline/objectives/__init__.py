@@ -30,6 +30,13 @@ REGISTRY: dict[str, type[Objective]] = {
 def build(name: str, **options: Any) -> Objective:
     """Build an objective by name.
 
+    Args:
+        name: A key of :data:`REGISTRY`.
+        options: Of its constructor.
+
+    Returns:
+        The objective.
+
     Raises:
         FairlineError: The name or an option is unknown.
     """

@@ -29,6 +29,17 @@ class ARL(Objective):
 
     Raises:
         FairlineError: The learning rate or ``pixels`` is not positive.
+
+    >>> index = torch.tensor([0, 0, 1])
+    >>> data = GroupedData(torch.zeros(3, 1, 1, 1, dtype=torch.uint8), index, index, ("a", "b"), ("many", "few"))
+    >>> batch = Batch(data.normalized(), data.labels, data.groups, torch.arange(3))
+    >>> objective = ARL(lr=1.0)
+    >>> objective.start(data)
+    >>> objective.weights(batch).detach()
+    tensor([1., 1., 1.])
+    >>> loss = objective.reduce(torch.tensor([1.0, 1.0, 3.0]), batch)
+    >>> objective.weights(batch).detach()
+    tensor([0.7426, 0.7426, 1.5149])
     """
 
     def __init__(self, lr: float = 0.01, pixels: int = 8, **options: float) -> None:

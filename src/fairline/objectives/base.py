@@ -1,4 +1,7 @@
-"""The interface of what a network minimises: a loss for each sample, and how samples make one number."""
+"""The interface of what a network minimises: a loss for each sample, and how samples make one number.
+
+The loss of a sample is that of knowledge distillation (Hinton, Vinyals and Dean 2015), as in SNL (Cho et al. 2022).
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,13 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
 
     Returns:
         (B,), in nats.
+
+    >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+    >>> distillation_loss(student, teacher, temperature=2.0)
+    tensor([0.4438])
+    >>> p = teacher.div(2.0).softmax(1)
+    >>> 2.0**2 * (p * (p / 0.5).log()).sum(1)
+    tensor([0.4438])
     """
     student = F.log_softmax(logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=1)
@@ -60,6 +70,9 @@ def group_means(values: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor
 
     Returns:
         Means (A,), 0 for an absent group, and which groups are present, bool (A,).
+
+    >>> group_means(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 2]), num_groups=3)
+    (tensor([2., 0., 5.]), tensor([ True, False,  True]))
     """
     columns = torch.stack([values, torch.ones_like(values)], dim=1)
     totals = values.new_zeros(num_groups, 2).index_add(0, groups, columns)

@@ -25,6 +25,14 @@ class Chi2DRO(Objective):
 
     Raises:
         FairlineError: ``alpha_min`` is outside of (0, 1].
+
+    >>> batch = Batch(*4 * [torch.zeros(4)])  # it looks at the losses alone
+    >>> losses = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    >>> for share in (1.0, 0.5, 0.2):
+    ...     print(f"{share}: {Chi2DRO(share).reduce(losses, batch):.2f}")
+    1.0: 3.00
+    0.5: 5.56
+    0.2: 6.00
     """
 
     def __init__(self, alpha_min: float = 0.2, **options: float) -> None:
@@ -51,6 +59,13 @@ def worst_weights(losses: Tensor, factor: float) -> Tensor:
 
     Returns:
         (n,).
+
+    >>> losses = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    >>> q = worst_weights(losses, factor=math.sqrt(1.5))
+    >>> q
+    tensor([0.0610, 0.1555, 0.2500, 0.5335])
+    >>> torch.isclose((4 * q - 1).square().mean(), torch.tensor(0.5))  # on the ball's edge
+    tensor(True)
     """
     n = len(losses)
     if factor == 1:

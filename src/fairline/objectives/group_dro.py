@@ -30,6 +30,16 @@ class GroupDRO(Objective):
 
     Raises:
         FairlineError: The step is not positive, or C is negative.
+
+    >>> index = torch.tensor([0, 0, 1])
+    >>> data = GroupedData(torch.zeros(3, 1, 1, 1, dtype=torch.uint8), index, index, ("a", "b"), ("many", "few"))
+    >>> batch = Batch(data.normalized(), data.labels, data.groups, torch.arange(3))
+    >>> objective = GroupDRO(step=1.0)
+    >>> objective.start(data)
+    >>> objective.reduce(torch.tensor([1.0, 1.0, 3.0]), batch)
+    tensor(2.7616)
+    >>> objective.weights
+    tensor([0.1192, 0.8808])
     """
 
     def __init__(self, step: float = 0.01, adjustment: float = 0.0, **options: float) -> None:

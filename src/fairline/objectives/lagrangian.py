@@ -52,6 +52,19 @@ class Lagrangian(Objective):
 
     Raises:
         FairlineError: μ or the cap is negative, the violation is unknown, or a multiplier explodes.
+
+    >>> index = torch.tensor([0, 0, 1])
+    >>> data = GroupedData(torch.zeros(3, 1, 1, 1, dtype=torch.uint8), index, index, ("a", "b"), ("many", "few"))
+    >>> batch = Batch(data.normalized(), data.labels, data.groups, torch.arange(3))
+    >>> objective, losses = Lagrangian(mu=0.5), torch.tensor([1.0, 1.0, 4.0])
+    >>> objective.start(data)
+    >>> objective.reduce(losses, batch)  # λ = 0: the mean
+    tensor(2.)
+    >>> objective.end_epoch(torch.tensor([1.0, 4.0]), losses.mean())
+    >>> objective.multipliers  # μ·|Lₐ − L|
+    tensor([0.5000, 1.0000])
+    >>> objective.reduce(losses, batch)  # 2 + 0.5·1 + 1·2
+    tensor(4.5000)
     """
 
     def __init__(

@@ -49,8 +49,39 @@ def retrain_last_layer(
         second half, for each strength.
 
     Raises:
-        FairlineError: There is no last linear layer, or a group has fewer than two held-out images.
+        FairlineError: There is no last linear layer, a group has fewer than two held-out images, or a setting is out of
+            range.
     """
+    _require_possible(held_out, balance, strengths, repeats)
+    layer, features = last_features(model, held_out)
+    labels, groups = held_out.labels.cpu().numpy(), held_out.groups.cpu().numpy()
+    cells = groups if balance == "group" else groups * held_out.num_classes + labels
+    rng = np.random.default_rng(seed)
+
+    half = _half_of_each_group(groups, rng)
+    second = [~half & (groups == group) for group in range(held_out.num_groups)]
+    scores = {}
+    for strength in strengths:
+        chosen = _balanced(cells, half, rng=np.random.default_rng(seed))
+        weight, bias = _fit(features, labels, chosen, strength, held_out.num_classes)
+        right = (features @ weight.T + bias).argmax(1) == labels
+        scores[float(strength)] = min(float(right[own].mean()) for own in second)
+    # Of equals the stronger penalty.
+    strength = min(s for s in scores if scores[s] == max(scores.values()))
+
+    everything = np.ones_like(half)
+    fits = [
+        _fit(features, labels, _balanced(cells, everything, rng), strength, held_out.num_classes)
+        for _ in range(repeats)
+    ]
+    _replace(layer, np.mean([w for w, _ in fits], axis=0), np.mean([b for _, b in fits], axis=0))
+    per_cell = int(np.unique(cells, return_counts=True)[1].min())
+    logger.info("last layer: C = %g, %d images of each cell, worst group by C: %s", strength, per_cell, scores)
+    return {"strength": strength, "per_cell": per_cell, "worst_group_accuracy": scores}
+
+
+def _require_possible(held_out: GroupedData, balance: str, strengths: Sequence[float], repeats: int) -> None:
+    """Refuse settings out of range, and groups that cannot be halved."""
     if balance not in ("group", "group_and_class"):
         raise FairlineError(f"Held-out data are balanced by group or group_and_class, not '{balance}'.")
     if repeats < 1 or not strengths or min(strengths) <= 0:
@@ -58,47 +89,38 @@ def retrain_last_layer(
             f"Retraining needs repeats ≥ 1 and positive strengths, not {repeats} and {list(strengths)}."
         )
     held_out.require_groups("retraining the last layer")
-    layer, features = last_features(model, held_out)
-    labels, groups = held_out.labels.cpu().numpy(), held_out.groups.cpu().numpy()
-    cells = groups if balance == "group" else groups * held_out.num_classes + labels
-    few = [held_out.group_names[g] for g in range(held_out.num_groups) if (groups == g).sum() < 2]
-    if few:
-        raise FairlineError(f"{held_out.name}: group “{few[0]}” has one held-out image; two halves need two.")
-    rng = np.random.default_rng(seed)
+    for name, n in held_out.counts()["n"].items():
+        if n < 2:
+            raise FairlineError(f"{held_out.name}: group “{name}” has one held-out image; two halves need two.")
 
-    half = np.zeros(len(labels), bool)
-    for group in range(held_out.num_groups):
+
+def _half_of_each_group(groups: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Which samples are in the first half, (n,); each group is halved, the first half taking the odd one."""
+    half = np.zeros(len(groups), bool)
+    for group in range(groups.max() + 1):
         members = rng.permutation(np.flatnonzero(groups == group))
         half[members[: (len(members) + 1) // 2]] = True
-    scores = {}
-    for strength in strengths:
-        chosen = _balanced(cells, half, rng=np.random.default_rng(seed))
-        weight, bias = _fit(features, labels, chosen, strength, held_out.num_classes)
-        right = (features @ weight.T + bias).argmax(1) == labels
-        scores[float(strength)] = min(
-            float(right[~half & (groups == group)].mean()) for group in range(held_out.num_groups)
-        )
-    # Of equals the stronger penalty.
-    strength = min(s for s in scores if scores[s] == max(scores.values()))
+    return half
 
-    fits = [
-        _fit(features, labels, _balanced(cells, np.ones_like(half), rng), strength, held_out.num_classes)
-        for _ in range(repeats)
-    ]
-    weight, bias = np.mean([w for w, _ in fits], axis=0), np.mean([b for _, b in fits], axis=0)
+
+def _replace(layer: nn.Linear, weight: Floats, bias: Floats) -> None:
+    """Write weights (K, F) and biases (K,); outputs for classes that the data do not have are never chosen."""
     with torch.no_grad():
-        # Outputs for classes that the data do not have are never chosen.
         layer.weight.zero_()
         layer.weight[: len(weight)] = torch.from_numpy(weight).to(layer.weight)
         layer.bias.fill_(float(bias.min()) - 1e4)
         layer.bias[: len(bias)] = torch.from_numpy(bias).to(layer.bias)
-    per_cell = int(np.unique(cells, return_counts=True)[1].min())
-    logger.info("last layer: C = %g, %d images of each cell, worst group by C: %s", strength, per_cell, scores)
-    return {"strength": strength, "per_cell": per_cell, "worst_group_accuracy": scores}
 
 
 def last_features(model: nn.Module, data: GroupedData) -> tuple[nn.Linear, Floats]:
-    """The last linear layer, and what goes into it for every sample, float64, (N, F).
+    """The last linear layer, and what goes into it for every sample.
+
+    Args:
+        model: Any network whose output is that of its last ``nn.Linear``.
+        data: The samples.
+
+    Returns:
+        The layer, and its inputs, float64, (N, F).
 
     Raises:
         FairlineError: There is none, or the network does something with its output.

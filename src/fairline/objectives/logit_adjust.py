@@ -25,6 +25,17 @@ class LogitAdjust(Objective):
 
     Raises:
         FairlineError: τ is negative.
+
+    >>> index = torch.tensor([0, 0, 1])
+    >>> data = GroupedData(torch.zeros(3, 1, 1, 1, dtype=torch.uint8), index, index, ("a", "b"), ("many", "few"))
+    >>> batch = Batch(data.normalized(), data.labels, data.groups, torch.arange(3))
+    >>> objective = LogitAdjust()
+    >>> objective.start(data)
+    >>> objective.shift.exp()
+    tensor([0.6667, 0.3333])
+    >>> logits = torch.zeros(3, 2)
+    >>> objective.losses(logits, None, batch).exp()  # 1 over the class shares
+    tensor([1.5000, 1.5000, 3.0000])
     """
 
     def __init__(self, tau: float = 1.0, **options: float) -> None:

@@ -23,6 +23,16 @@ class Reweighting(Objective):
 
     Raises:
         FairlineError: β or ``by`` is out of range.
+
+    >>> index = torch.tensor([0, 0, 1])
+    >>> data = GroupedData(torch.zeros(3, 1, 1, 1, dtype=torch.uint8), index, index, ("a", "b"), ("many", "few"))
+    >>> batch = Batch(data.normalized(), data.labels, data.groups, torch.arange(3))
+    >>> objective = Reweighting()
+    >>> objective.start(data)
+    >>> objective.weights
+    tensor([0.7500, 1.5000])
+    >>> objective.reduce(torch.tensor([1.0, 1.0, 3.0]), batch)
+    tensor(2.)
     """
 
     def __init__(self, beta: float | None = None, by: str = "group", **options: float) -> None:

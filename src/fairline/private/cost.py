@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache
+from typing import Any
 
 import pandas as pd
 from torch import Tensor, nn
@@ -167,6 +168,12 @@ def cut_matrices(m: int, k: int, n: int, degree: int = 8192) -> Blocks:
         k: Inner size.
         n: Columns.
         degree: Of the polynomials.
+
+    Returns:
+        What the blocks of the cheapest cut add up to.
+
+    >>> cut_matrices(1, 64, 5)
+    Blocks(sent=1, returned=1, products=1, automorphisms=0, packed=False)
     """
     best = _cheapest_blocks(m, k, n, degree, packed=True)
     # One result polynomial needs no packing, which frees the inner block size from powers of two.
@@ -198,9 +205,9 @@ def _cheapest_blocks(m: int, k: int, n: int, degree: int, *, packed: bool) -> tu
 
 
 class Semi2k(ProtocolCost):
-    """SEMI2K (SPDZ2k's semi-honest part) as SPU 0.9.5 implements it, ring of 64 bits, its first party the dealer.
+    """SEMI2K (SPDZ2k's semi-honest part; Cramer et al. 2018) as SPU 0.9.5 implements it, its first party the dealer.
 
-    Products cost what opening both masked operands costs: eight bytes a value and party.
+    A ring of 64 bits. Products cost what opening both masked operands costs: eight bytes a value and party.
     """
 
     source = _SPU
@@ -392,8 +399,17 @@ def estimate(
             :class:`~fairline.private.Network`.
         batch_size: Images in a call.
 
+    Returns:
+        The prediction, as a whole and by layer.
+
     Raises:
         FairlineError: There is no such protocol or network, or the model cannot be exported.
+
+    >>> import torch
+    >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 2))
+    >>> told = estimate(network, torch.zeros(1, 3, 8, 8), protocol="semi2k")
+    >>> told.relus, round(told.relu_bytes), round(told.rounds)
+    (256, 36864, 13)
     """
     require_cost_model(protocol)
     if batch_size < 1:
@@ -406,18 +422,8 @@ def estimate(
         graph = to_graph(model, example)
     wire = find_network(network)
     costs = PROTOCOL_COSTS[protocol]()
-    rows = []
-    total = Cost()
-    for node, cost in layer_costs(graph, costs, batch_size):
-        total += cost
-        rows.append(
-            {
-                "layer": node.layer if node is not None else "output",
-                "op": node.op if node is not None else "open",
-                "relus": kept_relus(graph, node) if node is not None else 0,
-                **{f.name: getattr(cost, f.name) for f in fields(cost)},
-            }
-        )
+    layers = list(layer_costs(graph, costs, batch_size))
+    total = sum((cost for _, cost in layers), Cost())
     return Estimate(
         protocol=protocol,
         network=wire,
@@ -429,15 +435,22 @@ def estimate(
         compute_seconds=total.compute_seconds,
         network_seconds=wire.seconds(total.bytes, total.rounds),
         setup_bytes=costs.setup.bytes,
-        layers=pd.DataFrame(rows),
+        layers=pd.DataFrame([_row(graph, node, cost) for node, cost in layers]),
         source=costs.source,
     )
+
+
+def _row(graph: PlainGraph, node: Node | None, cost: Cost) -> dict[str, Any]:
+    described: dict[str, Any] = {"layer": "output", "op": "open", "relus": 0}
+    if node is not None:
+        described = {"layer": node.layer, "op": node.op, "relus": kept_relus(graph, node)}
+    return {**described, **{f.name: getattr(cost, f.name) for f in fields(cost)}}
 
 
 def layer_costs(graph: PlainGraph, costs: ProtocolCost, batch: int = 1) -> Iterator[tuple[Node | None, Cost]]:
     """Cost of each node of a graph, and of opening its output (None)."""
     for node in graph.nodes:
-        yield node, _OPERATORS[node.op](graph, node, costs, batch)
+        yield node, OPERATORS[node.op](graph, node, costs, batch)
     yield None, costs.open(batch * graph.outputs)
 
 
@@ -492,7 +505,8 @@ def _max_pool(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) ->
     return Cost(one.bytes, one.offline_bytes, one.rounds * math.ceil(math.log2(window)), one.compute_seconds)
 
 
-_OPERATORS: dict[str, Callable[[PlainGraph, Node, ProtocolCost, int], Cost]] = {
+#: What each operator of :data:`fairline.private.graph.OPERATORS` costs.
+OPERATORS: dict[str, Callable[[PlainGraph, Node, ProtocolCost, int], Cost]] = {
     "conv2d": _conv2d,
     "linear": _linear,
     "affine": _affine,

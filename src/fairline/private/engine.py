@@ -1,6 +1,6 @@
 """One party's side of SPU: runtime, compiled programs, private values, and what a call cost.
 
-Needs the extra ``fairline[mpc]``. SPU (SecretFlow) is the engine; nothing of the cryptography is here.
+Needs the extra ``fairline[mpc]``. SPU (Ma et al., USENIX ATC 2023) is the engine; nothing of the cryptography is here.
 """
 
 from __future__ import annotations
@@ -157,6 +157,13 @@ _OPERATOR = re.compile(
 
 def parse_profile(text: str, seconds: float) -> CallStats:
     """Read SPU's profile of one execution.
+
+    Args:
+        text: What SPU logged of it.
+        seconds: Wall time of the call.
+
+    Returns:
+        What the call cost.
 
     Raises:
         FairlineError: SPU wrote another format.

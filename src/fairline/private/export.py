@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fairline.errors import FairlineError
-from fairline.masking import SQUARE_SCALE, masked_relus
+from fairline.inference import logits_of
+from fairline.masking import SQUARE_SCALE, copy_model, masked_relus
+from fairline.masking.published import take_over_published
 from fairline.private.graph import Node, PlainGraph
 
 
@@ -69,32 +71,78 @@ def to_graph(model: nn.Module, example: Tensor) -> PlainGraph:
         FairlineError: The network cannot be traced, uses an operator that private inference does not know, or learns
             its masks still.
     """
-    model = copy.deepcopy(model).cpu().eval()
+    if example.ndim not in (2, 4):
+        raise FairlineError(
+            f"An example input is a batch, (B, C, H, W), not one of shape {tuple(example.shape)}; example[None] makes "
+            "one of a single image."
+        )
+    model = copy_model(model).cpu().float().eval()
+    model.register_forward_hook(lambda module, inputs, output: logits_of(output, module, inputs[0]))
     for name, layer in masked_relus(model).items():
         if layer.weight is not None:
             raise FairlineError(f"The masks of '{name}' are still being learned; fix them before the export.")
     # Two different samples: export takes a batch of one for a constant.
     batch = torch.randn((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = model(batch)
+        expected = _run(model, batch)
+        take_over_published(model, batch)
         for name, layer in masked_relus(model).items():
             # Where all ReLUs are kept, no polynomial is left.
             coefficients = None if layer.num_kept == layer.kept.numel() else layer.coefficients
             model.set_submodule(name, _Leaf(layer.kept, coefficients))
-        try:
-            program = torch.export.export(
-                model, (batch,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
-            )
-        except Exception as error:
-            # The user's own forward may do anything.
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise FairlineError(f"{type(model).__name__} cannot be exported ({reason}).") from None
+        program = _export(model, batch)
         graph = _Reader(program, tuple(batch.shape[1:])).read()
         found = graph(batch)
     error_size = float((found - expected).abs().max() / expected.abs().max().clamp_min(1))
     if not error_size < 1e-5:
         raise FairlineError(f"The exported {type(model).__name__} computes something else (by {error_size:.1e}).")
     return graph
+
+
+def _run(model: nn.Module, batch: Tensor) -> Tensor:
+    try:
+        output: Tensor = model(batch)
+    except Exception as error:
+        # The user's own forward may do anything.
+        raise FairlineError(
+            f"{type(model).__name__} fails on images of shape {tuple(batch.shape[1:])} ({_reason(error)})."
+        ) from None
+    return output
+
+
+def _export(model: nn.Module, batch: Tensor) -> torch.export.ExportedProgram:
+    sizes = ({0: torch.export.Dim("batch")},)
+    try:
+        with warnings.catch_warnings():
+            # Of attributes that a forward sets; what was exported is compared with the network anyway.
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, (batch,), dynamic_shapes=sizes, strict=False)
+    except Exception as error:
+        raise FairlineError(f"{type(model).__name__} cannot be exported ({_reason(error)}).") from None
+    _inline_grad_modes(program.graph_module)
+    return program
+
+
+def _inline_grad_modes(module: fx.GraphModule) -> None:
+    """Put what stood in a block of ``enable_grad`` or ``set_grad_enabled`` back among the other nodes."""
+    graph = module.graph
+    for node in graph.nodes:
+        if _operator_name(node) != "wrap_with_set_grad_enabled":
+            continue
+        _, block, *inputs = node.args
+        body = cast(fx.GraphModule, module.get_submodule(str(cast(fx.Node, block).target)))
+        _inline_grad_modes(body)
+        placeholders = body.graph.find_nodes(op="placeholder")
+        with graph.inserting_before(node):
+            outputs = graph.graph_copy(body.graph, dict(zip(placeholders, inputs, strict=True)))
+        for taken in list(node.users):
+            taken.replace_all_uses_with(cast(Any, outputs)[taken.args[1]])
+            graph.erase_node(taken)
+        graph.erase_node(node)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 class _Reader:
@@ -110,22 +158,28 @@ class _Reader:
             **signature.inputs_to_buffers,
             **signature.inputs_to_lifted_tensor_constants,
         }
-        #: Tensors that placeholders stand for.
-        self.tensors = {name: state[target].detach() for name, target in targets.items()}
+        #: What does not depend on the image: weights, and whatever is computed from them alone.
+        self.constants: dict[str, Any] = {name: state[target].detach() for name, target in targets.items()}
         #: What each traced value is called in the plain graph.
         self.names: dict[fx.Node, str] = {}
+        #: Traced values that one node of the graph gives, and that no other traced value shares with them.
+        self.sole: set[fx.Node] = set()
 
     def read(self) -> PlainGraph:
         output: fx.Node | None = None
+        # What the network returns beside its logits is computed for nobody.
+        self.program.graph.eliminate_dead_code()
         for traced in self.program.graph.nodes:
             if traced.op == "placeholder":
-                if traced.name not in self.tensors:
+                if traced.name not in self.constants:
                     self.names[traced] = "x"
             elif traced.op == "output":
                 output = traced.args[0][0]
             elif traced.op == "call_function":
                 handler = _HANDLERS.get(traced.target)
-                if handler is not None:
+                if all(source.name in self.constants for source in traced.all_input_nodes):
+                    self._compute(traced)
+                elif handler is not None:
                     handler(self, traced)
                 elif not _gives_no_tensor(traced):
                     raise FairlineError(
@@ -140,6 +194,11 @@ class _Reader:
         self._drop_dead(last)
         return self.graph
 
+    def _compute(self, traced: fx.Node) -> None:
+        """A constant from constants: normalised weights, for one."""
+        arguments, options = fx.map_arg((traced.args, traced.kwargs), lambda node: self.constants[node.name])
+        self.constants[traced.name] = traced.target(*arguments, **options)  # type: ignore[operator]
+
     def _drop_dead(self, last: str) -> None:
         needed = {last}
         for node in reversed(self.graph.nodes):
@@ -153,8 +212,11 @@ class _Reader:
         self.graph.nodes = [n for n in nodes if n.name != last] + [n for n in nodes if n.name == last]
 
     def tensor(self, argument: Any) -> Tensor | None:
-        """The constant that an argument stands for."""
-        return self.tensors.get(argument.name) if isinstance(argument, fx.Node) else None
+        """The constant tensor that an argument is or stands for."""
+        if isinstance(argument, int | float):
+            return torch.tensor(float(argument))
+        value = self.constants.get(argument.name) if isinstance(argument, fx.Node) else None
+        return value if isinstance(value, Tensor) else None
 
     def name_of(self, traced: fx.Node, argument: Any) -> str:
         if isinstance(argument, fx.Node) and argument in self.names:
@@ -195,6 +257,7 @@ class _Reader:
             )
         )
         self.names[traced] = traced.name
+        self.sole.add(traced)
 
     def same(self, traced: fx.Node, source: Any) -> None:
         """The operator changes nothing."""
@@ -202,7 +265,8 @@ class _Reader:
 
 
 def _gives_no_tensor(traced: fx.Node) -> bool:
-    return not isinstance(traced.meta.get("val"), Tensor)
+    value = traced.meta.get("val")
+    return not any(isinstance(each, Tensor) for each in (value if isinstance(value, list | tuple) else [value]))
 
 
 def _operator_name(traced: Any) -> str:
@@ -281,41 +345,80 @@ def _read_batch_norm(reader: _Reader, traced: fx.Node) -> None:
     # In double precision: the folded weights should err by one rounding.
     scale = (variance.double() + epsilon).rsqrt() * (1 if weight is None else weight.double())
     shift = (0 if bias is None else bias.double()) - mean.double() * scale
-    source = cast(fx.Node, traced.args[0])
-    place = next((i for i, n in enumerate(reader.graph.nodes) if n.name == reader.names.get(source)), None)
-    node = None if place is None else reader.graph.nodes[place]
-    if node is not None and node.op in ("conv2d", "linear") and len(source.users) == 1 and node.name == source.name:
+    axes = [-1] + [1] * (len(_sample_shape(traced)) - 1)
+    _scale_and_shift(reader, traced, traced.args[0], scale.view(axes), shift.view(axes))
+
+
+def _scale_and_shift(reader: _Reader, traced: fx.Node, source: Any, scale: Tensor, shift: Tensor) -> None:
+    """``source·scale + shift``, both broadcast to a sample's shape; folded into the layer before where it can be."""
+    shape = _sample_shape(traced)
+    channels = torch.Size([shape[0]] + [1] * (len(shape) - 1))
+    node = next((node for node in reader.graph.nodes if node.name == reader.names.get(source)), None)
+    alone = node is not None and node.op in ("conv2d", "linear") and source in reader.sole and len(source.users) == 1
+    if node is not None and alone and torch.broadcast_shapes(scale.shape, shift.shape, channels) == channels:
         weights = reader.graph.weights
         kernel, offset = (weights[name].double() for name in node.weights)
+        scale, shift = (each.double().expand(channels).flatten() for each in (scale, shift))
         weights[node.weights[0]] = (kernel * scale.view(-1, *[1] * (kernel.ndim - 1))).float()
         weights[node.weights[1]] = (offset * scale + shift).float()
         reader.names[traced] = node.name
+        reader.sole.add(traced)
         return
-    axes = [-1] + [1] * (len(_sample_shape(traced)) - 1)
-    reader.emit("affine", traced, (source,), {"scale": scale.view(axes).float(), "shift": shift.view(axes).float()})
+    scale, shift = torch.broadcast_tensors(scale, shift)
+    reader.emit("affine", traced, (source,), {"scale": scale.float(), "shift": shift.float()})
+
+
+def _constant(reader: _Reader, traced: fx.Node, argument: Any) -> Tensor | None:
+    """A constant operand, double, of the shape of a sample or broadcast to it; None for what comes from the image."""
+    value = reader.tensor(argument)
+    if value is None:
+        return None
+    shape = _sample_shape(traced)
+    if value.ndim == len(shape) + 1 and len(value) == 1:
+        value = value[0]
+    if value.ndim > len(shape) or torch.broadcast_shapes(value.shape, shape) != shape:
+        raise _refuse(traced, f"a constant of shape {tuple(value.shape)}")
+    return value.double()
 
 
 def _read_add(reader: _Reader, traced: fx.Node) -> None:
     left, right = traced.args[:2]
+    if traced.target in _REVERSED:
+        left, right = right, left
     alpha = float(cast(float, traced.kwargs.get("alpha", 1)))
     if traced.target in _SUBTRACTIONS:
         alpha = -alpha
+    before, after = (_constant(reader, traced, each) for each in (left, right))
     for each in (left, right):
-        if not isinstance(each, fx.Node) or each not in reader.names:
-            raise _refuse(traced, "a constant")
-    if _sample_shape(cast(fx.Node, left)) != _sample_shape(cast(fx.Node, right)):
-        raise _refuse(traced, "inputs of different shapes")
-    reader.emit("add", traced, (left, right), alpha=alpha)
+        if isinstance(each, fx.Node) and each in reader.names and _sample_shape(each) != _sample_shape(traced):
+            raise _refuse(traced, "inputs of different shapes")
+    if before is not None:
+        _scale_and_shift(reader, traced, right, torch.tensor(alpha).expand_as(before), before)
+    elif after is not None:
+        _scale_and_shift(reader, traced, left, torch.ones_like(after), alpha * after)
+    else:
+        reader.emit("add", traced, (left, right), alpha=alpha)
 
 
 def _read_scale(reader: _Reader, traced: fx.Node) -> None:
     left, right = traced.args[:2]
-    if isinstance(left, int | float) and traced.target not in _DIVISIONS:
+    divides = traced.target in _DIVISIONS
+    if reader.tensor(left) is not None and not divides:
         left, right = right, left
-    if not isinstance(right, int | float):
-        raise _refuse(traced, "a factor that is not a number")
-    factor = 1 / float(right) if traced.target in _DIVISIONS else float(right)
-    reader.emit("scale", traced, (left,), factor=factor)
+    factor = _constant(reader, traced, right)
+    if factor is None or reader.tensor(left) is not None:
+        raise _refuse(traced, "a factor that comes from the image")
+    if _sample_shape(cast(fx.Node, left)) != _sample_shape(traced):
+        raise _refuse(traced, "inputs of different shapes")
+    factor = 1 / factor if divides else factor
+    if isinstance(right, int | float):
+        reader.emit("scale", traced, (left,), factor=float(factor))
+    else:
+        _scale_and_shift(reader, traced, left, factor, torch.zeros_like(factor))
+
+
+def _read_negative(reader: _Reader, traced: fx.Node) -> None:
+    reader.emit("scale", traced, (traced.args[0],), factor=-1.0)
 
 
 def _read_concat(reader: _Reader, traced: fx.Node) -> None:
@@ -398,6 +501,15 @@ def _read_identity(reader: _Reader, traced: fx.Node) -> None:
     reader.same(traced, traced.args[0])
 
 
+def _read_copy(reader: _Reader, traced: fx.Node) -> None:
+    """An in-place ReLU that has been masked: whoever reads its input later reads its output."""
+    overwritten, source = cast(tuple[fx.Node, fx.Node], traced.args[:2])
+    if _sample_shape(overwritten) != _sample_shape(source):
+        raise _refuse(traced, "inputs of different shapes")
+    reader.same(traced, source)
+    reader.same(overwritten, source)
+
+
 def _read_dropout(reader: _Reader, traced: fx.Node) -> None:
     if _argument(traced, 2, "train", False):
         raise _refuse(traced, "training=True")
@@ -405,7 +517,8 @@ def _read_dropout(reader: _Reader, traced: fx.Node) -> None:
 
 
 _aten = torch.ops.aten
-_SUBTRACTIONS = {_aten.sub.Tensor, _aten.sub_.Tensor}
+_REVERSED = {_aten.rsub.Scalar, _aten.rsub.Tensor}
+_SUBTRACTIONS = {_aten.sub.Tensor, _aten.sub_.Tensor, *_REVERSED}
 _DIVISIONS = {_aten.div.Tensor, _aten.div_.Tensor, _aten.div.Scalar}
 
 #: The operators of PyTorch that a network may use.
@@ -416,6 +529,7 @@ _HANDLERS: dict[Any, Callable[[_Reader, fx.Node], None]] = {
     _aten.batch_norm.default: _read_batch_norm,
     **dict.fromkeys((_aten.add.Tensor, _aten.add_.Tensor, *_SUBTRACTIONS), _read_add),
     **dict.fromkeys((_aten.mul.Tensor, _aten.mul_.Tensor, _aten.mul.Scalar, *_DIVISIONS), _read_scale),
+    _aten.neg.default: _read_negative,
     _aten.cat.default: _read_concat,
     _aten.relu.default: _read_relu,
     _aten.relu_.default: _read_relu,
@@ -436,6 +550,7 @@ _HANDLERS: dict[Any, Callable[[_Reader, fx.Node], None]] = {
         ),
         _read_reshape,
     ),
+    _aten.copy_.default: _read_copy,
     **dict.fromkeys((_aten.dropout.default, _aten.dropout_.default, _aten.feature_dropout.default), _read_dropout),
     **dict.fromkeys((_aten.alias.default, _aten.clone.default, _aten.contiguous.default), _read_identity),
 }

@@ -7,17 +7,17 @@ every group: one whose images lie close to the decision boundary has more to los
 
 from __future__ import annotations
 
-import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fairline.audit.accuracy import wilson_interval
+from fairline.audit.intervals import wilson_interval
 from fairline.data.grouped import OVERALL, GroupedData
 from fairline.errors import FairlineError
 from fairline.private.export import to_graph
@@ -25,8 +25,6 @@ from fairline.private.graph import PlainGraph
 from fairline.private.plan import IMAGE_OWNER, PROTOCOLS
 from fairline.private.spu import measure, require_bits, require_spu
 from fairline.training import Progress, ProgressCallback
-
-logger = logging.getLogger(__name__)
 
 #: SPU's arithmetic in the clear, without a second party.
 IN_THE_CLEAR = "ref2k"
@@ -68,12 +66,10 @@ def agreement(
         FairlineError: SPU is missing, the bits do not fit, or there is no such protocol.
     """
     check_request(protocol, fraction_bits, ring_bits, samples, batch_size)
-    if samples is None:
-        index = torch.arange(len(data))
-    else:
+    index = torch.arange(len(data))
+    if samples is not None:
         index = torch.cat(data.sample_by_group(samples, seed)).cpu().sort().values
     images = data.normalized(index.to(data.device)).cpu()
-    labels, groups = data.labels.cpu()[index], data.groups.cpu()[index]
     graph = model if isinstance(model, PlainGraph) else to_graph(model, images[:1])
     with torch.inference_mode():
         plain = torch.cat([graph(part) for part in images.split(100)])
@@ -82,25 +78,29 @@ def agreement(
         if protocol == IN_THE_CLEAR:
             private = in_the_clear(graph, images, ring_bits, bits, batch_size, progress)
         else:
-            measured = measure(
-                {"network": graph},
-                images,
-                protocols=[protocol],
-                batch_sizes=[min(batch_size, len(images))],
-                repeats=1,
-                ring_bits=ring_bits,
-                fraction_bits=bits,
-                seed=seed,
-                progress=progress,
-            )
-            (private,) = measured.outputs.values()
-        for group, name in [*enumerate(data.group_names), (-1, OVERALL)]:
-            chosen = groups == group if group >= 0 else torch.ones_like(groups, dtype=torch.bool)
-            if chosen.any():
-                rows.append(
-                    {"fraction_bits": bits, "group": name, **_compared(plain[chosen], private[chosen], labels[chosen])}
-                )
+            options = {"ring_bits": ring_bits, "fraction_bits": bits, "seed": seed, "progress": progress}
+            private = _between_parties(graph, images, protocol, batch_size, options)
+        rows += [{"fraction_bits": bits, **row} for row in _by_group(plain, private, data, index)]
     return pd.DataFrame(rows)
+
+
+def _between_parties(
+    graph: PlainGraph, images: Tensor, protocol: str, batch_size: int, options: Mapping[str, Any]
+) -> Tensor:
+    """Logits (N, K), each batch sent once."""
+    sizes = [min(batch_size, len(images))]
+    measured = measure({"network": graph}, images, protocols=[protocol], batch_sizes=sizes, repeats=1, **options)
+    (logits,) = measured.outputs.values()
+    return logits
+
+
+def _by_group(plain: Tensor, private: Tensor, data: GroupedData, index: Tensor) -> Iterator[dict[str, Any]]:
+    """A row for each group that has samples, and one for all; logits are (N, K), of the samples ``index`` (N,)."""
+    labels, groups = data.labels.cpu()[index], data.groups.cpu()[index]
+    for group, name in [*enumerate(data.group_names), (-1, OVERALL)]:
+        chosen = groups == group if group >= 0 else torch.ones_like(groups, dtype=torch.bool)
+        if chosen.any():
+            yield {"group": name, **_compared(plain[chosen], private[chosen], labels[chosen])}
 
 
 def check_request(

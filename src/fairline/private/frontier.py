@@ -22,6 +22,12 @@ def pareto(cost: Sequence[float], score: Sequence[float]) -> np.ndarray[Any, np.
     Args:
         cost: Less is better, (N,); a point of unknown cost (NaN) is on no front.
         score: More is better, (N,).
+
+    Returns:
+        bool, (N,).
+
+    >>> pareto([1, 2, 2, float("nan")], [0.6, 0.9, 0.8, 1.0]).tolist()
+    [True, True, False, False]
     """
     costs, scores = np.asarray(cost, float)[:, None], np.asarray(score, float)[:, None]
     beats = (costs <= costs.T) & (scores >= scores.T) & ((costs < costs.T) | (scores > scores.T))

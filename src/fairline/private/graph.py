@@ -1,8 +1,9 @@
 """A plain graph: what one private inference computes, in a small set of named operators.
 
 It has two halves. The architecture, with the masks, is public: both parties of a private inference know it. The weights
-are the model owner's. :mod:`fairline.private.export` makes graphs from networks; the JAX, ONNX and cost interpreters
-read them.
+are the model owner's. :mod:`fairline.private.export` makes graphs from networks. :func:`interpret` walks them: with the
+operators below in torch, in JAX with those of :mod:`fairline.private.jax_graph`, and into an ONNX file with those of
+:mod:`fairline.private.onnx_graph`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -86,11 +87,8 @@ class PlainGraph:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (B, K) of normalised images (B, C, H, W), in plain torch."""
-        values = {"x": x}
-        for node in self.nodes:
-            weights = [self.weights[name].to(x.dtype) for name in node.weights]
-            values[node.name] = OPERATORS[node.op](self, node, [values[name] for name in node.inputs], weights)
-        return values[self.nodes[-1].name]
+        weights = {name: value.to(x.dtype) for name, value in self.weights.items()}
+        return interpret(self, OPERATORS, self, x, weights)
 
     def save_public(self, path: str | Path) -> None:
         """Write the public half."""
@@ -109,6 +107,12 @@ class PlainGraph:
     @classmethod
     def load_public(cls, path: str | Path) -> PlainGraph:
         """Read what :meth:`save_public` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The graph, without weights.
 
         Raises:
             FairlineError: The file is missing, broken or of another kind.
@@ -148,6 +152,35 @@ class PlainGraph:
 
 
 _FORMAT = "fairline plain graph 1"
+
+Context = TypeVar("Context")
+Value = TypeVar("Value")
+
+
+def interpret(
+    graph: PlainGraph,
+    operators: Mapping[str, Callable[[Context, Node, Sequence[Value], Sequence[Value]], Value]],
+    context: Context,
+    x: Value,
+    weights: Mapping[str, Value],
+) -> Value:
+    """Walk a graph once, in the order of evaluation.
+
+    Args:
+        graph: Its weights are not read.
+        operators: What each operator makes of the context, the node, the node's inputs and its weights.
+        context: Handed to every operator: the graph, or what is being built from it.
+        x: Stands for the input.
+        weights: Stand for the private tensors, by name.
+
+    Returns:
+        What stands for the logits.
+    """
+    values = {"x": x}
+    for node in graph.nodes:
+        inputs = [values[name] for name in node.inputs]
+        values[node.name] = operators[node.op](context, node, inputs, [weights[name] for name in node.weights])
+    return values[graph.nodes[-1].name]
 
 
 @dataclass(frozen=True)

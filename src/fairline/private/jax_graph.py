@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fairline.masking import SQUARE_SCALE
-from fairline.private.graph import Node, PlainGraph, Positions
+from fairline.private.graph import Node, PlainGraph, Positions, interpret
 
 Weights = Mapping[str, Any]
 
@@ -30,11 +30,7 @@ def to_jax(graph: PlainGraph) -> Callable[[Weights, Any], Any]:
     """
 
     def run(weights: Weights, x: Any) -> Any:
-        values = {"x": x}
-        for node in graph.nodes:
-            inputs = [values[name] for name in node.inputs]
-            values[node.name] = _OPERATORS[node.op](graph, node, inputs, [weights[name] for name in node.weights])
-        return values[graph.nodes[-1].name]
+        return interpret(graph, OPERATORS, graph, x, weights)
 
     return run
 
@@ -142,7 +138,8 @@ def _reshape(_: PlainGraph, node: Node, inputs: Sequence[Any], weights: Sequence
     return inputs[0].reshape(-1, *node.shape)
 
 
-_OPERATORS: dict[str, Callable[[PlainGraph, Node, Sequence[Any], Sequence[Any]], Any]] = {
+#: The operators of :data:`fairline.private.graph.OPERATORS`, in JAX.
+OPERATORS: dict[str, Callable[[PlainGraph, Node, Sequence[Any], Sequence[Any]], Any]] = {
     "conv2d": _conv2d,
     "linear": _linear,
     "affine": _affine,

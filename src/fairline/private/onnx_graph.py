@@ -6,7 +6,7 @@ Needs the extra ``fairline[onnx]``.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from fairline._io import atomic_path
 from fairline.errors import FairlineError
 from fairline.masking import SQUARE_SCALE
-from fairline.private.graph import Node, PlainGraph, Positions
+from fairline.private.graph import Node, PlainGraph, Positions, interpret
 
 #: Old enough for every engine, new enough for axes as attributes of all operators used.
 OPSET = 17
@@ -45,10 +45,8 @@ def to_onnx(graph: PlainGraph) -> Any:
     from onnx import TensorProto, helper
 
     builder = _Builder(graph)
-    for node in graph.nodes:
-        builder.place(node)
-    last = graph.nodes[-1]
-    builder.add("Identity", [last.name], "logits")
+    last = interpret(graph, OPERATORS, builder, "images", {name: name for name in graph.weights})
+    builder.add("Identity", [last], "logits")
     model = helper.make_model(
         helper.make_graph(
             builder.nodes,
@@ -67,6 +65,8 @@ def to_onnx(graph: PlainGraph) -> Any:
 
 
 class _Builder:
+    """The nodes and constants of an ONNX graph that is being made; values are the names of tensors."""
+
     def __init__(self, graph: PlainGraph) -> None:
         self.graph = graph
         self.nodes: list[Any] = []
@@ -80,15 +80,11 @@ class _Builder:
         self.constants.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
-    def add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+    def add(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         from onnx import helper
 
-        inputs = ["images" if name == "x" else name for name in inputs]
         self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
-
-    def place(self, node: Node) -> None:
-        _OPERATORS[node.op](self, node, [*node.inputs], [*node.weights])
 
     def split(self, node: Node, x: str) -> tuple[str, str, Positions]:
         """Kept and other units, flattened."""
@@ -100,20 +96,20 @@ class _Builder:
             names.append(self.add("Gather", [flat, index], f"{node.name}.{kind}", axis=1))
         return names[0], names[1], positions
 
-    def join(self, node: Node, kept: str, rest: str, positions: Positions) -> None:
+    def join(self, node: Node, kept: str, rest: str, positions: Positions) -> str:
         both = self.add("Concat", [kept, rest], f"{node.name}.both", axis=1)
         index = self.constant(f"{node.name}.inverse", positions.inverse.numpy())
         ordered = self.add("Gather", [both, index], f"{node.name}.ordered", axis=1)
-        self.reshape(ordered, node)
+        return self.reshape(ordered, node)
 
-    def reshape(self, x: str, node: Node) -> None:
+    def reshape(self, x: str, node: Node) -> str:
         shape = self.constant(f"{node.name}.shape", np.array([-1, *node.shape], np.int64))
-        self.add("Reshape", [x, shape], node.name)
+        return self.add("Reshape", [x, shape], node.name)
 
 
-def _conv2d(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+def _conv2d(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
     o = node.options
-    builder.add(
+    return builder.add(
         "Conv",
         [*inputs, *weights],
         node.name,
@@ -124,45 +120,43 @@ def _conv2d(builder: _Builder, node: Node, inputs: list[str], weights: list[str]
     )
 
 
-def _linear(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
-    builder.add("Gemm", [*inputs, *weights], node.name, transB=1)
+def _linear(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
+    return builder.add("Gemm", [*inputs, *weights], node.name, transB=1)
 
 
-def _affine(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+def _affine(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
     scaled = builder.add("Mul", [inputs[0], weights[0]], f"{node.name}.scaled")
-    builder.add("Add", [scaled, weights[1]], node.name)
+    return builder.add("Add", [scaled, weights[1]], node.name)
 
 
 def _number(builder: _Builder, name: str, value: float) -> str:
     return builder.constant(name, np.array(value, np.float32))
 
 
-def _add(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+def _add(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
     if node.options["alpha"] == 1:
-        builder.add("Add", inputs, node.name)
-        return
+        return builder.add("Add", inputs, node.name)
     alpha = _number(builder, f"{node.name}.alpha", node.options["alpha"])
     scaled = builder.add("Mul", [inputs[1], alpha], f"{node.name}.scaled")
-    builder.add("Add", [inputs[0], scaled], node.name)
+    return builder.add("Add", [inputs[0], scaled], node.name)
 
 
-def _scale(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
-    builder.add("Mul", [inputs[0], _number(builder, f"{node.name}.factor", node.options["factor"])], node.name)
+def _scale(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
+    return builder.add("Mul", [inputs[0], _number(builder, f"{node.name}.factor", node.options["factor"])], node.name)
 
 
-def _concat(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
-    builder.add("Concat", inputs, node.name, axis=node.options["axis"])
+def _concat(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
+    return builder.add("Concat", inputs, node.name, axis=node.options["axis"])
 
 
-def _relu(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+def _relu(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
     if node.mask is None:
-        builder.add("Relu", inputs, node.name)
-        return
+        return builder.add("Relu", inputs, node.name)
     kept, rest, positions = builder.split(node, inputs[0])
-    builder.join(node, builder.add("Relu", [kept], f"{node.name}.relu"), rest, positions)
+    return builder.join(node, builder.add("Relu", [kept], f"{node.name}.relu"), rest, positions)
 
 
-def _quadratic(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+def _quadratic(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
     kept, rest, positions = builder.split(node, inputs[0])
     # ONNX knows no privacy: the coefficients can be spread over their units here.
     per_unit = builder.graph.weights[weights[0]].expand(3, *node.shape).reshape(3, -1)[:, positions.rest]
@@ -176,29 +170,30 @@ def _quadratic(builder: _Builder, node: Node, inputs: list[str], weights: list[s
     x = builder.add("Add", [x, linear], f"{node.name}.2")
     x = builder.add("Mul", [x, rest], f"{node.name}.3")
     x = builder.add("Add", [x, constant], f"{node.name}.4")
-    builder.join(node, builder.add("Relu", [kept], f"{node.name}.relu"), x, positions)
+    return builder.join(node, builder.add("Relu", [kept], f"{node.name}.relu"), x, positions)
 
 
-def _pool(kind: str) -> Callable[[_Builder, Node, list[str], list[str]], None]:
-    def place(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+def _pool(kind: str) -> Callable[[_Builder, Node, Sequence[str], Sequence[str]], str]:
+    def place(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
         o = node.options
         extra = {"count_include_pad": 1} if kind == "AveragePool" else {}
         pads = [*o["padding"], *o["padding"]]
-        builder.add(kind, inputs, node.name, kernel_shape=o["kernel"], strides=o["stride"], pads=pads, **extra)
+        return builder.add(kind, inputs, node.name, kernel_shape=o["kernel"], strides=o["stride"], pads=pads, **extra)
 
     return place
 
 
-def _mean(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
+def _mean(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
     mean = builder.add("ReduceMean", inputs, f"{node.name}.mean", axes=list(node.options["axes"]), keepdims=0)
-    builder.reshape(mean, node)
+    return builder.reshape(mean, node)
 
 
-def _reshape(builder: _Builder, node: Node, inputs: list[str], weights: list[str]) -> None:
-    builder.reshape(inputs[0], node)
+def _reshape(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
+    return builder.reshape(inputs[0], node)
 
 
-_OPERATORS: dict[str, Callable[[_Builder, Node, list[str], list[str]], None]] = {
+#: The operators of :data:`fairline.private.graph.OPERATORS`, each told what to add to the ONNX graph.
+OPERATORS: dict[str, Callable[[_Builder, Node, Sequence[str], Sequence[str]], str]] = {
     "conv2d": _conv2d,
     "linear": _linear,
     "affine": _affine,

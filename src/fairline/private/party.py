@@ -151,6 +151,9 @@ class Party:
     def receive(self) -> Any:
         """What the other party told.
 
+        Returns:
+            What :meth:`send` was given there.
+
         Raises:
             FairlineError: It is gone, or told something else.
         """
@@ -299,8 +302,17 @@ def pack(share: tuple[bytes, list[bytes]]) -> bytes:
 def unpack(message: bytes) -> tuple[bytes, list[bytes]]:
     """What :func:`pack` packed.
 
+    Args:
+        message: The parts, each behind its length.
+
+    Returns:
+        The share.
+
     Raises:
         FairlineError: The message was cut short.
+
+    >>> unpack(pack((b"meta", [b"one", b"two"])))
+    (b'meta', [b'one', b'two'])
     """
     parts, place = [], 0
     while place < len(message):

@@ -59,6 +59,9 @@ class Plan(BaseModel):
         """Protocol, network, batch size and index of the batch of each timed call that is left, in random order.
 
         Whatever slows the machine for a while then slows no network in particular.
+
+        Returns:
+            One entry a call.
         """
         calls: list[tuple[str, str, int, int]] = [
             (protocol, network, size, index)

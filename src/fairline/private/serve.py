@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fairline._io import read_json, save_tensors
+from fairline.data.decoding import UnusableImage, decode_image, quiet_pillow
 from fairline.errors import FairlineError
 from fairline.private.graph import PlainGraph
 from fairline.private.party import require_free
@@ -77,6 +78,12 @@ class Addresses(BaseModel):
 def load_addresses(path: str | Path) -> Addresses:
     """Read the file of addresses.
 
+    Args:
+        path: YAML, as in the head of this file.
+
+    Returns:
+        Where the parties are.
+
     Raises:
         FairlineError: It is missing, no YAML, or lacks an address.
     """
@@ -91,6 +98,12 @@ def load_addresses(path: str | Path) -> Addresses:
 def load_preprocessing(path: Path) -> Preprocessing:
     """Read how images are prepared.
 
+    Args:
+        path: ``public/images.json`` of an export.
+
+    Returns:
+        What the file says.
+
     Raises:
         FairlineError: The file is missing or broken.
     """
@@ -101,25 +114,27 @@ def load_preprocessing(path: Path) -> Preprocessing:
 
 
 def read_images(paths: Sequence[str | Path], preprocessing: Preprocessing) -> Tensor:
-    """Image files as the network takes them, (N, C, H, W).
+    """Image files as the network takes them, read as the loaders of data sets read them.
+
+    Args:
+        paths: The files.
+        preprocessing: What the network takes.
+
+    Returns:
+        float32, (N, C, H, W).
 
     Raises:
-        FairlineError: A file is missing or no image.
+        FairlineError: A file is missing or no image that can be read.
     """
-    import numpy as np
-    from PIL import Image
-
     channels, height, width = preprocessing.shape
     read = []
-    for path in paths:
-        try:
-            with Image.open(path) as opened:
-                image = opened.convert("L" if channels == 1 else "RGB").resize(
-                    (width, height), Image.Resampling.BILINEAR
-                )
-                read.append(torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1))
-        except OSError as error:
-            raise FairlineError(f"{path} is not an image that can be read ({error.strerror or error}).") from None
+    with quiet_pillow():
+        for path in paths:
+            try:
+                pixels = decode_image(Path(path), channels=channels, size=(height, width))
+            except UnusableImage as error:
+                raise FairlineError(f"{path}: {error}.") from None
+            read.append(torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     return ((torch.stack(read).float() / 255 - mean) / std).contiguous()
 
@@ -145,7 +160,8 @@ def serve(
         What the session cost.
 
     Raises:
-        FairlineError: A file is wrong, the address is busy, nobody came, or the image's owner fell silent.
+        FairlineError: A file is wrong, or the address is busy.
+        SessionError: Nobody came, or the image's owner fell silent.
     """
     require_spu()
     source = Path(folder)
@@ -221,6 +237,9 @@ def query(
         timeout: Seconds without a word from it after which the session ends.
         progress: Told of every call.
 
+    Returns:
+        The classes, and what they cost.
+
     Raises:
         FairlineError: A file is wrong, the address is busy, or the model's owner refused, did not answer or fell
             silent.
@@ -251,10 +270,6 @@ def query(
         party = stack.enter_context(PartyProcess.start(IMAGE_OWNER, temporary, job))
         wait_for([party], session, progress, quiet=wait + 5 * timeout)
     (call,) = session.calls[IMAGE_OWNER]
-    return Answer(
-        torch.tensor(call["logits"]),
-        preprocessing.class_names,
-        call["seconds"],
-        session.setup[IMAGE_OWNER][protocol]["seconds"],
-        call["sent"] + call["received"],
-    )
+    setup = session.setup[IMAGE_OWNER][protocol]["seconds"]
+    sent = call["sent"] + call["received"]
+    return Answer(torch.tensor(call["logits"]), preprocessing.class_names, call["seconds"], setup, sent)

@@ -123,6 +123,9 @@ def run(
         timeout: Seconds without a word between the parties after which the run fails.
         progress: Told of every call.
 
+    Returns:
+        What the calls cost and gave.
+
     Raises:
         FairlineError: SPU is missing, the input is wrong, or a party failed.
     """
@@ -206,6 +209,9 @@ def measure(
         checkpoint: File that an interrupted measurement resumes from, at the next call.
         progress: Told of every call.
 
+    Returns:
+        What the calls cost and gave, by network, protocol and batch size.
+
     Raises:
         FairlineError: SPU is missing, the input is wrong, or a party failed.
     """
@@ -248,6 +254,12 @@ def require_spu() -> None:
 def checked_images(images: Tensor) -> Tensor:
     """Images as a network takes them.
 
+    Args:
+        images: Normalised, (N, C, H, W).
+
+    Returns:
+        float32, contiguous, on the CPU.
+
     Raises:
         FairlineError: They are raw, none, or not (N, C, H, W).
     """
@@ -262,6 +274,14 @@ def checked_images(images: Tensor) -> Tensor:
 
 def make_plan(graphs: Mapping[str, PlainGraph], images: Tensor, **options: Any) -> Plan:
     """The session to propose.
+
+    Args:
+        graphs: By name.
+        images: Normalised, (N, C, H, W).
+        options: Fields of :class:`Plan`.
+
+    Returns:
+        The plan, checked.
 
     Raises:
         FairlineError: An option or the images do not fit.
@@ -390,6 +410,9 @@ def two_processes(
         checkpoint: File that the session resumes from.
         progress: Told of every call.
 
+    Returns:
+        What the parties said of all calls.
+
     Raises:
         FairlineError: A party failed; by then the other one has ended too.
     """
@@ -397,44 +420,46 @@ def two_processes(
     left = plan.model_copy(update={"skip": session.done})
     if not left.calls():
         return session
-    folders = {}
-    for rank, name in ((MODEL_OWNER, "model"), (IMAGE_OWNER, "image")):
-        folders[rank] = folder / name
-        folders[rank].mkdir(mode=0o700)
-    numbered = {name: f"{place}.safetensors" for place, name in enumerate(graphs)}
-    jobs: dict[int, dict[str, Any]] = {}
-    addresses = free_addresses()
+    jobs = _write_jobs(folder, graphs, images, left, timeout)
 
     def saved() -> None:
         if checkpoint is not None:
             session.save(checkpoint, plan)
 
     with contextlib.ExitStack() as stack:
-        for rank, own in folders.items():
-            seen = list(addresses)
-            if slow.rtt or slow.bandwidth != float("inf"):
-                relay = stack.enter_context(contextlib.closing(Relay(addresses[1 - rank], slow)))
-                seen[1 - rank] = relay.address
-            for name, graph in graphs.items():
-                graph.save_public(own / f"public-{numbered[name]}")
-            jobs[rank] = {
-                "role": rank,
-                "addresses": seen,
-                "folder": str(own),
-                "graphs": {name: str(own / f"public-{file}") for name, file in numbered.items()},
-                "timeout": timeout,
-            }
-        for name, graph in graphs.items():
-            graph.save_weights(folders[MODEL_OWNER] / f"weights-{numbered[name]}")
-        jobs[MODEL_OWNER]["weights"] = {
-            name: str(folders[MODEL_OWNER] / f"weights-{file}") for name, file in numbered.items()
-        }
-        save_tensors(folders[IMAGE_OWNER] / "images.safetensors", {"images": images})
-        jobs[IMAGE_OWNER]["images"] = str(folders[IMAGE_OWNER] / "images.safetensors")
-        jobs[IMAGE_OWNER]["plan"] = left.model_dump()
-        parties = [stack.enter_context(PartyProcess.start(rank, folders[rank], jobs[rank])) for rank in sorted(jobs)]
+        if slow.rtt or slow.bandwidth != float("inf"):
+            for rank, job in jobs.items():
+                relay = stack.enter_context(contextlib.closing(Relay(job["addresses"][1 - rank], slow)))
+                job["addresses"][1 - rank] = relay.address
+        parties = [
+            stack.enter_context(PartyProcess.start(rank, Path(job["folder"]), job)) for rank, job in jobs.items()
+        ]
         wait_for(parties, session, progress, quiet=5 * timeout, saved=saved)
     return session
+
+
+def _write_jobs(
+    folder: Path, graphs: Mapping[str, PlainGraph], images: Tensor, plan: Plan, timeout: float
+) -> dict[int, dict[str, Any]]:
+    """Put each party's own files into a folder of its own; returns what each is told, by rank."""
+    addresses = free_addresses()
+    numbered = {name: f"{place}.safetensors" for place, name in enumerate(graphs)}
+    jobs: dict[int, dict[str, Any]] = {}
+    for rank, name in ((MODEL_OWNER, "model"), (IMAGE_OWNER, "image")):
+        own = folder / name
+        own.mkdir(mode=0o700)
+        jobs[rank] = {"role": rank, "addresses": list(addresses), "folder": str(own), "timeout": timeout}
+        jobs[rank]["graphs"] = {network: str(own / f"public-{file}") for network, file in numbered.items()}
+        for network, file in jobs[rank]["graphs"].items():
+            graphs[network].save_public(file)
+    owner, asker = jobs[MODEL_OWNER], jobs[IMAGE_OWNER]
+    owner["weights"] = {network: str(folder / "model" / f"weights-{file}") for network, file in numbered.items()}
+    for network, file in owner["weights"].items():
+        graphs[network].save_weights(file)
+    asker["images"] = str(folder / "image" / "images.safetensors")
+    save_tensors(asker["images"], {"images": images})
+    asker["plan"] = plan.model_dump()
+    return jobs
 
 
 def free_addresses() -> list[str]:
@@ -520,7 +545,7 @@ def wait_for(
         saved: Called after every call that all have told of.
 
     Raises:
-        FairlineError: One failed, or all fell silent.
+        SessionError: One failed, or all fell silent.
     """
     waiting = set(parties)
     heard = monotonic()

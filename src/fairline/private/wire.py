@@ -44,10 +44,21 @@ NETWORKS = {
 
 
 def network(name: str | Network) -> Network:
-    """A profile by name, or one of your own as ``"MBITS:MS"``: megabits a second and milliseconds of round trip.
+    """A network between the parties.
+
+    Args:
+        name: A profile's, or one of your own as ``"MBITS:MS"``: megabits a second and milliseconds of round trip.
+
+    Returns:
+        The network; what already is one, as it is.
 
     Raises:
         FairlineError: It is neither.
+
+    >>> network("lan")
+    Network(name='lan', rtt=0.0003, bandwidth=1000000000.0)
+    >>> network("100:40").seconds(25e6, one_way_trips=10)
+    1.2
     """
     if isinstance(name, Network):
         return name

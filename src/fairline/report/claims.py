@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fairline.audit.accuracy import student_interval
+from fairline.audit.intervals import student_interval
 from fairline.data.grouped import OVERALL
 from fairline.report.page import write_page
 from fairline.report.panels import (

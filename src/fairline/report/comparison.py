@@ -1,19 +1,19 @@
-"""The comparison page: methods side by side at equal budgets, in one HTML file that opens offline."""
+"""The comparison page: methods side by side at equal budgets, in one HTML file (paper, Section 6)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import altair as alt
 import pandas as pd
 
-from fairline.audit.comparison import WORST
 from fairline.charts import PALETTE, save_charts, themed
-from fairline.data.grouped import OVERALL
+from fairline.data.grouped import OVERALL, WORST
 from fairline.report.figures import METHOD_NAMES, budget_labels, budget_order
-from fairline.report.page import read_table, settings, write_page
+from fairline.report.page import settings, write_page
 from fairline.runs import Run
 
 
@@ -41,10 +41,11 @@ def differences(frame: pd.DataFrame, measure: str, title: str) -> Any:
     methods = list(dict.fromkeys(frame.loc[frame["measure"] == "accuracy", "method"]))
     drawn = [method for method in methods if method in set(rows["method"])]
     groups = [group for group in group_order(frame) if group in set(rows["group"])]
+    width = min(880, max(80, 12 * len(drawn)) * len(groups))
     panels = []
     for budget in budget_order(rows):
         base = alt.Chart(rows[rows["budget"] == budget])
-        x = alt.X("group:N", sort=groups, title=None, axis=alt.Axis(labelAngle=0, labelLimit=130))
+        x = alt.X("group:N", sort=groups, title=None, axis=alt.Axis(labelAngle=0, labelLimit=width / len(groups) - 4))
         offset = alt.XOffset("method:N", sort=drawn, scale=alt.Scale(paddingOuter=0.35))
         colour = alt.Color(
             "method:N", sort=drawn, scale=colours(methods), title=None, legend=alt.Legend(values=drawn, labelLimit=320)
@@ -63,7 +64,7 @@ def differences(frame: pd.DataFrame, measure: str, title: str) -> Any:
         )
         panels.append(
             alt.layer(zero, whiskers, points).properties(
-                width=min(880, max(64, 12 * len(drawn)) * len(groups)),
+                width=width,
                 height=200,
                 title=f"{budget} of the ReLUs",
             )
@@ -205,6 +206,9 @@ def figures(frame: pd.DataFrame, layers: pd.DataFrame) -> dict[str, Any]:
     Args:
         frame: From :func:`prepare`.
         layers: Rows of ``layers.parquet``.
+
+    Returns:
+        Altair charts.
     """
     made: dict[str, Any] = {}
     if (frame["measure"] == "gain").any():
@@ -234,12 +238,12 @@ def write_comparison(run_folder: str | Path, out: str | Path | None = None) -> P
         FairlineError: The folder holds no finished comparison.
     """
     run = Run.read(run_folder, "compare")
-    frame = prepare(read_table(run, "comparison.parquet"))
+    frame = prepare(run.table("comparison.parquet"))
     groups = group_order(frame)
     return write_page(
         Path(out) if out is not None else run.folder / "comparison.html",
         "comparison.html.j2",
-        figures(frame, read_table(run, "layers.parquet")),
+        figures(frame, run.table("layers.parquet")),
         title=f"Methods at equal ReLU budgets: {run.data.name}",
         baseline=frame["baseline"].iloc[0],
         headline=headline(frame),
@@ -254,7 +258,7 @@ def write_comparison(run_folder: str | Path, out: str | Path | None = None) -> P
 def write_comparison_figures(run_folder: str | Path, folder: str | Path) -> list[Path]:
     """Write each figure of a compare run as SVG and PNG; returns the files."""
     run = Run.read(run_folder, "compare")
-    charts = figures(prepare(read_table(run, "comparison.parquet")), read_table(run, "layers.parquet"))
+    charts = figures(prepare(run.table("comparison.parquet")), run.table("layers.parquet"))
     return save_charts(charts, Path(folder))
 
 
@@ -277,8 +281,8 @@ def headline(frame: pd.DataFrame) -> list[str]:
         sure = "" if row["low"] > 0 else ", which does not exclude chance"
         sentences = [
             f"With {budget} of the ReLUs “{best}” has the highest worst-group accuracy: {worst[best]:.1%}, where "
-            f"“{baseline}” has {worst[baseline]:.1%} (gain {row['value']:+.1f} points, 95 % interval {row['low']:+.1f} "
-            f"to {row['high']:+.1f}{sure}). Overall accuracy goes from {before:.1%} to {after:.1%}."
+            f"“{baseline}” has {worst[baseline]:.1%} (gain {row['value']:+.1f} points, {_interval_of(row)}"
+            f"{sure}). Overall accuracy goes from {before:.1%} to {after:.1%}."
         ]
     front = frame[(frame["measure"] == "pareto") & (frame["budget"] == budget) & (frame["value"] == 1)]["method"]
     sentences.append(f"On the Pareto front there: {', '.join(f'“{name}”' for name in front)}.")
@@ -288,9 +292,20 @@ def headline(frame: pd.DataFrame) -> list[str]:
         told = "more than" if row["low"] > 0 else ("less than" if row["high"] < 0 else "not told apart from")
         sentences.append(
             f"That gain is {told} what the same method gains with all ReLUs ({row['value']:+.1f} points beyond it, "
-            f"{row['low']:+.1f} to {row['high']:+.1f})."
+            f"{_interval_of(row)})."
         )
     return sentences
+
+
+def limits(row: Mapping[str, Any]) -> str:
+    """``[-0.4, +1.2]``; seeds that agree wholly do not tell how far others would be."""
+    return "no limits" if math.isnan(row["low"]) else f"[{row['low']:+.1f}, {row['high']:+.1f}]"
+
+
+def _interval_of(row: Mapping[str, Any]) -> str:
+    if math.isnan(row["low"]):
+        return "the same for every seed, hence without limits"
+    return f"95 % interval {row['low']:+.1f} to {row['high']:+.1f}"
 
 
 def warnings(frame: pd.DataFrame, run: Run) -> list[str]:
@@ -331,7 +346,7 @@ def table(frame: pd.DataFrame, budget: str, groups: Sequence[str]) -> list[dict[
             if (method, group, "gain") in cells.index:
                 gain = cells.loc[(method, group, "gain")]
                 cell["gain"] = f"{gain['value']:+.1f}"
-                cell["interval"] = f"[{gain['low']:+.1f}, {gain['high']:+.1f}]"
+                cell["interval"] = limits(gain)
                 cell["sure"] = "gain" if gain["low"] > 0 else ("loss" if gain["high"] < 0 else "")
             if (method, group, "mitigation_drop") in cells.index:
                 cell["mitigation"] = f"drop {cells.loc[(method, group, 'mitigation_drop'), 'value']:+.1f} %"

@@ -16,7 +16,7 @@ from fairline.private.cost import PROTOCOL_COSTS
 from fairline.private.frontier import cheapest
 from fairline.private.plan import CAVEATS
 from fairline.report import figures
-from fairline.report.page import read_table, settings, write_page
+from fairline.report.page import settings, write_page
 from fairline.runs import Run
 
 #: What a private inference is paid in: column, unit, and what a value is divided by.
@@ -29,17 +29,23 @@ def prepare(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
     Returns:
         Rows of ``frontier.parquet``; rows of accuracies and relative drops, joined with their network's costs.
     """
-    scores = figures.prepare(read_table(run, "accuracy.parquet"), read_table(run, "counts.parquet"))
+    scores = figures.prepare(run.table("accuracy.parquet"), run.table("counts.parquet"))
     named = scores[["model", "variant", "percent", "budget", "stage"]].drop_duplicates("model")
-    table = read_table(run, "frontier.parquet").merge(named, on="model")
+    table = run.table("frontier.parquet").merge(named, on="model")
     keys = ["model", "protocol", "bytes", "rounds", "seconds", "source"]
     return table, scores.merge(table[keys], on="model")
 
 
 def frontier_chart(table: pd.DataFrame) -> Any:
-    """Worst-group (filled) and overall (hollow) accuracy against bytes, rounds and seconds, a row a protocol.
+    """Draw worst-group (filled) and overall (hollow) accuracy against bytes, rounds and seconds, a row a protocol.
 
     The dashed line joins the networks that no other beats in worst-group accuracy at their price.
+
+    Args:
+        table: Rows of ``frontier.parquet``, from :func:`prepare`.
+
+    Returns:
+        An Altair chart.
     """
     variants = list(dict.fromkeys(table["variant"]))
     scale = alt.Scale(domain=variants, range=[PALETTE[i % len(PALETTE)] for i in range(len(variants))])
@@ -206,7 +212,7 @@ def fixed_point_table(run: Run) -> list[dict[str, str]]:
     if not (run.folder / "fixed_point.parquet").exists():
         return []
     rows = []
-    table = read_table(run, "fixed_point.parquet")
+    table = run.table("fixed_point.parquet")
     for (network, bits), part in table.groupby(["network", "fraction_bits"], sort=False):
         overall = part[part["group"] == OVERALL].iloc[0]
         groups = part[part["group"] != OVERALL]

@@ -1,4 +1,7 @@
-"""Figures and tables that explain who pays, for audits that measured more than accuracy. One function a figure."""
+"""Figures and tables that explain who pays, for audits that measured more than accuracy. One function a figure.
+
+The paper's Sections 4 and 5: Figures 3, 4, 8 and 14, Theorem 4.4, Proposition 4.5 and Appendix A.1.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from fairline.audit.accuracy import wilson_interval
+from fairline.audit.intervals import wilson_interval
 from fairline.charts import PALETTE, themed
 from fairline.data.grouped import OVERALL
 from fairline.report.figures import (
@@ -47,6 +50,9 @@ def figures(frame: pd.DataFrame, predictions: pd.DataFrame) -> dict[str, Any]:
     Args:
         frame: From :func:`fairline.report.figures.prepare`.
         predictions: Rows of ``predictions.parquet``.
+
+    Returns:
+        Altair charts.
     """
     made: dict[str, Any] = {}
     for variant in main_variants(frame):
@@ -171,10 +177,19 @@ def accuracy_against(frame: pd.DataFrame, variant: str, measures: list[str]) -> 
 
 
 def samples_against(frame: pd.DataFrame, predictions: pd.DataFrame, variant: str, measures: list[str]) -> Any:
-    """Share of right samples against what explains it: ten bins of equal size of all, five of each group.
+    """Draw the share of right samples against what explains it: ten bins of equal size of all, five of each group.
 
     A sample is right or wrong, so points of single samples would lie on two lines; a bin's share is what
     Figure 8 (right) is after.
+
+    Args:
+        frame: From :func:`fairline.report.figures.prepare`.
+        predictions: Rows of ``predictions.parquet``.
+        variant: Which networks; those with the fewest ReLUs are drawn.
+        measures: Columns of ``predictions``, a panel each.
+
+    Returns:
+        An Altair chart.
     """
     rows, label = _smallest(frame, variant)
     own = predictions[predictions["model"] == rows["model"].iloc[0]]
@@ -262,7 +277,14 @@ def _sparse(values: pd.Series[Any]) -> alt.Axis:
 
 
 def _short(value: float) -> str:
-    """Three digits, in full."""
+    """Round to three digits, in full.
+
+    >>> _short(12345.6), _short(0.12345)
+    ('12,300', '0.123')
+
+    Returns:
+        The number as a text.
+    """
     return f"{float(f'{value:.3g}'):,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 

@@ -1,4 +1,7 @@
-"""One function a figure. Each takes audit rows (see :func:`prepare`) and returns an Altair chart."""
+"""The figures of accuracy by group and budget (paper, Figures 1, 5 and 6), one function each.
+
+Each takes audit rows (see :func:`prepare`) and returns an Altair chart.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,16 @@ def prepare(audit: pd.DataFrame, counts: pd.DataFrame) -> pd.DataFrame:
 
 
 def budget_labels(percents: Iterable[float]) -> dict[float, str]:
-    """``"2 %"`` for each percentage, with as few digits as tell them apart."""
+    """Label percentages, with as few digits as tell them apart.
+
+    >>> budget_labels([100.0, 9.988, 2.009])
+    {100.0: '100 %', 9.988: '10 %', 2.009: '2 %'}
+    >>> budget_labels([12.31, 12.44])
+    {12.31: '12.3 %', 12.44: '12.4 %'}
+
+    Returns:
+        Labels by percentage.
+    """
     values = list(dict.fromkeys(percents))
     for digits in range(2, 12):
         labels = {value: f"{float(f'{value:.{digits}g}'):g} %" for value in values}
@@ -54,7 +66,14 @@ METHOD_NAMES = {"snl": "SNL", "senet": "SENet", "autorep": "AutoReP", "deepreduc
 
 
 def variant_label(stage: str, method: str, objective: str, placement: str = "", surrogate: str = "identity") -> str:
-    """What was done to the network, in words."""
+    """Say what was done to the network.
+
+    >>> variant_label("finetuned", "snl", "erm", placement="lagrangian")
+    'SNL (lagrangian) + finetune (erm)'
+
+    Returns:
+        A few words.
+    """
     if stage == "base":
         return "base network"
     details = ", ".join(filter(None, [placement, "" if surrogate == "identity" else surrogate]))

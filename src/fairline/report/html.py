@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fairline.charts import save_charts
 from fairline.data.grouped import OVERALL
 from fairline.report import costs as cost_panel
 from fairline.report import explanations, figures
-from fairline.report.page import read_table, settings, write_page
+from fairline.report.page import settings, write_page
 from fairline.runs import Run
 
 #: Below this many test images a group's accuracy is a rough guess: a 95 % interval spans about ±18 points.
@@ -43,10 +44,10 @@ def write_report(
         FairlineError: The folder holds no finished audit, or the costs are of another one.
     """
     run = Run.read(audit, "audit")
-    counts = read_table(run, "counts.parquet")
-    frame = figures.prepare(read_table(run, "audit.parquet"), counts)
+    counts = run.table("counts.parquet")
+    frame = figures.prepare(run.table("audit.parquet"), counts)
     charts = figures.figures(frame)
-    why = explanations.figures(frame, read_table(run, "predictions.parquet")) if explanations.explains(frame) else {}
+    why = explanations.figures(frame, run.table("predictions.parquet")) if explanations.explains(frame) else {}
     priced: dict[str, Any] = {}
     content: dict[str, Any] = {}
     if costs is not None:
@@ -82,53 +83,72 @@ def write_report(
 
 def headline(frame: pd.DataFrame) -> list[str]:
     """What happened, in a sentence or two for each variant."""
+    before, rare = _before(frame), _rarely_right(frame)
     sentences = []
-    rare = _rarely_right(frame)
     for variant in figures.main_variants(frame):
         own = frame[frame["variant"] == variant]
         smallest = own[own["percent"] == own["percent"].min()]
-        label = smallest["budget"].iloc[0]
-        accuracy = _values(smallest, "accuracy")
         if (own["stage"] == "base").all():
+            accuracy = _values(smallest, "accuracy")
             worst = min((g for g in accuracy if g != OVERALL), key=lambda g: accuracy[g])
             sentences.append(
                 f"The base network is right on {accuracy[OVERALL]:.1%} of all images and on {accuracy[worst]:.1%} "
                 f"of group “{worst}”, its worst."
             )
-            continue
-        drops = {g: v for g, v in _values(smallest, "relative_drop").items() if not math.isnan(v)}
-        base = _values(frame[frame["stage"] == "base"], "accuracy")
-        groups = [group for group in drops if group != OVERALL and group not in rare]
-        after = (
-            f"{variant}, {label} of the ReLUs: overall accuracy goes from {base[OVERALL]:.1%} "
-            f"to {accuracy[OVERALL]:.1%}."
-        )
-        if not groups:
-            sentences.append(after)
-            continue
-        hardest, mildest = max(groups, key=lambda g: drops[g]), min(groups, key=lambda g: drops[g])
-        low, high = _limits(smallest, "relative_drop", hardest)
-        change = (
-            f"({base[hardest]:.1%} to {accuracy[hardest]:.1%}; 95 % interval of the loss {low:.1f} to {high:.1f} %)"
-        )
-        if drops[hardest] > 0:
-            unsure = ", which includes no loss" if low <= 0 else ""
-            told = f"Group “{hardest}” loses {drops[hardest]:.1f} % of its accuracy {change}{unsure}"
         else:
-            told = f"No group loses: even “{hardest}” gains {-drops[hardest]:.1f} % {change}"
-        other = ""
-        if mildest != hardest:
-            verb = "loses" if drops[mildest] > 0 else "gains"
-            other = f"; “{mildest}” {verb} {abs(drops[mildest]):.1f} % ({base[mildest]:.1%} to {accuracy[mildest]:.1%})"
-        sentences.append(f"{after} {told}{other}.")
+            sentences.append(_told(variant, smallest, before, rare))
     return sentences
+
+
+def _told(variant: str, rows: pd.DataFrame, before: dict[str, float], rare: Collection[str]) -> str:
+    """What linearization did to all images and to the groups that lose most and least; ``rare`` ones are left out."""
+    accuracy = _values(rows, "accuracy")
+    drops = {g: v for g, v in _values(rows, "relative_drop").items() if not math.isnan(v)}
+
+    def change(group: str) -> str:
+        return (f"{before[group]:.1%} to " if group in before else "to ") + f"{accuracy[group]:.1%}"
+
+    whole = f"goes from {change(OVERALL)}" if OVERALL in before else f"is {accuracy[OVERALL]:.1%}"
+    after = f"{variant}, {rows['budget'].iloc[0]} of the ReLUs: overall accuracy {whole}."
+    groups = [group for group in drops if group != OVERALL and group not in rare]
+    if not groups:
+        return after
+    hardest, mildest = max(groups, key=lambda g: drops[g]), min(groups, key=lambda g: drops[g])
+    low, high = _limits(rows, "relative_drop", hardest)
+    limits = f"({change(hardest)}; 95 % interval of the loss {low:.1f} to {high:.1f} %)"
+    if drops[hardest] > 0:
+        unsure = ", which includes no loss" if low <= 0 else ""
+        told = f"Group “{hardest}” loses {drops[hardest]:.1f} % of its accuracy {limits}{unsure}"
+    else:
+        told = f"No group loses: even “{hardest}” gains {abs(drops[hardest]):.1f} % {limits}"
+    other = ""
+    if mildest != hardest:
+        verb = "loses" if drops[mildest] > 0 else "gains"
+        other = f"; “{mildest}” {verb} {abs(drops[mildest]):.1f} % ({change(mildest)})"
+    return f"{after} {told}{other}."
 
 
 def _rarely_right(frame: pd.DataFrame) -> dict[str, int]:
     """Groups in which the base network is right on too few images for a ratio of them, and how many those are."""
-    rows = frame[(frame["stage"] == "base") & (frame["measure"] == "accuracy") & (frame["group"] != OVERALL)]
-    right = {str(row.group): round(row.value * row.n) for row in rows.itertuples()}
+    sizes = frame[frame["measure"] == "accuracy"].groupby("group", sort=False)["n"].max()
+    right = {group: round(accuracy * sizes[group]) for group, accuracy in _before(frame).items() if group != OVERALL}
     return {group: count for group, count in right.items() if count < RARELY}
+
+
+def _before(frame: pd.DataFrame) -> dict[str, float]:
+    """The base network's accuracy by group, as far as the audit tells it."""
+    base = frame[frame["stage"] == "base"]
+    if len(base):
+        return _values(base, "accuracy")
+    # Without rows of its own: a drop is (before − after) / before · 100, and undefined where before is 0.
+    pairs = frame[frame["measure"] == "accuracy"].merge(
+        frame.loc[frame["measure"] == "relative_drop", ["model", "group", "value"]],
+        on=["model", "group"],
+        suffixes=("", "_drop"),
+    )
+    known = pairs[pairs["value_drop"] != 100]
+    before = (known["value"] / (1 - known["value_drop"] / 100)).fillna(0.0)
+    return {str(group): float(values.iloc[0]) for group, values in before.groupby(known["group"], sort=False)}
 
 
 def warnings(frame: pd.DataFrame, run: Run) -> list[str]:
@@ -203,9 +223,6 @@ def _accuracy_table(frame: pd.DataFrame, variant: str) -> dict[str, Any]:
             if "relative_drop" in here.index and not math.isnan(here.loc["relative_drop", "value"]):
                 drop = here.loc["relative_drop"]
                 cell["drop"] = f"drop {drop['value']:+.1f} % [{drop['low']:+.1f}, {drop['high']:+.1f}]"
-                if drop["low"] == drop["value"] == drop["high"] == 0:
-                    # Resampling equal outcomes shows no spread; zero is then no proof of safety.
-                    cell["drop"] = "every image as before"
                 cell["sure"] = "loss" if drop["low"] > 0 else ("gain" if drop["high"] < 0 else "")
             cells.append(cell)
         n = int(rows[(rows["group"] == group) & (rows["measure"] == "accuracy")]["n"].max())
@@ -256,8 +273,8 @@ def write_figures(audit: str | Path, folder: str | Path) -> list[Path]:
         FairlineError: The folder holds no finished audit.
     """
     run = Run.read(audit, "audit")
-    frame = figures.prepare(read_table(run, "audit.parquet"), read_table(run, "counts.parquet"))
+    frame = figures.prepare(run.table("audit.parquet"), run.table("counts.parquet"))
     charts = figures.figures(frame)
     if explanations.explains(frame):
-        charts |= explanations.figures(frame, read_table(run, "predictions.parquet"))
+        charts |= explanations.figures(frame, run.table("predictions.parquet"))
     return save_charts(charts, Path(folder))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from fairline._io import read_json, write_text
-from fairline.errors import FairlineError
 from fairline.runs import Run
 
 
@@ -25,35 +21,18 @@ def write_page(target: Path, template: str, drawn: Mapping[str, Any], **content:
 
     Returns:
         The file.
-
-    Raises:
-        FairlineError: It cannot be written.
     """
-    from jinja2 import Environment, PackageLoader, select_autoescape
+    from jinja2 import Environment, PackageLoader
 
+    # Every template is HTML, whatever its name ends in.
     environment = Environment(
-        loader=PackageLoader("fairline.report"), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("fairline.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    specs = {name: json.dumps(chart.to_dict(), default=str).replace("</", "<\\/") for name, chart in drawn.items()}
+    environment.policies["json.dumps_kwargs"] = {"default": str}
+    specs = {name: chart.to_dict() for name, chart in drawn.items()}
     page = environment.get_template(template).render(specs=specs, javascript=javascript(), **content)
-    try:
-        write_text(target, page)
-    except OSError as error:
-        raise FairlineError(f"{target} cannot be written ({error.strerror}).") from None
+    write_text(target, page)
     return target
-
-
-def read_table(run: Run, name: str) -> pd.DataFrame:
-    """A parquet table of a run.
-
-    Raises:
-        FairlineError: It is missing or broken.
-    """
-    path = run.folder / name
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise FairlineError(f"{path} is missing or broken ({error}).") from None
 
 
 def javascript() -> str:
@@ -90,6 +69,14 @@ def settings(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _plain(value: Any) -> str:
+    """Put a setting in words.
+
+    >>> _plain({"lr": 0.001, "options": {}, "seeds": [1, 2]})
+    'lr 0.001, seeds 1, 2'
+
+    Returns:
+        The words; parts that are empty are left out.
+    """
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(item)}" for key, item in value.items() if item not in ({}, None))
     if isinstance(value, list):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from fairline.audit.accuracy import relative_drop, student_interval
+from fairline.audit.accuracy import relative_drop
+from fairline.audit.intervals import mean_interval
 from fairline.errors import FairlineError
 from fairline.report.figures import METHOD_NAMES, budget_labels
 
@@ -102,7 +103,7 @@ def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
         values = part.dropna(subset=["value"]).groupby("seed")["value"].mean().to_numpy()
         low, high = float("nan"), float("nan")
         if len(values) > 1:
-            low, high = student_interval(values)
+            low, high = mean_interval(values)
         elif len(part) == 1:
             low, high = part["low"].iloc[0], part["high"].iloc[0]
         found.append(
@@ -123,10 +124,17 @@ def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def mitigation_drop(rows: pd.DataFrame, finetune: str = "lagrangian") -> pd.DataFrame:
-    """The paper's drop between the network before and after mitigation, in percent (Section 6).
+    """Compute the paper's drop between the network before and after mitigation, in percent (Section 6).
 
     (J̄(θ̃; Sᵃ) − J̄(θ̃_mit; Sᵃ)) / J̄(θ̃; Sᵃ) · 100 at each budget and seed: negative where mitigation helps. A seed in
     which the unmitigated network gets no image of a group right has no such drop for it.
+
+    Args:
+        rows: Of one panel, from :func:`rows_of`.
+        finetune: Name of the finetune that mitigates.
+
+    Returns:
+        A row for each budget, group and seed that has one, with the measure ``mitigation_drop``.
     """
     accuracy = rows[(rows["measure"] == "accuracy") & (rows["stage"] == "finetuned")]
     keys = ["percent", "budget", "group", "seed"]

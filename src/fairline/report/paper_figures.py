@@ -2,7 +2,7 @@
 
 Each takes all rows and returns an Altair chart, or None where no study holds what it shows; panels that are missing
 are left out. Means and Student's 95 % intervals over seeds; with one seed, the audit's own interval. Figures 2 and 10
-are of theory and in :mod:`fairline.theory.figures`.
+are of theory and in :mod:`fairline.report.theory`.
 """
 
 from __future__ import annotations

@@ -9,11 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from fairline._io import atomic_path, read_json, write_table, write_text
+from fairline._io import atomic_path, make_folder, read_json, write_table, write_text
 from fairline.charts import save_charts
 from fairline.report import costs
 from fairline.report.comparison import write_comparison_figures
-from fairline.report.page import read_table
 from fairline.runs import Run, provenance
 from fairline.study.cells import cells_of
 from fairline.study.spec import StudySpec
@@ -34,14 +33,13 @@ def write_study_results(spec: StudySpec, out: str | Path, results: str | Path) -
     """
     storage = Storage(str(out))
     cells = cells_of(spec)
-    folder = Path(results) / spec.name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(Path(results) / spec.name)
     for cell in cells:
         if cell.kind != "compare":
             continue
         name = cell.about["data_label"]
         run = Run.read(storage.fetch(cell), "compare")
-        table = pd.read_parquet(run.folder / "comparison.parquet")
+        table = run.table("comparison.parquet")
         for column in ("value", "low", "high", "percent"):
             table[column] = table[column].map("{:.5g}".format)
         with atomic_path(folder / f"{name}.csv") as temporary:
@@ -76,15 +74,14 @@ def write_frontier_results(folder: str | Path, target: str | Path) -> Path:
         The folder.
     """
     run = Run.read(folder, "frontier")
-    out = Path(target)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(target)
     table, _ = costs.prepare(run)
     measured = [Run.read(entry["folder"], "private-run") for entry in run.config["measured"]]
     tables = {"frontier.csv": table}
     if measured:
-        tables["measured.csv"] = pd.concat([read_table(each, "private.parquet") for each in measured])
+        tables["measured.csv"] = pd.concat([each.table("private.parquet") for each in measured])
     if (run.folder / "fixed_point.parquet").exists():
-        tables["fixed_point.csv"] = read_table(run, "fixed_point.parquet")
+        tables["fixed_point.csv"] = run.table("fixed_point.parquet")
     for name, rows in tables.items():
         with atomic_path(out / name) as temporary:
             rows.to_csv(temporary, index=False, float_format="%.6g")

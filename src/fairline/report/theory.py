@@ -13,7 +13,6 @@ from torch import nn
 
 from fairline.charts import save_charts, themed
 from fairline.masking import mask_relus, masked_relus
-from fairline.report.page import read_table
 from fairline.runs import Run
 from fairline.theory import toy
 from fairline.theory.pieces import figure_10_network, linear_pieces
@@ -197,7 +196,7 @@ def write_theory_figures(folder: str | Path) -> list[Path]:
     run = Run.read(folder, "theory")
     if all((run.folder / f"{name}.png").exists() for name in ("figure_2", "figure_10", "proposition_4_1")):
         return []
-    accuracy, points, shares = (read_table(run, f"figure_2{part}.parquet") for part in ("", "_points", "_map"))
+    accuracy, points, shares = (run.table(f"figure_2{part}.parquet") for part in ("", "_points", "_map"))
     charts = {
         "figure_2": figure_2(toy.Toy.from_tables(accuracy, points, shares)),
         "figure_10": figure_10(),

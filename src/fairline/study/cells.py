@@ -22,7 +22,7 @@ from fairline.audit import REGISTRY as MEASURES
 from fairline.errors import FairlineError
 from fairline.runs import DataSpec, Run
 from fairline.study.spec import Finetune, StudySpec
-from fairline.training import ProgressCallback, finetune, train
+from fairline.training import DEFAULTS, ProgressCallback, finetune, train
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def require_known(spec: StudySpec) -> None:
         for place, method in enumerate(spec.methods)
     ]
     for where, call in (("train", train), ("finetune", finetune)):
-        known = inspect.signature(call).parameters
+        known = {*inspect.signature(call).parameters, *DEFAULTS}
         for setting in getattr(spec, where):
             if setting not in known:
                 raise FairlineError(f"Study '{spec.name}', {where}: there is no setting '{setting}'.")
@@ -132,7 +132,26 @@ def cells_of(spec: StudySpec) -> list[Cell]:
 
 def _of_one(spec: StudySpec, name: str, seed: int) -> tuple[list[Cell], list[Cell]]:
     """Cells of one data set and seed, and those of them whose networks are compared."""
+    base = _base(spec, name, seed)
+    placements = {masks: _placed(spec, masks, base) for masks in spec.masks}
+    cells = [base, _audited(spec, base), *placements.values()]
+    compared = []
+    for method, masks in finetunes(spec):
+        for made in _finetuned(spec, method, placements[masks]):
+            cells += [made, _audited(spec, made)]
+            compared.append(made)
+    return cells, compared
+
+
+def _base(spec: StudySpec, name: str, seed: int) -> Cell:
+    """The training of a base network."""
     source = spec.data[name]
+    arguments = {
+        "data": {"name": source.name, "options": source.options},
+        "model": spec.model.model_dump(mode="json"),
+        "settings": {"augment": False, **spec.train},
+        "seed": seed,
+    }
     about = {
         "data_label": name,
         "data": source.name,
@@ -144,58 +163,47 @@ def _of_one(spec: StudySpec, name: str, seed: int) -> tuple[list[Cell], list[Cel
         "finetune": "",
         "objective_options": {},
     }
-    base = Cell(
-        "train",
-        {
-            "data": {"name": source.name, "options": source.options},
-            "model": spec.model.model_dump(mode="json"),
-            "settings": {"augment": False, **spec.train},
-            "seed": seed,
-        },
-        (),
-        f"{name}-{seed}/base",
-        about,
-    )
+    return Cell("train", arguments, (), f"{name}-{seed}/base", about)
 
-    def audited(cell: Cell) -> Cell:
-        more = spec.audit.base if cell.kind == "train" else []
-        arguments = {
-            **spec.audit.model_dump(mode="json", exclude={"base"}),
-            "measures": [*spec.audit.measures, *more],
-            "seed": seed,
-        }
-        return Cell("audit", arguments, (cell,), f"{cell.where}-audit", cell.about)
 
-    cells, compared = [base, audited(base)], []
-    placements = {}
-    for masks, placement in spec.masks.items():
-        arguments = {**placement.model_dump(mode="json"), "seed": seed}
-        placements[masks] = Cell(
-            "linearize", arguments, (base,), f"{name}-{seed}/masks-{masks}", {**about, "masks": masks}
-        )
-        cells.append(placements[masks])
-    for method, masks in finetunes(spec):
-        what = {**about, "masks": masks, "finetune": method.folder, "objective_options": method.options}
-        cell = Cell(
-            "finetune",
-            {
-                "objective": method.objective,
-                "options": method.options,
-                "settings": {"augment": False, "select": "accuracy", **spec.finetune},
-                "seed": seed,
-            },
-            (placements[masks],),
-            f"{name}-{seed}/{masks}-{method.folder}",
-            what,
-        )
-        chain = [cell]
-        if method.last_layer:
-            retrained = {**what, "finetune": f"{method.folder}, last layer"}
-            chain.append(Cell("last-layer", {"seed": seed}, (cell,), f"{cell.where}-last-layer", retrained))
-        for made in chain:
-            cells += [made, audited(made)]
-        compared += chain
-    return cells, compared
+def _placed(spec: StudySpec, masks: str, base: Cell) -> Cell:
+    """The linearization of a base network; ``masks`` names the placement."""
+    arguments = {**spec.masks[masks].model_dump(mode="json"), "seed": base.about["seed"]}
+    return Cell("linearize", arguments, (base,), _beside(base, f"masks-{masks}"), {**base.about, "masks": masks})
+
+
+def _finetuned(spec: StudySpec, method: Finetune, placed: Cell) -> list[Cell]:
+    """A finetune of linearized networks, and their last layers retrained if the method says so."""
+    seed = placed.about["seed"]
+    arguments = {
+        "objective": method.objective,
+        "options": method.options,
+        "settings": {"augment": False, "select": "accuracy", **spec.finetune},
+        "seed": seed,
+    }
+    about = {**placed.about, "finetune": method.folder, "objective_options": method.options}
+    name = _beside(placed, f"{placed.about['masks']}-{method.folder}")
+    cells = [Cell("finetune", arguments, (placed,), name, about)]
+    if method.last_layer:
+        retrained = {**about, "finetune": f"{method.folder}, last layer"}
+        cells.append(Cell("last-layer", {"seed": seed}, (cells[0],), f"{name}-last-layer", retrained))
+    return cells
+
+
+def _audited(spec: StudySpec, cell: Cell) -> Cell:
+    """The audit of a cell's networks; base networks may be measured in more ways."""
+    more = spec.audit.base if cell.kind == "train" else []
+    arguments = {
+        **spec.audit.model_dump(mode="json", exclude={"base"}),
+        "measures": [*spec.audit.measures, *more],
+        "seed": cell.about["seed"],
+    }
+    return Cell("audit", arguments, (cell,), f"{cell.where}-audit", cell.about)
+
+
+def _beside(cell: Cell, name: str) -> str:
+    """The name for people of a cell of the same data and seed."""
+    return f"{cell.where.partition('/')[0]}/{name}"
 
 
 def finetunes(spec: StudySpec) -> Iterable[tuple[Finetune, str]]:
@@ -224,60 +232,55 @@ def compute(
 
     Returns:
         The finished run.
-
-    Raises:
-        FairlineError: The input is wrong, or another process is at work on the cell.
     """
     if Run(folder).finished:
         return Run(folder)
+    return _JOBS[cell.kind](cell, folder, parents, {"root": root, "device": device, "progress": progress})
+
+
+def _train(cell: Cell, folder: Path, _parents: Sequence[Path], common: dict[str, Any]) -> Run:
     given = cell.arguments
-    common: dict[str, Any] = {"device": device, "progress": progress}
-    match cell.kind:
-        case "train":
-            source, model = given["data"], given["model"]
-            spec = DataSpec(source["name"], root, source["options"], given["seed"])
-            return jobs.train_job(
-                folder, spec, model["name"], model["options"], seed=given["seed"], **common, **given["settings"]
-            )
-        case "linearize":
-            return jobs.linearize_job(
-                parents[0],
-                folder,
-                given["budgets"],
-                given["method"],
-                given["objective"],
-                given["options"],
-                root=root,
-                seed=given["seed"],
-                **common,
-                **given["settings"],
-            )
-        case "finetune":
-            return jobs.finetune_job(
-                parents[0],
-                folder,
-                given["objective"],
-                given["options"],
-                root=root,
-                seed=given["seed"],
-                **common,
-                **given["settings"],
-            )
-        case "last-layer":
-            return jobs.last_layer_job(parents[0], folder, root=root, seed=given["seed"], progress=progress)
-        case "audit":
-            return jobs.audit_job(
-                parents,
-                folder,
-                measures=given["measures"],
-                options=given["options"],
-                explain=given["explain"],
-                resamples=given["resamples"],
-                with_base=cell.parents[0].kind == "train",
-                root=root,
-                seed=given["seed"],
-                **common,
-            )
-        case "compare":
-            return jobs.compare_job(parents, folder, baseline=given["baseline"], root=root, **common)
-    raise AssertionError(cell.kind)
+    source, model = given["data"], given["model"]
+    spec = DataSpec(source["name"], common.pop("root"), source["options"], given["seed"])
+    settings = {"seed": given["seed"], **common, **given["settings"]}
+    return jobs.train_job(folder, spec, model["name"], model["options"], **settings)
+
+
+def _linearize(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:
+    given = cell.arguments
+    settings = {"seed": given["seed"], **common, **given["settings"]}
+    placed_under = given["method"], given["objective"], given["options"]
+    return jobs.linearize_job(parents[0], folder, given["budgets"], *placed_under, **settings)
+
+
+def _finetune(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:
+    given = cell.arguments
+    settings = {"seed": given["seed"], **common, **given["settings"]}
+    return jobs.finetune_job(parents[0], folder, given["objective"], given["options"], **settings)
+
+
+def _last_layer(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:
+    return jobs.last_layer_job(
+        parents[0], folder, root=common["root"], seed=cell.arguments["seed"], progress=common["progress"]
+    )
+
+
+def _audit(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:
+    names = ("measures", "options", "explain", "resamples", "seed")
+    given = {name: cell.arguments[name] for name in names}
+    return jobs.audit_job(parents, folder, with_base=cell.parents[0].kind == "train", **given, **common)
+
+
+def _compare(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:
+    return jobs.compare_job(parents, folder, baseline=cell.arguments["baseline"], **common)
+
+
+#: How each kind of cell is run.
+_JOBS: dict[str, Callable[[Cell, Path, Sequence[Path], dict[str, Any]], Run]] = {
+    "train": _train,
+    "linearize": _linearize,
+    "finetune": _finetune,
+    "last-layer": _last_layer,
+    "audit": _audit,
+    "compare": _compare,
+}

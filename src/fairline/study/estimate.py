@@ -18,7 +18,7 @@ from fairline.runs import DataSpec
 from fairline.study.cells import Cell, cells_of, require_known
 from fairline.study.spec import StudySpec
 from fairline.study.storage import Storage
-from fairline.training import finetune, train
+from fairline.training import DEFAULTS, finetune, train
 
 #: Forward passes of the teacher, beside the student's forward and backward pass.
 _DISTILLING = 4 / 3
@@ -134,9 +134,9 @@ def _speed(
         part = parts["train"]
         where = resolve_device(device)
         network = models.build(
-            model["name"], part.num_classes, part.images.shape[1], part.images.shape[2], **model["options"]
+            model["name"], part.num_classes, part.images.shape[1], part.images.shape[2:], **model["options"]
         ).to(where)
-        size = min(int(_setting(train, base.arguments["settings"], "batch_size")), len(part))
+        size = min(int((DEFAULTS | base.arguments["settings"])["batch_size"]), len(part))
         images = torch.rand(size, *part.images.shape[1:], device=where)
         labels = torch.zeros(size, dtype=torch.long, device=where)
         threads = torch.get_num_threads()

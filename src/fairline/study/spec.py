@@ -131,6 +131,9 @@ def load_spec(path: str | Path, scale: str | None = None) -> StudySpec:
         path: The file.
         scale: One of its ``scales``.
 
+    Returns:
+        The study.
+
     Raises:
         FairlineError: A file is missing or no YAML, there is no such scale, or a field is unknown, missing or of the
             wrong type; the sentence names file, line and field.
@@ -188,6 +191,14 @@ class _Source:
 
 
 def _merged(below: Any, above: Any) -> Any:
+    """Lay one content on top of another.
+
+    >>> _merged({"seeds": [0], "train": {"epochs": 9, "lr": 0.1}}, {"seeds": [1, 2], "train": {"epochs": 1}})
+    {'seeds': [1, 2], 'train': {'epochs': 1, 'lr': 0.1}}
+
+    Returns:
+        The upper one where it says something, the lower one elsewhere; mappings are joined key by key.
+    """
     if isinstance(below, dict) and isinstance(above, dict):
         return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
     return above

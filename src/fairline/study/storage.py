@@ -116,7 +116,7 @@ class Storage:
 
     def record_error(self, cell: Cell, error: str) -> None:
         """Keep why a cell's last try failed; where even that cannot be written, it is only told."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, FairlineError):
             self.write_text(f"errors/{cell.key}.json", json.dumps({"error": error, "time": time.time()}) + "\n")
 
     def error(self, cell: Cell) -> str:
@@ -150,7 +150,10 @@ class Storage:
         self._system.pipe_file(self._target(name), text.encode())
 
     def read_json(self, name: str) -> Any:
-        """Read a small file of the store; None if it is not there.
+        """Read a small file of the store.
+
+        Returns:
+            Its content; None if it is not there.
 
         Raises:
             FairlineError: It is not JSON.

@@ -166,6 +166,9 @@ def _checked(file: Path) -> pd.DataFrame:
 def _read(file: Path) -> pd.DataFrame:
     """Read a table.
 
+    Returns:
+        Its rows.
+
     Raises:
         FairlineError: It is missing or cut short; says what to do.
     """

@@ -23,6 +23,9 @@ def converged_regression(data: GroupedData, pool: int = 4) -> nn.Sequential:
         data: What to fit. Classes that a linear function separates would put the minimum at infinity; pooling keeps
             enough mistakes.
         pool: Side of the squares of pixels that are averaged.
+
+    Returns:
+        The network, float64.
     """
     _, channels, height, width = data.images.shape
     features = channels * (height // pool) * (width // pool)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fairline.audit.accuracy import student_interval
+from fairline.audit.intervals import student_interval
 from fairline.errors import FairlineError
 from fairline.masking import mask_relus, masked_relus
 
@@ -164,11 +164,10 @@ def run(
         raise FairlineError(f"Both groups need a training point, not {majority} and {minority}.")
     draws = [sample(majority, minority, torch.Generator().manual_seed(1000 + seed)) for seed in range(seeds)]
     points, labels = torch.stack([p for p, _ in draws]), draws[0][1]
-    fresh, truth = sample(10_000, 10_000, torch.Generator().manual_seed(999))
+    starts = [network(seed, width, depth) for seed in range(seeds)]
     axis = torch.linspace(-1, 1, grid)
     lattice = torch.cartesian_prod(axis, axis).flip(1)  # (x₁, x₂), x₂ by row
-    starts = [network(seed, width, depth) for seed in range(seeds)]
-    rows, shares = [], {}
+    tables, shares = [], {}
     for position, variant in enumerate(VARIANTS):
         template = starts[0] if position == 0 else linearized(starts[0])
 
@@ -177,17 +176,25 @@ def run(
                 seen(offset + done, 2 * steps)
 
         predict = _train(template, starts, points, labels, steps, lr, progress)
-        right = (predict(fresh) > 0) == (truth > 0.5)
-        for seed in range(seeds):
-            group = [float(right[seed, truth == side].float().mean()) for side in (0, 1)]
-            overall = (majority * group[0] + minority * group[1]) / (majority + minority)
-            rows.append((seed, variant, overall, *group))
+        tables.append(_accuracy(predict, majority, minority).assign(variant=variant))
         shares[variant] = (predict(lattice) > 0).double().mean(0).view(grid, grid).numpy()
-    frame = pd.DataFrame(
-        {"x1": points[0, :, 0], "x2": points[0, :, 1], "group": [GROUPS[int(y)] for y in labels.tolist()]}
-    )
-    accuracy = pd.DataFrame(rows, columns=["seed", "variant", "global", *GROUPS])
-    return Toy(accuracy, axis.double().numpy(), shares, frame)
+    accuracy = pd.concat(tables, ignore_index=True)[["seed", "variant", "global", *GROUPS]]
+    return Toy(accuracy, axis.double().numpy(), shares, _as_table(points[0], labels))
+
+
+def _accuracy(predict: Callable[[Tensor], Tensor], majority: int, minority: int) -> pd.DataFrame:
+    """Of the networks of all seeds on new points, 10,000 of each group; ``global`` weighs them as in training."""
+    fresh, truth = sample(10_000, 10_000, torch.Generator().manual_seed(999))
+    right = (predict(fresh) > 0) == (truth > 0.5)
+    rows = []
+    for seed, own in enumerate(right):
+        group = [float(own[truth == side].float().mean()) for side in (0, 1)]
+        rows.append((seed, (majority * group[0] + minority * group[1]) / (majority + minority), *group))
+    return pd.DataFrame(rows, columns=["seed", "global", *GROUPS])
+
+
+def _as_table(points: Tensor, labels: Tensor) -> pd.DataFrame:
+    return pd.DataFrame({"x1": points[:, 0], "x2": points[:, 1], "group": [GROUPS[int(y)] for y in labels.tolist()]})
 
 
 def _train(

@@ -1,0 +1,145 @@
+"""The job of ``fairline frontier``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from fairline._io import write_table
+from fairline.jobs._checkpoints import Checkpoint, find_networks, identities
+from fairline.private.cost import Estimate, estimate, require_cost_model
+from fairline.private.frontier import frontier
+from fairline.private.plan import graph_digest
+from fairline.private.wire import NETWORKS, Network
+from fairline.private.wire import network as find_network
+from fairline.runs import Run, digest
+from fairline.training import Progress, ProgressCallback
+
+
+def frontier_job(
+    audit: str | Path,
+    out: str | Path,
+    *,
+    measured: Sequence[str | Path] = (),
+    fixed_point: str | Path | None = None,
+    protocols: Sequence[str] = ("cheetah",),
+    network: str = "lan",
+    progress: ProgressCallback | None = None,
+) -> Run:
+    """Put the accuracies of an audit beside what its networks cost, into ``out``: ``frontier.parquet``.
+
+    Args:
+        audit: Folder of an audit run.
+        out: The run folder.
+        measured: Folders of ``private run`` runs; a network whose architecture and masks none of them has has its
+            cost predicted.
+        fixed_point: Folder of a ``private fixed-point`` run, shown beside.
+        protocols: Keys of ``fairline.private.PROTOCOL_COSTS``.
+        network: Between the parties. Measured on loopback, seconds are what was measured plus what this network adds.
+        progress: Told of every network.
+
+    Returns:
+        The run.
+
+    Raises:
+        FairlineError: The input is wrong, or a network of the audit has changed since.
+    """
+    source = Run.read(audit, "audit")
+    wire = find_network(network)
+    for protocol in protocols:
+        require_cost_model(protocol)
+    privates = [Run.read(folder, "private-run") for folder in measured]
+    bits = None if fixed_point is None else Run.read(fixed_point, "fixed-point")
+    found, _ = find_networks([source.config["parent"]["folder"], *(s["folder"] for s in source.config["sources"])])
+    config = {
+        **_sources_config(source, privates, bits),
+        "networks": identities(found),
+        "protocols": list(protocols),
+        "network": wire.name,
+    }
+    with Run.write(out, "frontier", config, torch.device("cpu")) as run:
+        if not run.finished:
+            costs = _costs(found, protocols, wire, _measurements(privates, wire), progress)
+            _write_tables(run, source, bits, costs)
+    return run
+
+
+def _sources_config(source: Run, privates: Sequence[Run], bits: Run | None) -> dict[str, Any]:
+    """What a frontier was made of, for its config."""
+    return {
+        "audit": {"folder": str(source.folder.resolve()), "digest": digest([source.folder / "audit.parquet"])},
+        "measured": [
+            {"folder": str(run.folder.resolve()), "digest": digest([run.folder / "private.parquet"])}
+            for run in privates
+        ],
+        **({"fixed_point": str(bits.folder.resolve())} if bits is not None else {}),
+        "data": source.config["data"],
+        "lineage": source.config["lineage"],
+    }
+
+
+def _costs(
+    found: Sequence[Checkpoint],
+    protocols: Sequence[str],
+    wire: Network,
+    known: Mapping[tuple[str, str], Mapping[str, Any]],
+    progress: ProgressCallback | None,
+) -> pd.DataFrame:
+    """A row for each network and protocol: what one image costs, measured where that is known, else predicted."""
+    rows = []
+    for position, checkpoint in enumerate(found, start=1):
+        graph = checkpoint.graph()
+        name = graph_digest(graph)
+        for protocol in protocols:
+            rows.append(
+                {
+                    "model": checkpoint.name,
+                    "protocol": protocol,
+                    "wire": wire.name,
+                    "relus": checkpoint.info.relus,
+                    "total_relus": checkpoint.info.total,
+                    **_cost(estimate(graph, protocol=protocol, network=wire), known.get((name, protocol))),
+                }
+            )
+        if progress is not None:
+            progress(Progress("costs", position, len(found), checkpoint.name))
+    return pd.DataFrame(rows)
+
+
+def _cost(told: Estimate, measured: Mapping[str, Any] | None) -> dict[str, Any]:
+    if measured is None:
+        total = told.bytes + told.offline_bytes
+        return {"bytes": total, "rounds": told.rounds, "seconds": told.seconds, "source": "predicted"}
+    seconds = measured["seconds"]
+    if measured["wire"] != told.network.name:
+        # Not the messages that were counted: some need not wait for others.
+        seconds += told.network.seconds(measured["bytes"], told.rounds)
+    return {"bytes": measured["bytes"], "rounds": measured["rounds"], "seconds": seconds, "source": "measured"}
+
+
+def _write_tables(run: Run, source: Run, bits: Run | None, costs: pd.DataFrame) -> None:
+    if bits is not None:
+        write_table(run.folder / "fixed_point.parquet", pd.read_parquet(bits.folder / "fixed_point.parquet"))
+    scores = pd.read_parquet(source.folder / "audit.parquet")
+    scores = scores[scores["measure"].isin(["accuracy", "relative_drop"])]
+    write_table(run.folder / "accuracy.parquet", scores)
+    write_table(run.folder / "counts.parquet", pd.read_parquet(source.folder / "counts.parquet"))
+    write_table(run.folder / "frontier.parquet", frontier(scores, costs))
+
+
+def _measurements(runs: Sequence[Run], wire: Network) -> dict[tuple[str, str], dict[str, Any]]:
+    """Costs of one image measured on this network or on loopback, by digest of the public graph and protocol."""
+    # Not by name: weights change no cost.
+    known: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in runs:
+        table = pd.read_parquet(run.folder / "private.parquet")
+        for row in table[table["batch_size"] == 1].to_dict("records"):
+            key = row["graph"], row["protocol"]
+            # What was measured over this network is worth more than what must be reckoned.
+            if row["wire"] == wire.name or (row["wire"] == NETWORKS["loopback"].name and key not in known):
+                known[key] = {name: row[name] for name in ("bytes", "rounds", "seconds", "wire")}
+    return known

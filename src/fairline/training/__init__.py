@@ -1,0 +1,28 @@
+"""Training: one loop for base networks, mask learning and finetunes; each room of this folder is a part of it."""
+
+from __future__ import annotations
+
+from fairline.training.augment import random_crop_and_flip
+from fairline.training.checkpoint import Stateful
+from fairline.training.fit import DEFAULTS, Best, History, Select, Settings, finetune, train
+from fairline.training.loop import LOOP_DEFAULTS, Epoch, LoopSettings, run_epochs
+from fairline.training.progress import Progress, ProgressCallback, named_stage
+
+__all__ = [
+    "DEFAULTS",
+    "LOOP_DEFAULTS",
+    "Best",
+    "Epoch",
+    "History",
+    "LoopSettings",
+    "Progress",
+    "ProgressCallback",
+    "Select",
+    "Settings",
+    "Stateful",
+    "finetune",
+    "named_stage",
+    "random_crop_and_flip",
+    "run_epochs",
+    "train",
+]

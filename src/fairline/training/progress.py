@@ -1,0 +1,31 @@
+"""What long work tells whoever watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far long work is.
+
+    Attributes:
+        stage: What is being done.
+        done: Batches done in this stage.
+        total: Batches in this stage, at most.
+        message: Newest numbers, in a few words.
+    """
+
+    stage: str
+    done: int
+    total: int
+    message: str = ""
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def named_stage(progress: ProgressCallback | None, stage: str) -> ProgressCallback | None:
+    """A callback that reports under another stage's name."""
+    return None if progress is None else lambda update: progress(replace(update, stage=stage))
