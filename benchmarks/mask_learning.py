@@ -82,9 +82,9 @@ def main() -> None:
     batches = -(-arguments.images // 256)
     senet = {"sensitivity_epochs": 1, "mask_epochs": 2, "tolerance": 0.0, "epochs": 0, "samples": 200}
     methods = {
-        "SNL": lambda: SNL(max_epochs=2),
-        "AutoReP, identity": lambda: AutoReP(max_epochs=2, surrogate="identity"),
-        "AutoReP, quadratic": lambda: AutoReP(max_epochs=2),
+        "SNL": lambda: SNL(max_epochs=2, batch_size=256),
+        "AutoReP, identity": lambda: AutoReP(max_epochs=2, batch_size=256, surrogate="identity"),
+        "AutoReP, quadratic": lambda: AutoReP(max_epochs=2, batch_size=256),
         "SENet": lambda: SENet(**senet),
     }
     steps = {"plain": lambda: plain(teacher, data, device, batches)}

@@ -92,15 +92,21 @@ def test_protected_placement_keeps_what_the_suffering_group_uses(parts, trained,
 
 
 def test_it_resumes_with_its_prices(parts, trained, tmp_path):
-    def method(epochs):
-        return SNL(protect=2.0, max_epochs=epochs, **FAST)
+    def run(**more):
+        method = SNL(protect=2.0, max_epochs=4, **FAST)
+        return list(method.linearize(copy.deepcopy(trained), parts[0], [0.05], **more))
 
-    (whole,) = method(4).linearize(trained, parts[0], [0.05])
-    list(method(2).linearize(copy.deepcopy(trained), parts[0], [0.05], checkpoint=tmp_path))
-    (tmp_path / "snapshot-22.safetensors").unlink(missing_ok=True)
-    for file in tmp_path.glob("snapshot-*"):
-        file.unlink()
-    (resumed,) = method(4).linearize(trained, parts[0], [0.05], checkpoint=tmp_path)
+    class Stop(Exception):
+        pass
+
+    def breaker(update):
+        if update.done > 2.5 * update.total / 4:
+            raise Stop
+
+    (whole,) = run()
+    with pytest.raises(Stop):
+        run(checkpoint=tmp_path, progress=breaker)
+    (resumed,) = run(checkpoint=tmp_path)
     for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from fairline.errors import FairlineError
+from fairline.linearize import FINETUNE_PRESETS
 from fairline.study.run import status
 from fairline.study.spec import load_spec
 from tests.commands import fairline, ok
@@ -186,3 +187,50 @@ def test_status_tells_what_is_done(study, tmp_path):
     done = fairline("study", "status", str(tmp_path))
     assert done.returncode == 2
     assert "holds no study" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(PAPERS.glob("fig*.yaml")), ids=lambda path: path.stem)
+def test_the_papers_scale_augments_nothing(path):
+    spec = load_spec(path, "paper")
+    assert not any(settings.get("augment") for settings in (spec.train, spec.finetune))
+    assert not any(masks.settings.get("augment") for masks in spec.masks.values())
+
+
+def test_deepreduce_at_the_papers_scale_is_the_preset_of_the_published_code():
+    spec = load_spec(PAPERS / "fig6_utkface_race_dr.yaml", "paper")
+    preset = FINETUNE_PRESETS["deepreduce_fairness"]
+    assert {key: spec.finetune[key] for key in preset["settings"]} == preset["settings"]
+    for method in spec.methods:
+        assert {key: method.options[key] for key in preset["objective"]} == preset["objective"]
+    # Students start untrained, and the finetune is all their training.
+    assert spec.masks["dr"].settings["fresh"]
+    assert spec.masks["dr"].settings["reshape_epochs"] == 0
+    assert spec.baseline == "deepreduce: erm temperature=1 ce_weight=0.5 kd_weight=0.5"
+
+
+def test_committed_results_are_described_by_their_settings():
+    """What the defaults were when the results were made, as far as they have changed since."""
+    settings = {name: masks.settings for name, masks in load_spec(PAPERS / "methods_utkface.yaml").masks.items()}
+    named = {
+        "autorep": {"lam": 60.0, "hold": 0},
+        "deepreduce": {"fresh": False},
+        "senet": {"literal": True},
+        "coordinate_descent": {
+            "within_layers": True,
+            "step": 1,
+            "rate": 0.2,
+            "blocks": 8,
+            "candidates": 8,
+            "held_out": 0.1,
+            "refresh_epochs": 1,
+            "lr": 0.005,
+        },
+    }
+    for name, expected in named.items():
+        assert {key: settings[name][key] for key in expected} == expected
+    for path in PAPERS.glob("*.yaml"):
+        for masks in load_spec(path).masks.values():
+            if masks.method == "snl":
+                assert masks.settings["batch_size"] == 128
+            if masks.method == "deepreduce":
+                assert masks.settings["fresh"] is False

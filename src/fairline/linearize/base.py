@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from torch import nn
 from fairline._io import load_tensors, resolve_device, save_tensors
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
+from fairline.linearize.identity import claim, data_digest, described, network_digest
 from fairline.linearize.surrogates import require_surrogate, start_masked
 from fairline.masking import Surrogate, copy_model, masked_relus, relu_count
 from fairline.training import ProgressCallback
@@ -189,14 +190,16 @@ class Linearizer(ABC):
             budgets: Fractions (float, up to 1.0) or counts (int) of ReLUs to keep.
             device: The accelerator if there is one, by default.
             progress: Called after every batch.
-            checkpoint: Folder to resume from and to save to.
+            checkpoint: Folder to resume from and to save to. It is this run's: other settings, budgets, data or another
+                network need another folder.
             history: Rows, one an epoch, are put here before each yield.
 
         Yields:
             The networks, as they are found: whoever stops early saves the rest of the work.
 
         Raises:
-            FairlineError: A budget is impossible, the model has no ReLU, or the method cannot act on the model or data.
+            FairlineError: A budget is impossible, the model has no ReLU, the method cannot act on the model or data, or
+                the checkpoint folder is another run's.
         """
         run = self._start(model, train, budgets, resolve_device(device), progress, checkpoint)
         for cut in self._all_cuts(run):
@@ -232,6 +235,12 @@ class Linearizer(ABC):
         student = self.start(model, train, device)
         total = sum(layer.kept.numel() for layer in masked_relus(student).values())
         counts = resolve_budgets(budgets, total)
+        folder = None if checkpoint is None else Path(checkpoint)
+        if folder is not None:
+            settings = {each.name: described(getattr(self, each.name)) for each in fields(self)}
+            images, network = data_digest(train), network_digest(model)
+            own = {"method": self.name, "budgets": counts, **settings, "training images": images, "network": network}
+            claim(folder, own)
         return Linearization(
             teacher=copy_model(self.teacher or model).to(device).eval(),
             student=student,
@@ -242,7 +251,7 @@ class Linearizer(ABC):
             budgets=counts,
             device=device,
             progress=progress,
-            folder=None if checkpoint is None else Path(checkpoint),
+            folder=folder,
         )
 
     def _all_cuts(self, run: Linearization) -> Iterator[Cut]:
