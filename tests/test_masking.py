@@ -260,18 +260,6 @@ def test_masking_again_keeps_the_masks():
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (nn.Linear(4, 2), "has no ReLU"),
-        (nn.Sequential(nn.Linear(5, 3), nn.ReLU()), "fails on an example of shape|shape"),
-    ],
-)
-def test_models_that_cannot_be_masked(model, message):
-    with pytest.raises(FairlineError, match=message):
-        mask_relus(model, torch.zeros(1, 4))
-
-
-@pytest.mark.parametrize(
     ("name", "options", "size", "count"),
     [
         ("resnet18", {}, 32, 491_520),

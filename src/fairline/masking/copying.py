@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from types import ModuleType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ def copy_model(model: nn.Module) -> nn.Module:
     """A copy that shares nothing with a network.
 
     Wrappers are taken off, also those of submodules. Tensors that a forward left on a module (kept activations, the
-    weight of an old-style ``weight_norm``) are copied without their history, and generators with their state.
+    weight of an old-style ``weight_norm``) are copied without their history, generators with their state. Hooks and
+    functions that hold the network hold the copy instead.
 
     Args:
         model: Any network. It is not changed.
@@ -56,10 +57,43 @@ def copy_model(model: nn.Module) -> nn.Module:
         for module in reversed(list(model.modules())):
             if (inside := unwrap(module)) is not module:
                 memo[id(module)] = copy.deepcopy(inside, memo)
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FairlineError(f"{type(model).__name__} cannot be copied: {_culprit(model)} ({reason}).") from None
+    _rebind(copied, memo)
+    return copied
+
+
+def _rebind(copied: nn.Module, twins: Mapping[int, Any]) -> None:
+    """Make functions that a network keeps (hooks, attributes) hold the copy's modules where they held its own."""
+    for module in copied.modules():
+        own = vars(module)
+        for held in (own, *(value for value in own.values() if isinstance(value, dict))):
+            for name, value in held.items():
+                if isinstance(value, FunctionType):
+                    held[name] = _rebound(value, twins)
+
+
+def _rebound(function: FunctionType, twins: Mapping[int, Any]) -> FunctionType:
+    def twin(value: Any) -> Any:
+        return twins.get(id(value), value) if isinstance(value, nn.Module) else value
+
+    def twin_cell(cell: CellType) -> CellType:
+        try:
+            return CellType(twin(cell.cell_contents))
+        except ValueError:
+            # Not assigned yet.
+            return cell
+
+    closure = tuple(map(twin_cell, function.__closure__ or ()))
+    defaults = tuple(map(twin, function.__defaults__ or ()))
+    if closure == (function.__closure__ or ()) and defaults == (function.__defaults__ or ()):
+        return function
+    bound = FunctionType(function.__code__, function.__globals__, function.__name__, defaults or None, closure)
+    bound.__kwdefaults__ = {key: twin(value) for key, value in (function.__kwdefaults__ or {}).items()} or None
+    bound.__dict__.update(function.__dict__)
+    return bound
 
 
 def _values(value: object, depth: int = 3) -> Iterator[Any]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields, is_dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from fairline.masking.copying import copy_model
+from fairline.masking.copying import copy_model, unwrap
 
 #: Of the largest number; what another order of the same sums may differ by.
 _TOLERANCE = 1e-4
@@ -61,14 +62,17 @@ def difference(model: nn.Module, masked: nn.Module, batches: Sequence[Tensor]) -
         batches: Inputs, each (B, …).
 
     Returns:
-        E.g. ``"gives other gradients of 'fc.weight' in training mode"``.
+        E.g. ``"gives other gradients of 'fc.weight' in training mode once it is masked"``.
     """
     pair = copy_model(model), copy_model(masked)
+    original = _untouched(model, batches[0])
+    if original is not None and original.differs(_Run.of(pair[0].eval(), batches[0], False)):
+        return "cannot be copied: the copy gives other outputs, because something outside of it holds its parts"
     for training, grad, images in (
         (False, False, batches[0]),
         *((True, True, images) for images in batches),
     ):
-        mode = f"in {'training' if training else 'evaluation'} mode"
+        mode = f"in {'training' if training else 'evaluation'} mode once it is masked"
         first, second = (_Run.of(each.train(training), images, grad) for each in pair)
         if first.error is not None:
             continue
@@ -76,7 +80,7 @@ def difference(model: nn.Module, masked: nn.Module, batches: Sequence[Tensor]) -
             return f"fails {mode} ({second.error})"
         if found := first.differs(second):
             return f"{found} {mode}"
-    return _foreign(model, pair[0])
+    return None
 
 
 @dataclass
@@ -119,6 +123,32 @@ class _Run:
         return None
 
 
+def _untouched(model: nn.Module, images: Tensor) -> _Run | None:
+    """A pass of the original in evaluation mode, after which it is as it was; None where it cannot be had so."""
+    modules = list(model.modules())
+    if any(map(is_lazy, model.parameters())) or any(unwrap(module) is not module for module in modules):
+        return None
+    before = [(vars(module), dict(vars(module))) for module in modules]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for attributes, _ in before:
+            if attributes.get("_compiled_call_impl") is not None:
+                attributes["_compiled_call_impl"] = None
+        run = _Run.of(model.eval(), images, False)
+        return run if run.error is None else None
+    finally:
+        for attributes, old in before:
+            for name in attributes.keys() - old.keys():
+                del attributes[name]
+            attributes.update(old)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
 def _close(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
@@ -128,15 +158,3 @@ def _close(a: Tensor | None, b: Tensor | None) -> bool:
         return torch.equal(a, b)
     scale = a.abs().nan_to_num(0, 0, 0).amax() if a.numel() else 0
     return torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE * float(scale), equal_nan=True)
-
-
-def _foreign(model: nn.Module, copied: nn.Module) -> str | None:
-    """Parameters of the original that a copy still uses, through a function that it keeps."""
-    own = {id(each) for each in copied.parameters()}
-    theirs = {id(each): name for name, each in model.named_parameters() if id(each) not in own}
-    for name, value in ((n, v) for module in copied.modules() for n, v in vars(module).items() if callable(v)):
-        for cell in getattr(value, "__closure__", None) or ():
-            held = cell.cell_contents
-            if isinstance(held, nn.Module) and any(id(each) in theirs for each in held.parameters()):
-                return f"keeps using the original's weights through its attribute '{name}', a function that holds them,"
-    return None

@@ -50,11 +50,8 @@ def mask_relus(model: nn.Module, example: Tensor, surrogate: Surrogate | None = 
 
     Example:
         >>> model = mask_relus(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.zeros(1, 4))
-        >>> model
-        Sequential(
-          (0): Linear(in_features=4, out_features=3, bias=True)
-          (1): MaskedReLU(shape=(3,), kept=3)
-        )
+        >>> list(masked_relus(model))
+        ['1']
         >>> masked_relus(model)["1"].set_mask(torch.tensor([True, False, False]))
         >>> masked_relus(model)["1"](torch.tensor([[-1.0, -1.0, 2.0]]))
         tensor([[ 0., -1.,  2.]])
@@ -90,7 +87,7 @@ def _mask_relus(model: nn.Module, example: Tensor) -> nn.Module:
     plan.require_no_checkpoint()
     found = difference(model, masked, batches) or _missed(masked, batches[0], varies=plan.varies)
     if found is not None:
-        raise FairlineError(f"{type(model).__name__} {found} once it is masked.")
+        raise FairlineError(f"{type(model).__name__} {found}.")
     _report(plain, *passes)
     return masked
 
@@ -178,7 +175,7 @@ def _missed(masked: nn.Module, images: Tensor, *, varies: bool) -> str | None:
         varies: Whether other images may call other ReLUs.
 
     Returns:
-        What is wrong; None if nothing is.
+        What is wrong, in words; None if nothing is.
     """
     masked = copy_model(masked).eval()
     layers = masked_relus(masked)
@@ -188,6 +185,7 @@ def _missed(masked: nn.Module, images: Tensor, *, varies: bool) -> str | None:
         seen = watch(masked, images.clone())
     for call in seen.calls:
         if call.reached:
-            return f"evaluates a ReLU of '{call.scope}' without a mask"
+            return f"evaluates a ReLU of '{call.scope}' without its mask once it is masked"
     allowed = (0, 1) if varies else (1,)
-    return next((f"calls the mask '{name}' {calls[name]} times" for name in layers if calls[name] not in allowed), None)
+    wrong = [name for name in layers if calls[name] not in allowed]
+    return f"calls the mask '{wrong[0]}' {calls[wrong[0]]} times once it is masked" if wrong else None
