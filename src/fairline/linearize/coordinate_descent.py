@@ -156,7 +156,7 @@ class CoordinateDescent(Linearizer):
             >>> CoordinateDescent(step=100).plan(1000, [750, 700])
             [900, 800, 750, 700]
             >>> CoordinateDescent(step=100, rate=0.5).plan(1000, [100])
-            [500, 250, 150, 100]
+            [500, 250, 125, 100]
         """
         plan = []
         for budget in budgets:

@@ -423,13 +423,13 @@ def untrained(student: nn.Module, model: nn.Module, seed: int) -> nn.Module:
     arguments = getattr(model, "arguments", None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if isinstance(arguments, dict):
+        if isinstance(arguments, dict) and "width" in arguments:
             fresh.load_state_dict(type(model)(**arguments).state_dict(), strict=False)
         else:
             for name, module in fresh.named_modules():
                 if isinstance(module, MaskedReLU) or not any(True for _ in module.parameters(recurse=False)):
                     continue
-                draw = getattr(module, "reset_parameters", None)
+                draw = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
                 if draw is None:
                     kind = type(module).__name__ if name else type(model).__name__
                     raise FairlineError(

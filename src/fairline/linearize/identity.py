@@ -6,6 +6,7 @@ Source: none.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fairline._io import read_json, write_json
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
+from fairline.masking import unwrap
 from fairline.objectives.base import Objective
 
 _FILE = "linearization.json"
@@ -69,9 +71,10 @@ def described(value: object) -> Any:
     if isinstance(value, nn.Module):
         return network_digest(value)
     if isinstance(value, Objective):
-        # Tensors and what has an underscore is what it learns, or knows of the data.
-        options = {key: each for key, each in vars(value).items() if isinstance(each, bool | int | float | str)}
-        return {"objective": _name(type(value)), **{k: v for k, v in sorted(options.items()) if not k.startswith("_")}}
+        # What its constructors take; the rest is what it learns, or knows of the data.
+        taken = {name for kind in type(value).__mro__[:-1] for name in inspect.signature(kind).parameters}
+        options = {name: described(each) for name, each in vars(value).items() if name in taken}
+        return {"objective": _name(type(value)), **dict(sorted(options.items()))}
     return _name(value if callable(value) else type(value))
 
 
@@ -85,10 +88,11 @@ def network_digest(model: nn.Module) -> str:
         Hexadecimal.
     """
     content = hashlib.blake2b(digest_size=16)
-    # A traced copy of a network may list them in another order.
-    for name, tensor in sorted(model.state_dict().items()):
-        content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        _add(content, tensor)
+    # A copy of a network may list them in another order.
+    for name, value in sorted(unwrap(model).state_dict().items()):
+        if isinstance(value, Tensor):
+            content.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            _add(content, value)
     return content.hexdigest()
 
 
