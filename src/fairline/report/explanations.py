@@ -250,7 +250,8 @@ def correlation_text(rows: pd.DataFrame, measure: str, over: str) -> str:
     if found.empty:
         return ""
     value, low, high = (float(found[column].iloc[0]) for column in ("value", "low", "high"))
-    return f"rank correlation {value:+.2f} [{low:+.2f}, {high:+.2f}]"
+    limits = "" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"
+    return f"rank correlation {value:+.2f}{limits}"
 
 
 def _smallest(frame: pd.DataFrame, variant: str) -> tuple[pd.DataFrame, str]:

@@ -247,7 +247,8 @@ def _gap_table(frame: pd.DataFrame) -> list[dict[str, str]]:
         ):
             if measure in measures.index:
                 value, low, high = (factor * float(measures.loc[measure, c]) for c in ("value", "low", "high"))
-                row[key] = f"{value:.1f}{unit} [{low:.1f}, {high:.1f}]"
+                limits = "" if math.isnan(low) else f" [{low:.1f}, {high:.1f}]"
+                row[key] = f"{value:.1f}{unit}{limits}"
         rows.append(row)
     return rows
 
