@@ -117,10 +117,10 @@ def percentile_interval(draws: Floats) -> tuple[float, float]:
     (nan, nan)
     """
     finite = draws[np.isfinite(draws)]
-    if len(finite) == 0 or finite.min() == finite.max():
+    if len(finite) == 0:
         return math.nan, math.nan
     low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return (float(low), float(high)) if low < high else (math.nan, math.nan)
 
 
 def lowest_interval(draws: Floats) -> tuple[float, float]:
