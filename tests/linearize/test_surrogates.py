@@ -111,7 +111,9 @@ def test_value_and_gradients_are_the_definitions(seed, share, learn):
     x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
     c, m2 = layer.coefficients.detach().clone().requires_grad_(), m.clone().requires_grad_()
     y = layer(x1)
-    expected = m2 * x2.relu() + (1 - m2) * (c[0] + c[1] * x2 + 0.2 * c[2] * x2**2)
+    # A mask that is learned opens nothing that was cut before.
+    opened = m2 * mask
+    expected = opened * x2.relu() + (1 - opened) * (c[0] + c[1] * x2 + 0.2 * c[2] * x2**2)
     torch.testing.assert_close(y, expected)
     (y * weight).sum().backward()
     (expected * weight).sum().backward()
