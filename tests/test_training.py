@@ -401,3 +401,8 @@ def test_a_class_or_group_absent_from_a_part(what, name):
         rows = run()
         assert all(math.isfinite(row[key]) for row in rows for key in ("loss", "val_loss", "val_worst_group_accuracy"))
         assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_network_without_weights_is_a_sentence(parts):
+    with pytest.raises(FairlineError, match="Flatten has no weights to train"):
+        train(nn.Flatten(), parts[0], epochs=1)

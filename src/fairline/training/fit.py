@@ -156,6 +156,8 @@ def _fit(
     **loop: Unpack[LoopSettings],
 ) -> list[dict[str, float]]:
     """Run all epochs of SGD and leave the best weights in the model."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise FairlineError(f"{type(model).__name__} has no weights to train.")
     optimizer = SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
     best, history = Best(model, select), History()
     for epoch in run_epochs(
