@@ -185,7 +185,7 @@ def linearize(
         float | None,
         typer.Option(
             help="Empty whole layers, which saves rounds: those whose share of open ReLUs is below this part of "
-            "the network's (snl, autorep: 0), or nats credited for it (coordinate_descent: 0)."
+            "the network's (snl, autorep: 0), or nats credited for it (coordinate_descent with within_layers=true: 0)."
         ),
     ] = None,
     surrogate: Annotated[

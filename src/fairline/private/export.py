@@ -102,6 +102,8 @@ def to_graph(model: nn.Module, example: Tensor) -> PlainGraph:
 def _run(model: nn.Module, batch: Tensor) -> Tensor:
     try:
         output: Tensor = model(batch)
+    except FairlineError:
+        raise
     except Exception as error:
         # The user's own forward may do anything.
         raise FairlineError(
