@@ -77,8 +77,10 @@ class Local:
     def close(self) -> None:
         """Stop the processes."""
         if self._pool is not None:
+            # Before the shutdown, which forgets them; one that missed its word to end would be waited for at exit.
+            processes = list((self._pool._processes or {}).values())
             self._pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((self._pool._processes or {}).values()):
+            for process in processes:
                 process.terminate()
             self._pool = None
 
