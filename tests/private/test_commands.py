@@ -242,7 +242,7 @@ def test_bad_input_to_a_run_is_one_sentence(refused, networks, tmp_path):
         (["private", "fixed-point", networks[0], "--split", "all", *out], "The split is train, val or test"),
         (["private", "run", networks[0], "--split", "all", *out], "The split is train, val or test"),
         (["private", "query", public, tmp_path / "no.png", *parties], "not a readable image"),
-        (["private", "query", public, tmp_path / "gone.png", *parties], "not a readable image"),
+        (["private", "query", public, tmp_path / "gone.png", *parties], "file does not exist"),
         (["private", "query", tmp_path, tmp_path / "one.png", *parties], "graph.safetensors"),
         (["private", "query", public, tmp_path / "one.png", "--parties", tmp_path / "wrong.yaml"], "form host:port"),
         (["private", "query", public, tmp_path / "one.png", *parties, "--wait", "1"], "did not answer at"),
