@@ -9,10 +9,16 @@ from torch import Tensor, nn
 
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
+from fairline.precision import FLOAT32, Arithmetic
 
 
 def predict(
-    model: nn.Module, data: GroupedData, *, batch_size: int | None = None, device: torch.device | None = None
+    model: nn.Module,
+    data: GroupedData,
+    *,
+    batch_size: int | None = None,
+    device: torch.device | None = None,
+    arithmetic: Arithmetic = FLOAT32,
 ) -> Tensor:
     """Logits of every sample, in evaluation mode and without augmentation.
 
@@ -21,6 +27,7 @@ def predict(
         data: The samples.
         batch_size: Samples at a time; 1000 by default, and 100 on a CPU, whose caches then hold the activations.
         device: Where to compute; where the model is by default.
+        arithmetic: What to compute in: passes within a training take what the training takes, audits float32.
 
     Returns:
         float32, (N, K), on ``device``.
@@ -33,10 +40,10 @@ def predict(
     was_training = model.training
     model.to(device).eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), arithmetic.autocast(device):
             chunks = []
             for index in torch.arange(len(data), device=data.device).split(batch_size):
-                images = data.normalized(index).to(device)
+                images = arithmetic.order(data.normalized(index).to(device))
                 chunks.append(logits_of(model(images), model, images).float())
     finally:
         model.train(was_training)

@@ -92,6 +92,14 @@ Select = Annotated[
     str,
     typer.Option("--select", help="Best validation epoch by accuracy, loss or worst_group_accuracy; or the last one."),
 ]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        help="fp32, bf16, or auto: bf16 where the processor has units for it and a trial says it is faster (fp32; "
+        "later steps: as the base network).",
+    ),
+]
 Out = Annotated[Path, typer.Option("--out", help="Run folder to write, or to resume.")]
 Budgets = Annotated[
     str,

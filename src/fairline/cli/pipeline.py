@@ -38,6 +38,7 @@ from fairline.cli.options import (
     ObjectiveName,
     ObjectiveOption,
     Out,
+    PrecisionOption,
     Root,
     Seed,
     Select,
@@ -120,6 +121,7 @@ def train(
     augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Random crops and flips.")] = False,
     seed: Seed = 0,
     device: Device = None,
+    precision: PrecisionOption = None,
 ) -> None:
     """Train a base network on grouped images."""
     from fairline.jobs import train_job
@@ -139,6 +141,7 @@ def train(
             augment=augment,
             seed=seed,
             device=device,
+            **drop_none(precision=precision),
             progress=progress,
         )
     say_best(run)
@@ -199,6 +202,7 @@ def linearize(
     root: Root = None,
     seed: Seed = 0,
     device: Device = None,
+    precision: PrecisionOption = None,
 ) -> None:
     """Switch off all but a budget of ReLUs; one run gives every budget."""
     from fairline.jobs import linearize_job
@@ -212,6 +216,7 @@ def linearize(
         protect=protect,
         empty_layers=empty_layers,
         surrogate=surrogate,
+        precision=precision,
     )
     settings = {**parse_options(option), **named}
     with progress_bars() as progress:
@@ -253,6 +258,7 @@ def finetune(
     root: Root = None,
     seed: Seed = 0,
     device: Device = None,
+    precision: PrecisionOption = None,
 ) -> None:
     """Finetune every network of a linearize run under knowledge distillation."""
     from fairline.jobs import finetune_job
@@ -266,7 +272,7 @@ def finetune(
             distill=distill,
             preset=preset,
             root=None if root is None else str(root),
-            **drop_none(epochs=epochs, lr=lr, batch_size=batch_size),
+            **drop_none(epochs=epochs, lr=lr, batch_size=batch_size, precision=precision),
             augment=augment,
             select=select,
             seed=seed,
@@ -391,6 +397,7 @@ def ablate(
     root: Root = None,
     seed: Seed = 0,
     device: Device = None,
+    precision: PrecisionOption = None,
 ) -> None:
     """Finetune with several values of an objective's option, by default μ (paper, Figure 15), and compare."""
     from fairline.jobs import ablate_job
@@ -406,7 +413,7 @@ def ablate(
             [parse_value(value) for value in parse_names(values, f"value of {key.strip()}")],
             objective,
             parse_options(objective_option),
-            **drop_none(epochs=epochs, lr=lr, batch_size=batch_size),
+            **drop_none(epochs=epochs, lr=lr, batch_size=batch_size, precision=precision),
             select=select,
             root=None if root is None else str(root),
             seed=seed,

@@ -17,6 +17,7 @@ from fairline._io import resolve_device
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.jobs._common import STUDENTS, Rows, built_on, do_once, load_base, load_parts, remake
+from fairline.jobs._precision import settle
 from fairline.jobs.compare import compare_job
 from fairline.runs import NetworkInfo, Run
 from fairline.training import Progress, ProgressCallback, finetune, named_stage
@@ -33,6 +34,7 @@ def finetune_job(
     root: str | None = None,
     seed: int = 0,
     device: str | None = None,
+    agreed: Path | None = None,
     progress: ProgressCallback | None = None,
     **settings: Any,
 ) -> Run:
@@ -48,6 +50,7 @@ def finetune_job(
         root: Where the data are now, if they have moved.
         seed: Of every random choice.
         device: The accelerator if there is one, by default.
+        agreed: As for :func:`~fairline.jobs.train.train_job`.
         progress: Called after every batch.
         settings: Of the finetune.
 
@@ -70,10 +73,11 @@ def finetune_job(
     }
 
     def work(run: Run) -> None:
-        teacher = load_base(parent)[0] if distill else None
+        base, parts = load_base(parent)[0], load_parts(parent, root)
+        arithmetic = settle(run, settings.get("precision"), base, parts["train"], where, agreed)
         build = partial(objectives.build, objective, **options)
-        taught: dict[str, Any] = {"seed": seed, "device": where, **settings}
-        _finetune_each(parent, run, load_parts(parent, root), teacher, build, progress, taught)
+        taught: dict[str, Any] = {"seed": seed, "device": where, **settings, "precision": arithmetic}
+        _finetune_each(parent, run, parts, base if distill else None, build, progress, taught)
 
     return do_once(out, "finetune", config, where, work)
 

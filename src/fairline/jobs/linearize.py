@@ -12,6 +12,7 @@ from fairline import linearize as linearizers
 from fairline import objectives
 from fairline._io import resolve_device
 from fairline.jobs._common import built_on, do_once, load_base, load_parts
+from fairline.jobs._precision import settle
 from fairline.linearize import Linearized
 from fairline.masking import surrogate_of
 from fairline.runs import NetworkInfo, Run, save_network
@@ -34,6 +35,7 @@ def linearize_job(
     root: str | None = None,
     seed: int = 0,
     device: str | None = None,
+    agreed: Path | None = None,
     progress: ProgressCallback | None = None,
     **settings: Any,
 ) -> Run:
@@ -51,6 +53,7 @@ def linearize_job(
         root: Where the data are now, if they have moved.
         seed: Of every random choice.
         device: The accelerator if there is one, by default.
+        agreed: As for :func:`~fairline.jobs.train.train_job`.
         progress: Called after every batch.
         settings: Of the method.
 
@@ -63,21 +66,17 @@ def linearize_job(
     linearizer = _linearizer(method, fair, {"seed": seed, **settings})
     teacher, info = load_base(parent)
     linearizers.resolve_budgets(budgets, info.total)
-    config = {
-        **built_on(parent),
-        "budgets": list(budgets),
-        "method": method,
-        **fair,
-        "settings": settings,
-        "seed": seed,
-    }
+    config = {**built_on(parent), "budgets": list(budgets), "method": method, **fair}
+    config |= {"settings": settings, "seed": seed}
     common = replace(info, stage="linearized", method=method, seed=seed, placement=_placement(fair, settings))
 
     def work(run: Run) -> None:
         rows: list[dict[str, float]] = []
         data = load_parts(parent, root)["train"]
         watched: dict[str, Any] = {"progress": progress, "checkpoint": run.checkpoint, "history": rows}
-        for cut in linearizer.linearize(teacher, data, budgets, device=where, **watched):
+        arithmetic = settle(run, settings.get("precision"), teacher, data, where, agreed)
+        in_it = replace(linearizer, precision=arithmetic)
+        for cut in in_it.linearize(teacher, data, budgets, device=where, **watched):
             save_network(run.network_folder(f"budget-{cut.budget}"), cut.model, _described(cut, common))
             logger.info("budget %d: kept %d of %d ReLUs; %s", cut.budget, cut.relus, cut.total, cut.info)
         run.write_metrics(rows)

@@ -14,8 +14,10 @@ from fairline._io import resolve_device
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.jobs._common import do_once
+from fairline.jobs._precision import settle
 from fairline.masking import copy_model, mask_relus, masked_relus
 from fairline.masking.published import take_over_published
+from fairline.precision import Precision
 from fairline.runs import (
     DataSpec,
     ModelSpec,
@@ -38,6 +40,8 @@ def train_job(
     weights: str | Path | None = None,
     seed: int = 0,
     device: str | None = None,
+    precision: Precision | None = None,
+    agreed: Path | None = None,
     progress: ProgressCallback | None = None,
     **settings: Any,
 ) -> Run:
@@ -52,6 +56,8 @@ def train_job(
             are.
         seed: Of initialisation and training.
         device: The accelerator if there is one, by default.
+        precision: What to compute in; see :func:`fairline.training.choose`.
+        agreed: A file through which runs of several seeds take the same arithmetic.
         progress: Called after every batch.
         settings: Of the training.
 
@@ -68,12 +74,10 @@ def train_job(
     trains = settings.get("epochs") != 0
     if weights is None and not trains:
         raise FairlineError("A network that is not trained (epochs 0) needs weights.")
-    if take_over_published(copy_model(network), model_spec.example()):
-        network = mask_relus(network, model_spec.example())
-    relus = count_relus(network, model_spec)
-    total = sum(layer.kept.numel() for layer in masked_relus(network).values()) or relus
-    info = NetworkInfo(model_spec, "base", relus, total, relus, seed=seed)
+    info = _described(network, model_spec, seed)
     config: dict[str, Any] = {"data": asdict(spec), "model": asdict(model_spec), "settings": settings, "seed": seed}
+    if precision is not None:
+        config["precision"] = precision
     if weights is not None:
         config["weights"] = {"file": str(Path(weights).resolve()), "digest": digest([Path(weights)])}
 
@@ -81,6 +85,7 @@ def train_job(
         rows: list[dict[str, float]] = []
         if trains:
             own: dict[str, Any] = {"checkpoint": run.checkpoint / "train.safetensors", "progress": progress, **settings}
+            own["precision"] = settle(run, precision, network, parts["train"], where, agreed)
             rows = train(network, parts["train"], parts["val"], seed=seed, device=where, **own)
         run.write_metrics(rows)
         save_network(run.network_folder("base"), network, info)
@@ -95,10 +100,19 @@ def _model_for(data: GroupedData, model: str, options: Mapping[str, Any] | None)
 
 
 def _started(spec: ModelSpec, weights: str | Path | None, seed: int) -> nn.Module:
-    """The network before training: at random, or with given weights."""
+    """The network before training: at random, or with given weights, and with masks where it comes with such."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = spec.build()
     if weights is not None:
         load_weights(network, Path(weights))
+    if take_over_published(copy_model(network), spec.example()):
+        return mask_relus(network, spec.example())
     return network
+
+
+def _described(network: nn.Module, spec: ModelSpec, seed: int) -> NetworkInfo:
+    """What stands beside the base network."""
+    relus = count_relus(network, spec)
+    total = sum(layer.kept.numel() for layer in masked_relus(network).values()) or relus
+    return NetworkInfo(spec, "base", relus, total, relus, seed=seed)

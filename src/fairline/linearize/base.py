@@ -9,6 +9,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,13 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fairline._io import load_tensors, resolve_device, save_tensors
+from fairline._io import load_tensors, read_json, resolve_device, save_tensors, write_json
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.linearize.identity import claim, data_digest, described, network_digest
 from fairline.linearize.surrogates import require_surrogate, start_masked
 from fairline.masking import Surrogate, copy_model, masked_relus, relu_count
-from fairline.training import ProgressCallback
+from fairline.precision import Arithmetic, Precision, require_precision
+from fairline.training import TRIAL_IMAGES, ProgressCallback, choose
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ class Linearization:
         asked: All budgets as counts, from the largest to the smallest.
         budgets: Those of them that the method must still give a network for.
         device: Where the work is done.
+        precision: What was asked for; :attr:`arithmetic` is what came of it.
         progress: Called after every batch.
         folder: Of checkpoints, if any are kept.
         rows: History so far, one row an epoch; the method replaces or extends it.
@@ -97,9 +100,21 @@ class Linearization:
     asked: tuple[int, ...]
     budgets: list[int]
     device: torch.device
+    precision: Precision | Arithmetic | None = None
     progress: ProgressCallback | None = None
     folder: Path | None = None
     rows: list[dict[str, float]] = field(default_factory=list)
+
+    @cached_property
+    def arithmetic(self) -> Arithmetic:
+        """What training and the passes within it compute in; settled when first asked for, and kept in the folder."""
+        file = None if self.folder is None else self.folder / "precision.json"
+        if file is not None and file.exists():
+            return Arithmetic(**read_json(file))
+        found = choose(self.precision, self.student, self.train.normalized(slice(TRIAL_IMAGES)), self.device)
+        if file is not None:
+            write_json(file, found.to_dict())
+        return found
 
     def file(self, name: str) -> Path | None:
         """A checkpoint's path, ``name.safetensors`` in the folder; None where none are kept."""
@@ -137,6 +152,8 @@ class Linearizer(ABC):
 
     Attributes:
         surrogate: What stands in a ReLU's place: ``"identity"`` or ``"quadratic"``, fitted.
+        precision: What methods that train compute in: ``"fp32"``, ``"bf16"`` or ``"auto"``; float32 on a CPU if None.
+            See :func:`fairline.training.choose`.
         teacher: Source of distillation; the network that is linearized, as it is given, by default.
         seed: Of the whole run.
     """
@@ -147,6 +164,7 @@ class Linearizer(ABC):
     keeps_snapshots: ClassVar[bool] = True
 
     surrogate: Surrogate = "identity"
+    precision: Precision | Arithmetic | None = None
     teacher: nn.Module | None = None
     seed: int = 0
 
@@ -157,6 +175,8 @@ class Linearizer(ABC):
             FairlineError: One of them is impossible.
         """
         require_surrogate(self.surrogate)
+        if isinstance(self.precision, str):
+            require_precision(self.precision)
         if self.teacher is not None and not isinstance(self.teacher, nn.Module):
             raise FairlineError(f"A teacher is a network (nn.Module), not {self.teacher!r}.")
 
@@ -250,6 +270,7 @@ class Linearizer(ABC):
             asked=tuple(counts),
             budgets=counts,
             device=device,
+            precision=self.precision,
             progress=progress,
             folder=folder,
         )

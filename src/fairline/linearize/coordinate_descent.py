@@ -230,6 +230,7 @@ class _Rounds:
             batch_size=method.batch_size,
             seed=method.seed,
             device=run.device,
+            precision=run.arithmetic,
             stage="coordinate descent",
             checkpoint=run.file(method.name),
             stateful={method.name: self},

@@ -266,6 +266,7 @@ class DeepReDuce(Linearizer):
                 batch_size=self.batch_size,
                 seed=self.seed,
                 device=where,
+                precision=self.precision,
                 progress=named_stage(progress, f"criticality of {name}"),
             )
             right = predict(student, measuring, device=where).argmax(1).cpu() == measuring.labels.cpu()
@@ -398,6 +399,7 @@ class DeepReDuce(Linearizer):
             objective=ERM(),
             seed=self.seed,
             device=run.device,
+            precision=run.arithmetic,
             progress=named_stage(run.progress, f"training {rung.label}"),
             checkpoint=run.file(f"reshaped-{shape}"),
         )

@@ -225,7 +225,9 @@ class _Learning:
         self.optimizer = method.optimizer(run.student)
         self.protection = None
         if method.protect > 0:
-            self.protection = Protection(run.train, run.teacher, method.protect, method.protect_samples, method.seed)
+            self.protection = Protection(
+                run.train, run.teacher, method.protect, method.protect_samples, method.seed, run.arithmetic
+            )
 
     def epochs(self) -> Iterator[Epoch]:
         """The training loop."""
@@ -242,6 +244,7 @@ class _Learning:
             penalty=self.penalty,
             seed=method.seed,
             device=run.device,
+            precision=run.arithmetic,
             stage=f"{method.title} mask learning",
             progress=None if run.progress is None else self.report,
             checkpoint=run.file(method.name),

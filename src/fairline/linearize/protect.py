@@ -18,6 +18,7 @@ from fairline.errors import FairlineError
 from fairline.inference import group_mean, predict
 from fairline.linearize.activations import watched
 from fairline.masking import MaskedReLU, masked_relus
+from fairline.precision import FLOAT32, Arithmetic
 
 
 class Protection:
@@ -29,17 +30,27 @@ class Protection:
         strength: κ ≥ 0; 0 gives every ReLU the price 1.
         samples: Images of each group, at most.
         seed: Of their choice.
+        arithmetic: What passes compute in.
 
     Raises:
         FairlineError: κ is negative, or the data have fewer than two groups.
     """
 
-    def __init__(self, data: GroupedData, teacher: nn.Module, strength: float, samples: int, seed: int) -> None:
+    def __init__(
+        self,
+        data: GroupedData,
+        teacher: nn.Module,
+        strength: float,
+        samples: int,
+        seed: int,
+        arithmetic: Arithmetic = FLOAT32,
+    ) -> None:
         if data.num_groups < 2:
             raise FairlineError(f"{data.name}: protecting the group that suffers most needs two groups.")
         data.require_groups("protecting the group that suffers most")
         self.data = data.select(torch.cat(data.sample_by_group(samples, seed)))
         self.strength = strength
+        self.arithmetic = arithmetic
         self.before = self._group_losses(teacher)
 
     def prices(self, model: nn.Module) -> tuple[int, dict[str, Tensor]]:
@@ -75,7 +86,8 @@ class Protection:
         return worst, {name: p / scale for name, p in prices.items()}
 
     def _group_losses(self, model: nn.Module) -> Tensor:
-        losses = F.cross_entropy(predict(model, self.data), self.data.labels, reduction="none")
+        logits = predict(model, self.data, arithmetic=self.arithmetic)
+        losses = F.cross_entropy(logits, self.data.labels, reduction="none")
         return group_mean(losses, self.data.groups, self.data.num_groups)
 
 

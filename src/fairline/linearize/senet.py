@@ -56,6 +56,7 @@ from fairline.masking import Granularity, MaskedReLU, copy_model, mask_relus, ma
 from fairline.masking.budget import fullest
 from fairline.objectives.base import Objective
 from fairline.objectives.erm import ERM
+from fairline.precision import Arithmetic, Precision
 from fairline.training import Epoch, History, ProgressCallback, run_epochs
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class SENet(Linearizer):
             FairlineError: ``torch.fx`` cannot trace the model, so that the weights before each ReLU are not known.
         """
         sources = weights_before(run.student)
-        training = _Runs(self, run.teacher, run.train, run.device, run.progress)
+        training = _Runs(self, run.teacher, run.train, run.device, run.arithmetic, run.progress)
         training.history.rows = run.rows
         densities = self.densities(run.student, sources, training, run.folder)
         sizes = {name: layer.num_kept for name, layer in masked_relus(run.student).items()}
@@ -292,6 +293,7 @@ class _Runs:
     teacher: nn.Module
     data: GroupedData
     device: torch.device
+    precision: Precision | Arithmetic
     progress: ProgressCallback | None
     history: History = field(default_factory=History)
     objective: Objective | None = None
@@ -327,6 +329,7 @@ class _Runs:
             penalty=penalty,
             seed=self.method.seed,
             device=self.device,
+            precision=self.precision,
             stage=stage,
             progress=self.progress,
             checkpoint=file,

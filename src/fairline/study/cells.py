@@ -238,24 +238,29 @@ def compute(
     return _JOBS[cell.kind](cell, folder, parents, {"root": root, "device": device, "progress": progress})
 
 
+def _agreed(folder: Path) -> Path:
+    """Through which all seeds of a store compute in the same arithmetic."""
+    return folder.parents[1] / "precision.json"
+
+
 def _train(cell: Cell, folder: Path, _parents: Sequence[Path], common: dict[str, Any]) -> Run:
     given = cell.arguments
     source, model = given["data"], given["model"]
     spec = DataSpec(source["name"], common.pop("root"), source["options"], given["seed"])
-    settings = {"seed": given["seed"], **common, **given["settings"]}
+    settings = {"seed": given["seed"], "agreed": _agreed(folder), **common, **given["settings"]}
     return jobs.train_job(folder, spec, model["name"], model["options"], **settings)
 
 
 def _linearize(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:
     given = cell.arguments
-    settings = {"seed": given["seed"], **common, **given["settings"]}
+    settings = {"seed": given["seed"], "agreed": _agreed(folder), **common, **given["settings"]}
     placed_under = given["method"], given["objective"], given["options"]
     return jobs.linearize_job(parents[0], folder, given["budgets"], *placed_under, **settings)
 
 
 def _finetune(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:
     given = cell.arguments
-    settings = {"seed": given["seed"], **common, **given["settings"]}
+    settings = {"seed": given["seed"], "agreed": _agreed(folder), **common, **given["settings"]}
     return jobs.finetune_job(parents[0], folder, given["objective"], given["options"], **settings)
 
 

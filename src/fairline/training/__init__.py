@@ -7,10 +7,12 @@ from fairline.training.checkpoint import Stateful
 from fairline.training.fit import DEFAULTS, Best, History, Select, Settings, finetune, train
 from fairline.training.loop import LOOP_DEFAULTS, Epoch, LoopSettings, run_epochs
 from fairline.training.progress import Progress, ProgressCallback, named_stage
+from fairline.training.trial import TRIAL_IMAGES, choose
 
 __all__ = [
     "DEFAULTS",
     "LOOP_DEFAULTS",
+    "TRIAL_IMAGES",
     "Best",
     "Epoch",
     "History",
@@ -20,6 +22,7 @@ __all__ = [
     "Select",
     "Settings",
     "Stateful",
+    "choose",
     "finetune",
     "named_stage",
     "random_crop_and_flip",

@@ -10,6 +10,7 @@ import torch
 
 from fairline._io import load_state, save_state
 from fairline.errors import FairlineError
+from fairline.precision import Arithmetic
 
 
 class Stateful(Protocol):
@@ -24,7 +25,7 @@ class Stateful(Protocol):
         ...
 
 
-def save(path: Path, parts: Mapping[str, Any], generator: torch.Generator, epoch: int) -> None:
+def save(path: Path, parts: Mapping[str, Any], generator: torch.Generator, epoch: int, arithmetic: Arithmetic) -> None:
     """Write the state after an epoch, atomically.
 
     Args:
@@ -32,6 +33,7 @@ def save(path: Path, parts: Mapping[str, Any], generator: torch.Generator, epoch
         parts: What has a ``state_dict``, by name.
         generator: Of shuffling and augmentation; torch's global generators are kept as well.
         epoch: The last one done.
+        arithmetic: What the run computes in.
     """
     state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
     if "scheduler" in state:
@@ -42,7 +44,13 @@ def save(path: Path, parts: Mapping[str, Any], generator: torch.Generator, epoch
     random = {"shuffle": generator.get_state(), "global": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["cuda"] = torch.cuda.get_rng_state()
-    save_state(path, {**state, "random": random, "epoch": epoch})
+    save_state(path, {**state, "random": random, "epoch": epoch, "arithmetic": arithmetic.to_dict()})
+
+
+def arithmetic_of(path: Path) -> Arithmetic | None:
+    """What a run computed in before it was interrupted; None where there is no checkpoint of it, or an old one."""
+    kept = load_state(path).get("arithmetic") if path.exists() else None
+    return None if kept is None else Arithmetic(**kept)
 
 
 def restore(path: Path, parts: Mapping[str, Any], generator: torch.Generator) -> int:

@@ -22,9 +22,11 @@ from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import group_mean, logits_of, predict, require_classes
 from fairline.objectives.base import Batch, Objective
+from fairline.precision import FLOAT32, Arithmetic, Precision
 from fairline.training.augment import random_crop_and_flip
-from fairline.training.checkpoint import Stateful, restore, save
+from fairline.training.checkpoint import Stateful, arithmetic_of, restore, save
 from fairline.training.progress import Progress, ProgressCallback
+from fairline.training.trial import TRIAL_IMAGES, choose
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,8 @@ class LoopSettings(TypedDict, total=False):
         device: The accelerator if there is one, by default.
         progress: Called after every batch.
         checkpoint: File to resume from and to save to after each epoch.
+        precision: What to compute in, see :func:`~fairline.training.choose`; float32 on a CPU by default. A
+            resumed run goes on in what it began in.
     """
 
     batch_size: int
@@ -77,9 +81,12 @@ class LoopSettings(TypedDict, total=False):
     device: str | torch.device | None
     progress: ProgressCallback | None
     checkpoint: str | Path | None
+    precision: Precision | Arithmetic | None
 
 
-LOOP_DEFAULTS = LoopSettings(batch_size=256, augment=False, seed=0, device=None, progress=None, checkpoint=None)
+LOOP_DEFAULTS = LoopSettings(
+    batch_size=256, augment=False, seed=0, device=None, progress=None, checkpoint=None, precision=None
+)
 
 
 def run_epochs(
@@ -124,7 +131,7 @@ def run_epochs(
     """
     chosen = LOOP_DEFAULTS | settings
     run = _Run(model, train, epochs, optimizer, objective, scheduler, teacher, penalty, stage, stateful, **chosen)
-    with run.randomness():
+    with run.randomness(), run.placed():
         for epoch in range(run.resume() + 1, epochs + 1):
             began = time.perf_counter()
             means = run.steps(epoch)
@@ -135,7 +142,7 @@ def run_epochs(
                 epoch=epoch,
                 loss=means.pop("loss"),
                 learning_rate=optimizer.param_groups[0]["lr"],
-                **_validate(model, val, run.where),
+                **run.validate(val),
                 extra={**objective.metrics(), **means},
                 seconds=time.perf_counter() - began,
             )
@@ -164,6 +171,7 @@ class _Run:
     device: str | torch.device | None
     progress: ProgressCallback | None
     checkpoint: str | Path | None
+    precision: Precision | Arithmetic | None
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
@@ -171,9 +179,6 @@ class _Run:
                 f"Training needs epochs ≥ 1 and batch_size ≥ 1, not {self.epochs} and {self.batch_size}."
             )
         self.where = resolve_device(self.device)
-        self.on_gpu = self.where.type == "cuda"
-        self.memory_format = torch.channels_last if self.on_gpu else torch.contiguous_format
-        self.model.to(self.where, memory_format=self.memory_format)  # type: ignore[call-overload]
         self.train = self.train.to(self.where)
         self.batch_sizes = _batch_sizes(len(self.train), self.batch_size)
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -188,9 +193,24 @@ class _Run:
     @contextmanager
     def randomness(self) -> Iterator[None]:
         """The run's own global random numbers; those of the caller are left as they are."""
-        with torch.random.fork_rng(devices=[self.where] if self.on_gpu else []):
+        with torch.random.fork_rng(devices=[self.where] if self.where.type == "cuda" else []):
             torch.manual_seed(self.seed)
             yield
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """Model and teacher on the device, in the memory order of the arithmetic as long as the run lasts."""
+        kept = None if self.checkpoint is None else arithmetic_of(Path(self.checkpoint))
+        images = self.train.normalized(slice(TRIAL_IMAGES))
+        self.arithmetic = kept or choose(self.precision, self.model, images, self.where)
+        networks = [network for network in (self.model, self.teacher) if network is not None]
+        for network in networks:
+            self.arithmetic.place(network, self.where)
+        try:
+            yield
+        finally:
+            for network in networks:
+                FLOAT32.place(network, self.where)
 
     def resume(self) -> int:
         """Restore a checkpoint if there is one, and prepare the teacher; returns the last epoch done."""
@@ -199,9 +219,9 @@ class _Run:
             done = restore(Path(self.checkpoint), self.parts, self.generator)
             logger.info("%s: resumed from %s after epoch %d", self.stage, self.checkpoint, done)
         if self.teacher is not None:
-            self.teacher.to(self.where).eval()
+            self.teacher.eval()
             if not self.augment:
-                self.teacher_logits = predict(self.teacher, self.train, device=self.where)
+                self.teacher_logits = self.predict(self.teacher, self.train)
         return done
 
     def steps(self, epoch: int) -> dict[str, float]:
@@ -239,12 +259,11 @@ class _Run:
             images = self.train.normalized(index)
             if self.augment:
                 images = random_crop_and_flip(images, self.generator, flip=self.train.flip)
-            images = images.contiguous(memory_format=self.memory_format)
-            yield Batch(images, self.train.labels[index], self.train.groups[index], index)
+            yield Batch(self.arithmetic.order(images), self.train.labels[index], self.train.groups[index], index)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Logits (B, K) of the model, and of the teacher if there is one."""
-        with torch.autocast(self.where.type, torch.bfloat16, enabled=self.on_gpu):
+        with self.arithmetic.autocast(self.where):
             logits = self.logits(self.model, batch)
             if self.teacher is None:
                 return logits, None
@@ -276,8 +295,7 @@ class _Run:
         if not self.objective.needs_group_losses:
             return
         try:
-            losses = _group_losses(self.model, self.train, self.objective, self.teacher, self.teacher_logits)
-            self.objective.end_epoch(*losses)
+            self.objective.end_epoch(*self.group_losses())
         except FairlineError as error:
             reason = str(error).rstrip(".")
             raise FairlineError(f"Epoch {epoch} of {self.stage}: {reason}{self.kept(epoch)}.") from None
@@ -298,7 +316,44 @@ class _Run:
     def save(self, epoch: int) -> None:
         """Write the checkpoint, where there is one."""
         if self.checkpoint is not None:
-            save(Path(self.checkpoint), self.parts, self.generator, epoch)
+            save(Path(self.checkpoint), self.parts, self.generator, epoch, self.arithmetic)
+
+    def predict(self, network: nn.Module, data: GroupedData) -> Tensor:
+        """Logits over a whole data set, in the run's arithmetic."""
+        return predict(network, data, device=self.where, arithmetic=self.arithmetic)
+
+    def group_losses(self) -> tuple[Tensor, Tensor]:
+        """Mean loss of each group, and of all, over the whole training set or the objective's subset of it."""
+        index, train, teacher_logits = self.objective.subset, self.train, self.teacher_logits
+        data = train if index is None else train.select(index)
+        logits = self.predict(self.model, data)
+        if teacher_logits is not None and index is not None:
+            teacher_logits = teacher_logits[index]
+        elif teacher_logits is None and self.teacher is not None:
+            teacher_logits = self.predict(self.teacher, data)
+        everything = torch.arange(len(train), device=train.device) if index is None else index
+        batch = Batch(data.images, data.labels, data.groups, everything)
+        with torch.no_grad():
+            losses = self.objective.losses(logits, teacher_logits, batch)
+        means = group_mean(losses, data.groups, data.num_groups)
+        if index is None:
+            return means, losses.double().mean()
+        sizes = torch.bincount(train.groups, minlength=train.num_groups)
+        return means, (means * sizes)[sizes > 0].sum() / len(train)
+
+    def validate(self, val: GroupedData | None) -> dict[str, float]:
+        """Loss and accuracies on the validation part; NaN without one."""
+        if val is None:
+            return dict.fromkeys(("val_loss", "val_accuracy", "val_worst_group_accuracy"), math.nan)
+        logits = self.predict(self.model, val).cpu()
+        labels, groups = val.labels.cpu(), val.groups.cpu()
+        correct = (logits.argmax(1) == labels).double()
+        by_group = group_mean(correct, groups, val.num_groups)
+        return {
+            "val_loss": float(F.cross_entropy(logits, labels)),
+            "val_accuracy": float(correct.mean()),
+            "val_worst_group_accuracy": float(by_group[~by_group.isnan()].min()),
+        }
 
 
 def _batch_sizes(images: int, batch_size: int) -> list[int]:
@@ -318,43 +373,3 @@ def _batch_sizes(images: int, batch_size: int) -> list[int]:
     if rest == 1 and full and batch_size > 1:
         return [batch_size] * (full - 1) + [batch_size + 1]
     return [batch_size] * full + [rest] * (rest > 0)
-
-
-def _group_losses(
-    model: nn.Module,
-    train: GroupedData,
-    objective: Objective,
-    teacher: nn.Module | None,
-    teacher_logits: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Mean loss of each group, and of all, over the whole training set or the objective's subset of it."""
-    index = objective.subset
-    data = train if index is None else train.select(index)
-    logits = predict(model, data)
-    if teacher_logits is not None and index is not None:
-        teacher_logits = teacher_logits[index]
-    elif teacher_logits is None and teacher is not None:
-        teacher_logits = predict(teacher, data)
-    everything = torch.arange(len(train), device=train.device) if index is None else index
-    batch = Batch(data.images, data.labels, data.groups, everything)
-    with torch.no_grad():
-        losses = objective.losses(logits, teacher_logits, batch)
-    means = group_mean(losses, data.groups, data.num_groups)
-    if index is None:
-        return means, losses.double().mean()
-    sizes = torch.bincount(train.groups, minlength=train.num_groups)
-    return means, (means * sizes)[sizes > 0].sum() / len(train)
-
-
-def _validate(model: nn.Module, val: GroupedData | None, device: torch.device) -> dict[str, float]:
-    if val is None:
-        return dict.fromkeys(("val_loss", "val_accuracy", "val_worst_group_accuracy"), math.nan)
-    logits = predict(model, val, device=device).cpu()
-    labels, groups = val.labels.cpu(), val.groups.cpu()
-    correct = (logits.argmax(1) == labels).double()
-    by_group = group_mean(correct, groups, val.num_groups)
-    return {
-        "val_loss": float(F.cross_entropy(logits, labels)),
-        "val_accuracy": float(correct.mean()),
-        "val_worst_group_accuracy": float(by_group[~by_group.isnan()].min()),
-    }

@@ -1,0 +1,301 @@
+"""bfloat16 in training: what stays float32, the same bits again, and who decides."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fairline import SNL, FairlineError, finetune, train
+from fairline.inference import predict
+from fairline.jobs import train_job
+from fairline.linearize import Random
+from fairline.masking import MaskedReLU, masked_relus
+from fairline.models import build
+from fairline.objectives.erm import ERM
+from fairline.precision import FLOAT32, Arithmetic, has_bf16
+from fairline.runs import DataSpec
+from fairline.training import choose, run_epochs, trial
+from tests.commands import ENVIRONMENT, fairline, ok
+from tests.conftest import make_data
+
+BF16 = Arithmetic(bf16=True)
+LAST = Arithmetic(bf16=True, channels_last=True)
+CPU = torch.device("cpu")
+
+
+def network(width: int = 16, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return build("resnet18", 3, in_channels=1, image_size=8, width=width)
+
+
+def states(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def masked(shape: tuple[int, ...], kind: str) -> MaskedReLU:
+    layer = MaskedReLU(shape)
+    generator = torch.Generator().manual_seed(1)
+    layer.set_mask(torch.rand(shape, generator=generator) < 0.5)
+    if kind == "quadratic":
+        layer.use_surrogate("quadratic")
+    if kind != "fixed":
+        weight = layer.learn()
+        with torch.no_grad():
+            weight.copy_(torch.rand(shape, generator=generator))
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["fixed", "learned", "quadratic"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_memory_order_of_activations_changes_no_bit_of_a_masked_relu(kind, dtype):
+    shape = (6, 5, 4)
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    grad = torch.randn(3, *shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    found = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        layer = masked(shape, kind)
+        own = x.clone(memory_format=order).requires_grad_()
+        y = layer(own)
+        y.backward(grad.contiguous(memory_format=order))
+        assert y.is_contiguous(memory_format=order)
+        found.append([y.detach(), own.grad, *(p.grad for p in layer.parameters())])
+    for one, other in zip(*found, strict=True):
+        # Sums over the batch may be taken in another order.
+        torch.testing.assert_close(one, other, rtol=1e-12 if dtype == torch.float64 else 2e-2, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [-torch.inf, -1.0, -0.0, 0.0, 1.0, torch.inf, torch.nan])
+def test_the_slope_of_a_fixed_mask_is_that_of_the_relu_or_of_the_identity(value):
+    layer = MaskedReLU((2,))
+    layer.set_mask(torch.tensor([True, False]))
+    x = torch.full((1, 2), value, requires_grad=True)
+    (slope,) = torch.autograd.grad(layer(x).sum(), x)
+    relu = torch.full((1,), value, requires_grad=True)
+    (expected,) = torch.autograd.grad(relu.relu().sum(), relu)
+    assert slope[0, 0] == expected
+    assert slope[0, 1] == 1
+
+
+def test_forward_mode_vmap_and_second_derivatives_agree_with_the_formula():
+    layer = masked((4, 3, 3), "fixed").double()
+    x, tangent = torch.randn(2, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def formula(x):
+        return torch.where(layer.kept, x.relu(), x)
+
+    for function in (layer, formula):
+        assert function(x).dtype == torch.float64
+    ours = torch.func.jvp(layer, (x,), (tangent,))
+    theirs = torch.func.jvp(formula, (x,), (tangent,))
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+    many = x.expand(2, *x.shape)
+    assert torch.equal(torch.func.vmap(layer)(many), formula(x).expand_as(many))
+
+    def energy(function):
+        return lambda x: (function(x) ** 3).sum()
+
+    second = [
+        torch.func.grad(lambda x, f=f: (torch.func.grad(energy(f))(x) * tangent).sum())(x) for f in (layer, formula)
+    ]
+    assert torch.equal(*second)
+
+
+@pytest.mark.parametrize("arithmetic", [BF16, LAST], ids=["contiguous", "channels last"])
+def test_all_that_is_kept_stays_float32_and_the_loss_is_nearly_the_same(arithmetic):
+    data = make_data(96)
+    losses = {}
+    for name, precision in (("fp32", "fp32"), ("bf16", arithmetic)):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        (epoch,) = run_epochs(
+            model, data, data, epochs=1, optimizer=optimizer, objective=ERM(), batch_size=32, precision=precision
+        )
+        losses[name] = epoch.loss
+        kept = [*model.state_dict().values(), *(s["momentum_buffer"] for s in optimizer.state.values())]
+        assert all(value.dtype == torch.float32 for value in kept if value.is_floating_point())
+        assert all(value.is_contiguous() for value in model.parameters())
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.03)
+    assert losses["bf16"] != losses["fp32"]
+
+
+def test_learned_masks_stay_float32():
+    data = make_data(64)
+    rows: list[dict[str, float]] = []
+    (cut,) = SNL(max_epochs=2, batch_size=32, lr=0.01, precision=BF16).linearize(network(), data, [0.5], history=rows)
+    assert all(p.dtype == torch.float32 for p in cut.model.parameters())
+    assert len(rows) == 2
+
+
+@pytest.mark.parametrize("arithmetic", [BF16, LAST], ids=["contiguous", "channels last"])
+def test_the_same_seed_gives_the_same_bits_and_so_does_a_resumed_run(arithmetic, tmp_path):
+    data = make_data(96)
+    settings = {"lr": 0.01, "batch_size": 32, "seed": 3}
+    whole = network()
+    train(whole, data, data, epochs=3, precision=arithmetic, **settings)
+    again = network()
+    train(again, data, data, epochs=3, precision=arithmetic, **settings)
+    assert_same(states(whole), states(again))
+
+    class Stop(Exception):
+        pass
+
+    def stop(update):
+        if update.done > 4:
+            raise Stop
+
+    file = tmp_path / "train.safetensors"
+    resumed = network()
+    with pytest.raises(Stop):
+        train(resumed, data, data, epochs=3, precision=arithmetic, checkpoint=file, progress=stop, **settings)
+    assert file.exists()
+    resumed = network()
+    # A resumed run goes on in what it began in, whatever a new trial might say.
+    train(resumed, data, data, epochs=3, precision="fp32", checkpoint=file, **settings)
+    assert_same(states(whole), states(resumed))
+
+
+def test_a_finetune_in_bf16_leaves_teacher_and_data_as_they_are():
+    data, teacher = make_data(64), network()
+    before = states(teacher)
+    (cut,) = Random().linearize(teacher, data, [0.5])
+    finetune(cut.model, teacher, data, epochs=1, batch_size=32, precision=LAST)
+    assert_same(before, states(teacher))
+    assert all(p.is_contiguous() for p in teacher.parameters())
+    kept = [layer.num_kept for layer in masked_relus(cut.model).values()]
+    assert sum(kept) == cut.relus
+
+
+def test_predictions_are_float32_unless_the_training_asks():
+    data, model = make_data(32), network().eval()
+    exact = model(data.normalized(slice(None)))
+    assert torch.equal(predict(model, data, batch_size=32), exact)
+    rough = predict(model, data, batch_size=32, arithmetic=BF16)
+    assert rough.dtype == torch.float32
+    assert not torch.equal(rough, exact)
+    assert (rough - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize(("width", "suits"), [(8, False), (16, True), (24, True)])
+def test_narrow_convolutions_never_lie_channels_last(width, suits):
+    assert trial.suits_channels_last(network(width)) is suits
+
+
+def test_grouped_convolutions_never_lie_channels_last():
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, groups=32))
+    assert not trial.suits_channels_last(model)
+
+
+def test_auto_on_two_threads_with_eight_channels_comes_to_an_end():
+    code = """
+import torch
+from tests.test_precision import network
+from tests.conftest import make_data
+from fairline import train
+from fairline.training import trial
+torch.set_num_threads(2)
+trial.has_bf16 = lambda device: True
+trial.WORTHWHILE = 0
+train(network(8), make_data(256), epochs=2, batch_size=64, precision="auto")
+assert not trial.choose("auto", network(8), torch.randn(64, 1, 8, 8), torch.device("cpu")).channels_last
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("done\n")
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """Trials that take what the test says: seconds of float32, bf16, and bf16 with channels last."""
+
+    def take(plain, bf16, last=9.0, native=True):
+        times = {FLOAT32: plain, BF16: bf16, LAST: last}
+        monkeypatch.setattr(trial, "_seconds", lambda arithmetic, *_: times[arithmetic])
+        monkeypatch.setattr(trial, "has_bf16", lambda _device: native)
+
+    return take
+
+
+def chosen(precision, width=16):
+    return choose(precision, network(width), torch.randn(4, 1, 8, 8), CPU)
+
+
+def test_auto_takes_bf16_where_a_trial_says_that_it_is_faster(seconds):
+    seconds(2.0, 1.0)
+    assert chosen("auto") == Arithmetic(True, False, 2.0)
+    seconds(2.0, 1.0, 0.5)
+    assert chosen("auto") == Arithmetic(True, True, 4.0)
+    assert chosen("auto", width=8) == Arithmetic(True, False, 2.0)
+    seconds(1.05, 1.0)
+    assert chosen("auto") == Arithmetic(ratio=1.05)
+
+
+def test_auto_takes_fp32_without_units_and_bf16_warns_with_the_ratio(seconds, caplog):
+    seconds(1.0, 2.0, native=False)
+    assert chosen("auto") == FLOAT32
+    with caplog.at_level(logging.WARNING, "fairline"):
+        assert chosen("bf16") == Arithmetic(True, False, 0.5)
+    (record,) = caplog.records
+    assert "0.50 times the speed" in record.getMessage()
+
+
+def test_what_is_settled_stays(seconds):
+    seconds(1.0, 9.0)
+    assert chosen(LAST) is LAST
+    assert chosen("fp32") is FLOAT32
+
+
+@pytest.mark.parametrize("call", [lambda: chosen("fp16"), lambda: SNL(precision="half")])
+def test_an_unknown_precision_is_a_sentence(call):
+    with pytest.raises(FairlineError, match="Precision is auto, fp32, bf16, not"):
+        call()
+
+
+def test_the_choice_stands_in_the_run_folder_and_is_taken_over(tmp_path):
+    common = ["--batch-size", "64"]
+    train_base = ["train", "--data", "digits", "--model", "cnn", "--width", "4", "--epochs", "1", *common]
+    base, cuts, students = tmp_path / "base", tmp_path / "cuts", tmp_path / "students"
+    ok(*train_base, "--precision", "bf16", "--out", base)
+    kept = json.loads((base / "precision.json").read_text())
+    assert kept["bf16"] is True
+    assert kept["ratio"] > 0
+    assert kept["processor"]
+    ok("linearize", base, "--method", "snl", "--budgets", "0.5", "--max-epochs", "1", *common, "--out", cuts)
+    ok("finetune", cuts, "--epochs", "1", *common, "--out", students)
+    for folder in (cuts, students):
+        assert json.loads((folder / "precision.json").read_text()) == kept
+    done = fairline(*train_base, "--precision", "half", "--out", tmp_path / "other")
+    assert done.returncode == 2
+    assert "Precision is auto, fp32, bf16, not 'half'" in done.stderr
+
+
+def test_seeds_agree_on_one_arithmetic(tmp_path, seconds):
+    def run(name, seed):
+        out = tmp_path / name
+        settings = {"epochs": 1, "batch_size": 256, "precision": "auto", "agreed": tmp_path / "precision.json"}
+        train_job(out, DataSpec("digits", None, {}, seed), "cnn", {"width": 4}, seed=seed, **settings)
+        return json.loads((out / "precision.json").read_text())
+
+    seconds(2.0, 1.0)
+    first = run("first", 0)
+    seconds(1.0, 2.0)
+    assert run("second", 1) == first
+    assert first["bf16"] is True
+
+
+def test_this_processor_is_asked():
+    capabilities = torch.cpu.get_capabilities()
+    assert has_bf16(CPU) == bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    assert not has_bf16(torch.device("meta"))
