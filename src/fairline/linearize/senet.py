@@ -136,7 +136,7 @@ class SENet(Linearizer):
             FairlineError: ``torch.fx`` cannot trace the model, so that the weights before each ReLU are not known.
         """
         sources = weights_before(run.student)
-        training = _Runs(self, run.teacher, run.train, run.device, run.arithmetic, run.progress)
+        training = _Runs(self, run.teacher, run.train, run.device, run.progress, precision=run.arithmetic)
         training.history.rows = run.rows
         densities = self.densities(run.student, sources, training, run.folder)
         sizes = {name: layer.num_kept for name, layer in masked_relus(run.student).items()}
@@ -293,9 +293,9 @@ class _Runs:
     teacher: nn.Module
     data: GroupedData
     device: torch.device
-    precision: Precision | Arithmetic
     progress: ProgressCallback | None
     history: History = field(default_factory=History)
+    precision: Precision | Arithmetic | None = None
     objective: Objective | None = None
 
     def new_objective(self) -> Objective:
