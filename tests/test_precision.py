@@ -13,7 +13,7 @@ from torch import nn
 
 from fairline import SNL, FairlineError, finetune, train
 from fairline.inference import predict
-from fairline.jobs import train_job
+from fairline.jobs import linearize_job, train_job
 from fairline.linearize import Random
 from fairline.masking import MaskedReLU, masked_relus
 from fairline.models import build
@@ -293,6 +293,15 @@ def test_seeds_agree_on_one_arithmetic(tmp_path, seconds):
     seconds(1.0, 2.0)
     assert run("second", 1) == first
     assert first["bf16"] is True
+
+
+def test_auto_is_tried_after_a_base_network_of_the_default(tmp_path, seconds):
+    seconds(2.0, 1.0)
+    train_job(tmp_path / "base", DataSpec("digits"), "cnn", {"width": 4}, epochs=1, batch_size=256)
+    assert json.loads((tmp_path / "base" / "precision.json").read_text())["bf16"] is False
+    for name, more, bf16 in (("asked", {"precision": "auto"}, True), ("not asked", {}, False)):
+        linearize_job(tmp_path / "base", tmp_path / name, [0.5], max_epochs=1, batch_size=256, **more)
+        assert json.loads((tmp_path / name / "precision.json").read_text())["bf16"] is bf16
 
 
 def test_this_processor_is_asked():

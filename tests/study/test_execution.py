@@ -273,6 +273,16 @@ def test_a_worker_that_dies_is_told_apart_from_a_cell_that_fails():
         pool.close()
 
 
+def test_processes_end_with_their_pool_whatever_they_do():
+    pool = Local(1)
+    assert pool.submit(len, "abc").result(60) == 3
+    pool.submit(time.sleep, 600)
+    (process,) = pool._pool._processes.values()
+    pool.close()
+    process.join(30)
+    assert not process.is_alive()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -354,6 +364,14 @@ def test_a_dry_run_estimates_from_steps_and_then_from_what_was_run(finished, tmp
     (train,) = (line for line in said.splitlines() if "train" in line)
     assert train.replace("│", " ").split()[:4] == ["train", "2", "1", "1"]
     assert "measured" in train
+
+
+def test_an_audit_without_the_base_network_has_a_frontier(finished, tmp_path):
+    audit = finished / "digits_tiny" / "digits-0" / "plain-erm-audit"
+    assert json.loads((audit / "config.json").read_text())["with_base"] is False
+    ok("frontier", audit, "--out", tmp_path / "frontier")
+    models = set(pd.read_parquet(tmp_path / "frontier" / "frontier.parquet")["model"])
+    assert models == set(pd.read_parquet(audit / "audit.parquet")["model"])
 
 
 def test_a_frontier_of_a_study_names_its_networks_and_the_study(finished, tmp_path):

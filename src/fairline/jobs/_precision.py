@@ -32,8 +32,8 @@ def settle(
     """The arithmetic of a run.
 
     What its folder says already; else, unless one is asked for, what the run that it is built on took on such a
-    processor; for ``"auto"`` also what other runs of the same network agreed on; else what
-    :func:`fairline.training.choose` finds.
+    processor. ``"auto"`` takes that only where a trial chose it, else what other runs of the same network agreed on.
+    Else what :func:`fairline.training.choose` finds.
 
     Args:
         run: Being written.
@@ -50,7 +50,9 @@ def settle(
     before = run.lineage()[:-1] if precision in (None, "auto") else []
     for each in (run, *reversed(before)):
         kept = _kept(each.folder / FILE)
-        if kept is not None and (each is run or kept["processor"] == here):
+        # A default is no answer to "auto", which asks for a trial.
+        tried = precision != "auto" or (kept is not None and kept["ratio"] is not None)
+        if kept is not None and (each is run or (tried and kept["processor"] == here)):
             return _keep(run, kept)
     if precision != "auto" or agreed is None:
         return _keep(run, _found(precision, network, data, device))
