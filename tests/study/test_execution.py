@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from pandas.testing import assert_frame_equal
 
 from fairline.errors import FairlineError
@@ -261,6 +262,20 @@ def test_a_cluster_that_is_not_there_is_told():
 
 def _end(_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("given", "jobs", "each"), [(1, 1, 1), (1, 2, 1), (4, 2, 2), (5, 2, 2)])
+def test_a_study_takes_no_more_threads_than_it_was_given(given, jobs, each):
+    before = torch.get_num_threads()
+    torch.set_num_threads(given)
+    try:
+        pool = Local(jobs)
+        try:
+            assert pool.submit(torch.get_num_threads).result() == each
+        finally:
+            pool.close()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_worker_that_dies_is_told_apart_from_a_cell_that_fails():

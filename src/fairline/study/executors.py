@@ -44,7 +44,7 @@ class Local:
 
     Args:
         jobs: How many.
-        threads: Of each, for PyTorch; the cores are shared equally by default.
+        threads: Of each, for PyTorch; by default those of this process, shared equally.
 
     Raises:
         FairlineError: There is not one job.
@@ -54,7 +54,7 @@ class Local:
         if jobs < 1:
             raise FairlineError(f"A study needs one job at least, not {jobs}.")
         self.slots = jobs
-        self.threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+        self.threads = threads or max(1, torch.get_num_threads() // jobs)
         self._pool: ProcessPoolExecutor | None = None
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
