@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from fairline import SNL, FairlineError, finetune, train
+from fairline import SNL, DeepReDuce, FairlineError, audit, finetune, train
 from fairline.inference import predict
-from fairline.jobs import linearize_job, train_job
+from fairline.jobs import finetune_job, linearize_job, train_job
 from fairline.linearize import Random
 from fairline.masking import MaskedReLU, masked_relus
 from fairline.models import build
@@ -26,7 +26,15 @@ from tests.conftest import make_data
 
 BF16 = Arithmetic(bf16=True)
 LAST = Arithmetic(bf16=True, channels_last=True)
-CPU = torch.device("cpu")
+#: Settings by which methods of several stages take a moment.
+STAGES = {
+    "snl": {"max_epochs": 1},
+    "senet": {"sensitivity_epochs": 1, "mask_epochs": 1, "epochs": 1},
+    "deepreduce": {"criticality_epochs": 1, "reshape_epochs": 1},
+}
+#: Measures that compute in all ways that an audit does: forward passes, gradients, products and searches.
+EXPLAINS = {"accuracy": {}, "gradient_norm": {}, "curvature": {}, "margin": {}, "boundary_distance": {}}
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def network(width: int = 16, seed: int = 0) -> nn.Module:
@@ -224,12 +232,13 @@ def seconds(monkeypatch):
         times = {FLOAT32: plain, BF16: bf16, LAST: last}
         monkeypatch.setattr(trial, "_seconds", lambda arithmetic, *_: times[arithmetic])
         monkeypatch.setattr(trial, "has_bf16", lambda _device: native)
+        monkeypatch.setattr(trial, "_warned_of", set())
 
     return take
 
 
-def chosen(precision, width=16):
-    return choose(precision, network(width), torch.randn(4, 1, 8, 8), CPU)
+def chosen(precision, width=16, device=CPU):
+    return choose(precision, network(width), torch.randn(4, 1, 8, 8), device)
 
 
 def test_auto_takes_bf16_where_a_trial_says_that_it_is_faster(seconds):
@@ -249,6 +258,92 @@ def test_auto_takes_fp32_without_units_and_bf16_warns_with_the_ratio(seconds, ca
         assert chosen("bf16") == Arithmetic(True, False, 0.5)
     (record,) = caplog.records
     assert "0.50 times the speed" in record.getMessage()
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_gpu_takes_bf16_without_a_trial_where_it_has_units_and_fp32_where_it_has_none(monkeypatch, native):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: asked.append(options) or native)
+    monkeypatch.setattr(trial, "_trial", lambda *_: pytest.fail("tried"))
+    # 8 channels, too: the order that corrupts memory does so on CPUs.
+    for precision in (None, "auto"):
+        assert chosen(precision, width=8, device=GPU) == (LAST if native else FLOAT32)
+    assert chosen("fp32", device=GPU) == FLOAT32
+    assert chosen(BF16, device=GPU) is BF16
+    # What emulates bfloat16 does not count.
+    assert asked[0] == {"including_emulation": False}
+    if native:
+        assert chosen("bf16", device=GPU) == LAST
+
+
+@pytest.mark.parametrize("arithmetic", [FLOAT32, BF16, LAST], ids=["fp32", "bf16", "channels last"])
+def test_on_a_gpu_forward_passes_run_under_its_autocast_and_no_other(arithmetic, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    with arithmetic.autocast(GPU):
+        assert torch.is_autocast_enabled("cuda") is arithmetic.bf16
+        assert not torch.is_autocast_enabled("cpu")
+        if arithmetic.bf16:
+            assert torch.get_autocast_dtype("cuda") == torch.bfloat16
+
+
+def test_a_trial_leaves_random_numbers_and_the_network_as_they_are():
+    model = nn.Sequential(network(), nn.Dropout(0.5))
+    before, state = states(model), torch.get_rng_state()
+    assert trial._seconds(BF16, model, torch.randn(4, 1, 8, 8, generator=torch.Generator()), CPU) > 0
+    assert_same(before, states(model))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_an_audit_computes_in_float32_whatever_the_training_did():
+    data, model = make_data(48), network(4)
+    train(model, data, epochs=1, batch_size=24, lr=0.01, precision=BF16)
+    seen = set()
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+        for module in model.modules()
+    ]
+    report = audit(model, data, network(4), measures=list(EXPLAINS), resamples=50, options=EXPLAINS)
+    assert seen == {torch.float32}
+    for hook in hooks:
+        hook.remove()
+    right = (predict(model, data).argmax(1) == data.labels).double()
+    for group, name in enumerate(data.group_names):
+        assert report.by_group["accuracy"][name] == pytest.approx(float(right[data.groups == group].mean()))
+
+
+def several_stages(tmp_path, method):
+    """Mask learning, or a method of several finetunes, then finetunes of two budgets, in run folders."""
+    common = {"batch_size": 256, "precision": "bf16"}
+    train_job(tmp_path / "base", DataSpec("digits"), "resnet18", {"width": 4}, epochs=1, **common)
+    linearize_job(tmp_path / "base", tmp_path / "cuts", [0.5, 0.2], method, **common, **STAGES[method])
+    finetune_job(tmp_path / "cuts", tmp_path / "students", epochs=1, **common)
+    return 3
+
+
+def criticality(_tmp_path, _method):
+    DeepReDuce(criticality_epochs=1, precision="bf16").criticality(network(4), make_data(64))
+    return 1
+
+
+@pytest.mark.parametrize(
+    ("run", "method"),
+    [(several_stages, "snl"), (several_stages, "senet"), (several_stages, "deepreduce"), (criticality, "deepreduce")],
+)
+def test_a_processor_without_units_is_warned_of_once_and_tried_once_a_run(
+    seconds, monkeypatch, caplog, tmp_path, run, method
+):
+    seconds(1.0, 2.0, native=False)
+    tried = []
+    timed = trial._seconds
+    monkeypatch.setattr(
+        trial, "_seconds", lambda arithmetic, *rest: tried.append(arithmetic) or timed(arithmetic, *rest)
+    )
+    with caplog.at_level(logging.WARNING, "fairline.training"):
+        runs = run(tmp_path, method)
+    (record,) = (record for record in caplog.records if "bfloat16" in record.getMessage())
+    assert "0.50 times the speed" in record.getMessage()
+    assert tried == [FLOAT32, BF16] * runs
 
 
 def test_what_is_settled_stays(seconds):

@@ -26,7 +26,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -42,7 +42,7 @@ from fairline.linearize.surrogates import fit_quadratics, start_masked
 from fairline.masking import MaskedReLU, copy_model, mask_relus, masked_graph, masked_relus, relu_count
 from fairline.models import rescaled
 from fairline.objectives.erm import ERM
-from fairline.training import ProgressCallback, finetune, named_stage
+from fairline.training import TRIAL_IMAGES, ProgressCallback, choose, finetune, named_stage
 
 logger = logging.getLogger(__name__)
 
@@ -251,6 +251,7 @@ class DeepReDuce(Linearizer):
         start = start_masked(model, training, self.surrogate, where, seed=self.seed)
         stages = stages_of(start, self.stages)
         teacher = copy_model(model)
+        arithmetic = choose(self.precision, start, training.normalized(slice(TRIAL_IMAGES)), where)
         rows = []
         for name, own in stages.items():
             student = copy_model(start)
@@ -266,7 +267,7 @@ class DeepReDuce(Linearizer):
                 batch_size=self.batch_size,
                 seed=self.seed,
                 device=where,
-                precision=self.precision,
+                precision=arithmetic,
                 progress=named_stage(progress, f"criticality of {name}"),
             )
             right = predict(student, measuring, device=where).argmax(1).cpu() == measuring.labels.cpu()
@@ -284,7 +285,8 @@ class DeepReDuce(Linearizer):
         if file is not None and file.exists():
             run.rows = load_state(file)["rows"]
         else:
-            table = self.criticality(run.teacher, run.train, device=run.device, progress=run.progress)
+            settled = replace(self, precision=run.arithmetic)
+            table = settled.criticality(run.teacher, run.train, device=run.device, progress=run.progress)
             run.rows = table.reset_index().to_dict("records")
             if file is not None:
                 save_state(file, {"rows": run.rows})

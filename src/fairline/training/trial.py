@@ -21,6 +21,8 @@ WORTHWHILE = 1.1
 TRIAL_IMAGES, TRIAL_STEPS = 64, 3
 #: In torch 2.13 convolutions of 8 channels in this memory order corrupt memory on two threads of a CPU with AMX.
 NARROWEST = 16
+#: Kinds of devices of which this process has said that they lack bfloat16 units; once is enough for many stages.
+_warned_of: set[str] = set()
 
 
 def choose(
@@ -32,7 +34,8 @@ def choose(
     this very network says that it is at least :data:`WORTHWHILE` times as fast.
 
     Args:
-        precision: What was asked for; what is settled already stays. By default float32 on a CPU and bfloat16 on a GPU.
+        precision: What was asked for; what is settled already stays. By default float32 on a CPU, and on a GPU bfloat16
+            if it multiplies that natively.
         model: Not changed.
         images: Normalised, (B, C, H, W); a few of them are enough.
         device: Of the training.
@@ -46,18 +49,17 @@ def choose(
     if isinstance(precision, Arithmetic):
         return precision
     if precision is None:
-        return Arithmetic(bf16=True, channels_last=True) if device.type == "cuda" else FLOAT32
+        precision = "auto" if device.type == "cuda" else "fp32"
     require_precision(precision)
-    if precision == "fp32":
-        return FLOAT32
     native = has_bf16(device)
-    if device.type != "cpu":
-        return Arithmetic(bf16=native or precision == "bf16", channels_last=True)
-    if precision == "auto" and not native:
+    if precision == "fp32" or (precision == "auto" and not native):
         return FLOAT32
+    if native and device.type != "cpu":
+        return Arithmetic(bf16=True, channels_last=True)
     best = _trial(model, images[:TRIAL_IMAGES].to(device), device)
     if precision == "bf16":
-        if not native:
+        if not native and device.type not in _warned_of:
+            _warned_of.add(device.type)
             logger.warning(
                 "this processor has no bfloat16 units: bf16 runs at %.2f times the speed of fp32", best.ratio
             )
@@ -90,7 +92,7 @@ def _trial(model: nn.Module, images: Tensor, device: torch.device) -> Arithmetic
 
 def _seconds(arithmetic: Arithmetic, model: nn.Module, images: Tensor, device: torch.device) -> float:
     """Of the fastest of some training steps, without the optimizer's part."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         copied = copy_model(model).train()
         arithmetic.place(copied, device)
         step = _step(copied, arithmetic, images, device)
@@ -108,6 +110,9 @@ def _step(model: nn.Module, arithmetic: Arithmetic, images: Tensor, device: torc
         with arithmetic.autocast(device):
             output = model(arithmetic.order(images))
         model.zero_grad(set_to_none=True)
-        logits_of(output, model, images).float().logsumexp(1).sum().backward()
+        loss = logits_of(output, model, images).float().logsumexp(1).sum()
+        loss.backward()
+        # An accelerator is still at work; reading a value waits for it.
+        loss.item()
 
     return step
