@@ -23,6 +23,7 @@ from fairline.errors import FairlineError
 from fairline.inference import group_mean, logits_of, predict, require_classes
 from fairline.objectives.base import Batch, Objective
 from fairline.precision import FLOAT32, Arithmetic, Precision
+from fairline.training import graphs
 from fairline.training.augment import random_crop_and_flip
 from fairline.training.checkpoint import Stateful, arithmetic_of, restore, save
 from fairline.training.progress import Progress, ProgressCallback
@@ -73,6 +74,9 @@ class LoopSettings(TypedDict, total=False):
         checkpoint: File to resume from and to save to after each epoch.
         precision: What to compute in, see :func:`~fairline.training.choose`; float32 on a CPU by default. A
             resumed run goes on in what it began in.
+        cuda_graphs: Whether a network on a GPU is captured and replayed, see
+            :class:`~fairline.training.graphs.Replay`; it is meant for narrow ones, whose kernels end before the next
+            is launched. Elsewhere it changes nothing.
     """
 
     batch_size: int
@@ -82,10 +86,18 @@ class LoopSettings(TypedDict, total=False):
     progress: ProgressCallback | None
     checkpoint: str | Path | None
     precision: Precision | Arithmetic | None
+    cuda_graphs: bool
 
 
 LOOP_DEFAULTS = LoopSettings(
-    batch_size=256, augment=False, seed=0, device=None, progress=None, checkpoint=None, precision=None
+    batch_size=256,
+    augment=False,
+    seed=0,
+    device=None,
+    progress=None,
+    checkpoint=None,
+    precision=None,
+    cuda_graphs=False,
 )
 
 
@@ -172,6 +184,7 @@ class _Run:
     progress: ProgressCallback | None
     checkpoint: str | Path | None
     precision: Precision | Arithmetic | None
+    cuda_graphs: bool
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
@@ -206,6 +219,7 @@ class _Run:
         networks = [network for network in (self.model, self.teacher) if network is not None]
         for network in networks:
             self.arithmetic.place(network, self.where)
+        self.replay = graphs.Replay(self.model) if self.cuda_graphs and graphs.can_capture(self.where) else None
         try:
             yield
         finally:
@@ -264,7 +278,7 @@ class _Run:
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Logits (B, K) of the model, and of the teacher if there is one."""
         with self.arithmetic.autocast(self.where):
-            logits = self.logits(self.model, batch)
+            logits = self.logits(self.model, batch, self.replay)
             if self.teacher is None:
                 return logits, None
             with torch.no_grad():
@@ -277,10 +291,10 @@ class _Run:
             )
         return logits, teacher_logits
 
-    def logits(self, network: nn.Module, batch: Batch) -> Tensor:
+    def logits(self, network: nn.Module, batch: Batch, replay: graphs.Replay | None = None) -> Tensor:
         """Logits (B, K) of a network, of all classes of the data at least."""
         try:
-            output = network(batch.images)
+            output = (replay or network)(batch.images)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
