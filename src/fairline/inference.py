@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fairline.data.grouped import GroupedData
+from fairline.data.memory import images_at_once
 from fairline.errors import FairlineError
 from fairline.precision import FLOAT32, Arithmetic
 
@@ -25,7 +26,8 @@ def predict(
     Args:
         model: Maps (B, C, H, W) to (B, K). Its mode is restored.
         data: The samples.
-        batch_size: Samples at a time; 1000 by default, and 100 on a CPU, whose caches then hold the activations.
+        batch_size: Samples at a time; 1000 by default, and 100 on a CPU, whose caches then hold the activations;
+            fewer where images have more than 64×64 pixels.
         device: Where to compute; where the model is by default.
         arithmetic: What to compute in: passes within a training take what the training takes, audits float32.
 
@@ -36,14 +38,14 @@ def predict(
         FairlineError: The output is not (B, K), or has too few classes.
     """
     device = device or next((p.device for p in model.parameters()), data.device)
-    batch_size = batch_size or (100 if device.type == "cpu" else 1000)
+    batch_size = batch_size or images_at_once(100 if device.type == "cpu" else 1000, data.images.shape)
     was_training = model.training
     model.to(device).eval()
     try:
         with torch.inference_mode(), arithmetic.autocast(device):
             chunks = []
-            for index in torch.arange(len(data), device=data.device).split(batch_size):
-                images = arithmetic.order(data.normalized(index).to(device))
+            for _, batch in data.batches(torch.arange(len(data)), batch_size):
+                images = arithmetic.order(batch.to(device))
                 chunks.append(logits_of(model(images), model, images).float())
     finally:
         model.train(was_training)

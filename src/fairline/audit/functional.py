@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fairline.data.grouped import GroupedData
+from fairline.data.memory import images_at_once
 from fairline.errors import FairlineError
 from fairline.inference import logits_of
 from fairline.masking import copy_model, masked_relus
@@ -28,7 +29,7 @@ class Functional:
         model: The network; left as it is. Every parameter counts, also those that are frozen in training.
         data: What it is measured on.
         device: Where to compute; where the model is by default.
-        batch_size: Samples at a time.
+        batch_size: Samples at a time; fewer where images have more than 64×64 pixels.
 
     Raises:
         FairlineError: The network has no parameter, or masks that are still being learned.
@@ -44,7 +45,7 @@ class Functional:
             self.model.to(device)
         self.model.requires_grad_(False)
         self.data = data
-        self.batch_size = batch_size
+        self.batch_size = images_at_once(batch_size, data.images.shape)
         self.parameters = {
             name: parameter.detach().clone().requires_grad_() for name, parameter in self.model.named_parameters()
         }
@@ -60,11 +61,8 @@ class Functional:
 
     def batches(self, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images (B, C, H, W) and labels (B,) of the samples in ``index``."""
-        for chunk in index.to(self.data.device).split(self.batch_size):
-            yield (
-                self.data.normalized(chunk).to(self.device, self.dtype),
-                self.data.labels[chunk].to(self.device),
-            )
+        for chunk, images in self.data.batches(index, self.batch_size):
+            yield images.to(self.device, self.dtype), self.data.labels[chunk].to(self.device)
 
     def flat(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """One vector (P,) of tensors shaped like the parameters."""

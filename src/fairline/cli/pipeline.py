@@ -65,6 +65,10 @@ def data(
     groups: Groups = None,
     unbalanced: Unbalanced = None,
     data_option: DataOption = None,
+    pack: Annotated[
+        bool,
+        typer.Option("--pack", help="Decode the images to a file in the folder FAIRLINE_PACKED, for later commands."),
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Show a data set: its groups, the split, and the files that cannot be used."""
@@ -72,11 +76,13 @@ def data(
 
     spec = data_spec(name, root, groups, unbalanced, data_option, seed)
     with err_console.status(Text(f"reading {name}")):
-        whole = registry.load(spec.name, spec.root, **spec.options)
+        whole = registry.load(spec.name, spec.root, pack=pack, **spec.options)
     shape = "×".join(map(str, whole.images.shape[1:]))
     out_console.print(
         f"{whole.name}: {len(whole):,} images of {shape}, {whole.num_classes} classes, {whole.num_groups} groups"
     )
+    if isinstance(whole.images, registry.PackedImages):
+        out_console.print(f"The images are packed in {whole.images.file.folder}", highlight=False, soft_wrap=True)
     if whole.skipped:
         out_console.print(f"{len(whole.skipped)} files were skipped:")
         for item in whole.skipped[:20]:

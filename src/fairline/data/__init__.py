@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fairline.data._packed import PackedImages
 from fairline.data.grouped import OVERALL, GroupedData, Skipped
 from fairline.errors import FairlineError
 
@@ -24,20 +25,25 @@ REGISTRY: dict[str, str] = {
 WITHOUT_ROOT = frozenset({"digits"})
 
 
-def load(name: str, root: str | Path | None = None, **options: Any) -> GroupedData:
+def load(name: str, root: str | Path | None = None, *, pack: bool = False, **options: Any) -> GroupedData:
     """Load a data set by name.
+
+    Images that would take more than a quarter of the memory (the variable ``FAIRLINE_MEMORY_SHARE`` says another share)
+    are decoded to a file once and stay there; ``FAIRLINE_PACKED`` names the folder of such files.
 
     Args:
         name: ``"digits"``, ``"utkface:age"``, ``"utkface:race"``, ``"utkface:gender"``, ``"cifar10"``,
             ``"svhn"``, ``"celeba:Smiling"`` or ``"folder"``; what follows the colon is the task.
         root: Where the files are; the environment variable ``FAIRLINE_DATA`` by default.
+        pack: Do so whatever they take.
         options: Passed to the data set's own ``load``.
 
     Returns:
         The whole data set; call :meth:`GroupedData.split` next.
 
     Raises:
-        FairlineError: The name is unknown, an option is empty, or the files are missing or unusable.
+        FairlineError: The name is unknown, an option is empty, the files are missing or unusable, or there is no
+            room to pack the images.
 
     >>> load("digits").split(seed=0)[2].counts()["n"].tolist()
     [71, 73, 71, 73, 72, 73, 72, 72, 70, 72]
@@ -48,9 +54,11 @@ def load(name: str, root: str | Path | None = None, **options: Any) -> GroupedDa
     for option, value in options.items():
         if isinstance(value, str) and not value.strip():
             raise FairlineError(f"Data '{name}': option '{option}' is empty.")
+    if pack:
+        options["pack"] = True
     module = importlib.import_module(REGISTRY[family])
     data: GroupedData = module.load(root or os.environ.get("FAIRLINE_DATA"), task=task or None, **options)
     return data
 
 
-__all__ = ["OVERALL", "REGISTRY", "WITHOUT_ROOT", "GroupedData", "Skipped", "load"]
+__all__ = ["OVERALL", "REGISTRY", "WITHOUT_ROOT", "GroupedData", "PackedImages", "Skipped", "load"]

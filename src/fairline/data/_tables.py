@@ -45,6 +45,13 @@ class Table(Protocol):
     def images(self, column: str) -> Iterator[Undecoded]:
         """The image of each row."""
 
+    def paths(self, column: str) -> list[Path]:
+        """The image files that the column names."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The table's own files."""
+
     def __str__(self) -> str:
         """The files, for messages."""
 
@@ -95,7 +102,7 @@ class CsvTable:
     image_columns: ClassVar[tuple[str, ...]] = ("file_name", "file", "image", "img")
 
     def __init__(self, file: Path, folder: Path) -> None:
-        self.file, self.folder = file, folder
+        self.file, self.files, self.folder = file, [file], folder
         if not file.is_file():
             raise FairlineError(f"{file.parent} holds no {file.name}.")
         try:
@@ -114,6 +121,10 @@ class CsvTable:
         position = self.columns.index(column)
         for line, row in self._rows:
             yield _undecoded(row[position], self.folder, f"line {line} of {self.file.name}")
+
+    def paths(self, column: str) -> list[Path]:
+        """The image file of each row that names one."""
+        return [image.content for image in self.images(column) if isinstance(image.content, Path)]
 
     def __str__(self) -> str:
         return str(self.file)
@@ -182,6 +193,17 @@ class ParquetTable:
         """The image of each row."""
         for where, cell in self.cells(column):
             yield _undecoded(cell, self.folder, where)
+
+    def paths(self, column: str) -> list[Path]:
+        """The image file of each row that names one, whether or not the table holds the image as well."""
+        kind = self._schemas[0].field(column).type
+        if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+            column = f"{column}.path"
+        elif not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            return []
+        cells = (cell.get("path") if isinstance(cell, dict) else cell for _, cell in self.cells(column))
+        located = (locate(self.folder, cell) for cell in cells if isinstance(cell, str) and cell.strip())
+        return [path for path in located if isinstance(path, Path)]
 
     def image_names(self, column: str) -> list[str]:
         """What the image of each row is called, without reading the images."""

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from fairline.data._images import Undecoded, decode
+from fairline.data._images import Source, Undecoded, decode
 from fairline.data._options import parse_size, refuse_unknown, require_root, require_whole
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
@@ -24,6 +24,7 @@ def load(
     groups: str = "Male",
     image_size: int | tuple[int, int] | str | None = 32,
     crop: int | None = 178,
+    pack: bool = False,
     **options: Any,
 ) -> GroupedData:
     """Load CelebA with its official test split; the official training and validation images are split anew.
@@ -35,6 +36,7 @@ def load(
         groups: The attribute that makes the groups.
         image_size: Side in pixels, or height and width.
         crop: Side of the centre that is kept of the 178×218 images before they are resized; None keeps all.
+        pack: Leave the images in a packed file, even if they fit into memory.
         options: None are known.
 
     Returns:
@@ -57,8 +59,9 @@ def load(
     missing = attributes.index.difference(partition.index)
     if len(missing):
         raise FairlineError(f"{path / 'list_eval_partition.txt'} lacks {missing[0]} and {len(missing) - 1} more.")
-    images = (Undecoded(name, path / "img_align_celeba" / name) for name in attributes.index)
-    decoded = decode(images, size, crop=crop)
+    files = [path / "img_align_celeba" / name for name in attributes.index]
+    images = (Undecoded(file.name, file) for file in files)
+    decoded = decode(images, size, Source("celeba", path, files, None, len(files)), crop=crop, pack=pack)
     table = attributes.iloc[decoded.kept]
     return GroupedData(
         decoded.images,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairline.data._images import decode
+from fairline.data._images import Source, decode
 from fairline.data._names import BadCell, class_index
 from fairline.data._options import parse_size, refuse_unknown, require_root, require_whole
+from fairline.data._packed import Images
 from fairline.data._tables import ParquetTable, image_column, require_columns
 from fairline.data.decoding import Size, UnusableImage
 from fairline.data.digits import PAPER_IMBALANCE
@@ -31,6 +33,7 @@ def load(
     unbalanced: bool | str = False,
     image_size: int | tuple[int, int] | str | None = 32,
     seed: int = 0,
+    pack: bool = False,
     **options: Any,
 ) -> GroupedData:
     """Load CIFAR-10, one group a class, with its official test split.
@@ -43,6 +46,7 @@ def load(
             ``"train"`` leaves the test part whole.
         image_size: Side in pixels, or height and width (only parquet can be resized).
         seed: Of the thinning.
+        pack: Leave the images in a packed file, even if they fit into memory (only parquet).
         options: None are known.
 
     Returns:
@@ -57,64 +61,74 @@ def load(
     size, seed = parse_size(image_size, "cifar10"), require_whole(seed, "seed", "cifar10")
     path = require_root(root, "cifar10")
     folder = path / "cifar-10-batches-py" if (path / "cifar-10-batches-py").is_dir() else path
-    train, test = _from_batches(folder, size) if (folder / "test_batch").exists() else _from_parquet(path, size)
-    labels = torch.cat([train.labels, test.labels])
+    content = _from_batches(folder, size) if (folder / "test_batch").exists() else _from_parquet(path, size, pack)
     data = GroupedData(
-        torch.cat([train.images, test.images]),
-        labels,
-        labels.clone(),
+        content.images,
+        content.labels,
+        content.labels.clone(),
         CLASSES,
         CLASSES,
         name="cifar10",
-        official_test=torch.arange(len(labels)) >= len(train.labels),
-        skipped=train.skipped + test.skipped,
+        official_test=content.test,
+        skipped=content.skipped,
     )
     if unbalanced:
         data = data.unbalance(PAPER_IMBALANCE, seed, part="train" if unbalanced == "train" else "all")
     return data
 
 
-class _Part(NamedTuple):
-    """The training or the test part: images (n, 3, H, W) and labels (n,)."""
+class _Content(NamedTuple):
+    """Images (n, 3, H, W), labels (n,), and which are of the test part, bool (n,)."""
 
-    images: Tensor
+    images: Images
     labels: Tensor
+    test: Tensor
     skipped: tuple[Skipped, ...] = ()
 
 
-def _from_batches(folder: Path, size: Size | None) -> tuple[_Part, _Part]:
+def _from_batches(folder: Path, size: Size | None) -> _Content:
     if size not in (None, (32, 32)):
         raise FairlineError("The CIFAR-10 batches are 32×32; image_size cannot be changed for them.")
-    images, labels = zip(*(_read_batch(folder / name) for name in _TRAIN_BATCHES), strict=True)
-    return _Part(torch.cat(images), torch.cat(labels)), _Part(*_read_batch(folder / "test_batch"))
+    images, labels = zip(*(_read_batch(folder / name) for name in (*_TRAIN_BATCHES, "test_batch")), strict=True)
+    test = torch.zeros(sum(map(len, labels)), dtype=torch.bool)
+    test[-len(labels[-1]) :] = True
+    return _Content(torch.cat(images), torch.cat(labels), test)
 
 
-def _from_parquet(path: Path, size: Size | None) -> tuple[_Part, _Part]:
-    parts = []
+def _from_parquet(path: Path, size: Size | None, pack: bool) -> _Content:
+    tables, labels, images = [], [], []
     for part in ("train", "test"):
         files = sorted(path.glob(f"cifar10_{part}*.parquet")) if path.is_dir() else []
         if not files:
             raise FairlineError(f"{path} holds neither cifar-10-batches-py/test_batch nor cifar10_{part}*.parquet.")
-        parts.append(_read_tables(files, size))
-    return parts[0], parts[1]
+        table = ParquetTable(files, path)
+        column = image_column(table)
+        require_columns(table, "label")
+        tables.append(table)
+        labels.append(_labels(table, path))
+        images.append(table.images(column))
+    everything = [label for part in labels for label in part]
+    missing = [position for position, label in enumerate(everything) if label is None]
+    undecoded = (
+        replace(image, content=UnusableImage("its label is empty")) if label is None else image
+        for image, label in zip(chain(*images), everything, strict=True)
+    )
+    source = Source("cifar10", path, [file for table in tables for file in table.files], missing, len(everything))
+    decoded = decode(undecoded, size, source, pack=pack)
+    test = torch.tensor([position >= len(labels[0]) for position in decoded.kept])
+    kept = torch.tensor([everything[position] for position in decoded.kept])
+    return _Content(decoded.images, kept, test, tuple(decoded.skipped))
 
 
-def _read_tables(files: list[Path], size: Size | None) -> _Part:
-    table = ParquetTable(files, files[0].parent)
-    column = image_column(table)
-    require_columns(table, "label")
+def _labels(table: ParquetTable, path: Path) -> list[int | None]:
+    """The label of each row, None where it is missing."""
     labels = []
     for where, cell in table.cells("label"):
         try:
             labels.append(class_index(cell, CLASSES))
         except BadCell as error:
-            raise FairlineError(f"{files[0].parent}: the label in {where} is {error}.") from None
-    images = (
-        replace(image, content=UnusableImage("its label is empty")) if label is None else image
-        for image, label in zip(table.images(column), labels, strict=True)
-    )
-    decoded = decode(images, size)
-    return _Part(decoded.images, torch.tensor([labels[i] for i in decoded.kept]), tuple(decoded.skipped))
+            raise FairlineError(f"{path}: the label in {where} is {error}.") from None
+    return labels
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fairline.data._images import IMAGE_SUFFIXES, Decoded, Undecoded, decode
+from fairline.data._images import IMAGE_SUFFIXES, Decoded, Source, Undecoded, decode
 from fairline.data._names import encode
 from fairline.data._options import parse_size, refuse_unknown, require_flag, require_root
 from fairline.data._tables import CsvTable, ParquetTable, Table, image_column, require_columns
@@ -33,6 +33,7 @@ def load(
     image_size: int | tuple[int, int] | str | None = 32,
     white: float | None = None,
     flip: bool = True,
+    pack: bool = False,
     **options: Any,
 ) -> GroupedData:
     """Load images named in a table, in the layout of Hugging Face's ``imagefolder``.
@@ -51,6 +52,7 @@ def load(
             and skips those that are not of the commonest size.
         white: The value of white in files of 16-bit grey values or floats: 4095 for 12 bits.
         flip: Whether a mirrored image keeps its label.
+        pack: Leave the images in a packed file, even if they fit into memory.
         options: None are known.
 
     Returns:
@@ -69,8 +71,10 @@ def load(
     # The command line reads a column called 1 as a number.
     label = str(label)
     rows = _Rows(tables, label, str(groups or label), str(split) if test_metadata is None else None)
-    decoded = decode(rows.images(), size, white=white)
-    _warn_of_unlisted(rows.listed, {file.parent for file in rows.listed}, tables)
+    source = rows.source(path)
+    decoded = decode(rows.images(), size, source, white=white, pack=pack)
+    listed = {file for file in source.files if file.exists()}.difference(*(table.files for table in tables))
+    _warn_of_unlisted(listed, {file.parent for file in listed}, tables)
     return rows.grouped(decoded, path.resolve().name, flip)
 
 
@@ -82,9 +86,6 @@ class _Rows:
         label: Column of the label.
         groups: Column of the group.
         split: Column of the part, or None where the second table is the test part.
-
-    Attributes:
-        listed: The image files that :meth:`images` has met, with label and group.
     """
 
     def __init__(self, tables: Sequence[Table], label: str, groups: str, split: str | None) -> None:
@@ -102,7 +103,16 @@ class _Rows:
             self.test = [(part or "").lower() == "test" for part in tables[0].texts(split)]
         else:
             self.test = [False] * len(self.labels)
-        self.listed: dict[Path, tuple[str, str]] = {}
+        self._listed: dict[Path, tuple[str, str]] = {}
+
+    def source(self, root: Path) -> Source:
+        """What decides which images are decoded. Rows that name one file twice may be refused for what they say."""
+        missing = [i for i, row in enumerate(zip(self.labels, self.groups, strict=True)) if None in row]
+        named = zip(self.tables, self.image_columns, strict=True)
+        paths = [path for table, column in named for path in table.paths(column)]
+        rows = [missing] if len(set(paths)) == len(paths) else [missing, self.labels, self.groups]
+        files = [*(file for table in self.tables for file in table.files), *paths]
+        return Source("folder", root, files, rows, len(self.labels))
 
     def images(self) -> Iterator[Undecoded]:
         """The image of each row; where the row cannot be used, with the reason."""
@@ -117,7 +127,7 @@ class _Rows:
             return f"its {self.columns[label is not None]} is empty"
         if not isinstance(image.content, Path):
             return None
-        before = self.listed.setdefault(image.content, (label, group))
+        before = self._listed.setdefault(image.content, (label, group))
         if before != (label, group):
             return "is listed before with " + " and ".join(f"'{name}'" for name in dict.fromkeys(before))
         return None

@@ -1,10 +1,10 @@
-"""GroupedData: images with a label and a group each, in memory, the only thing that leaves ``data``."""
+"""GroupedData: images with a label and a group each, in memory or in a file, the only thing that leaves ``data``."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +14,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fairline.data._fetch import chosen_images, fetch, image_digests, placed, read_images
 from fairline.data._names import BadCell, class_index, clean_name, encode
+from fairline.data._packed import Images, PackedImages, derived
+from fairline.data.memory import images_at_once
 from fairline.errors import FairlineError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ class GroupedData:
     """Labelled images whose every sample belongs to one group.
 
     Attributes:
-        images: uint8, (N, C, H, W).
+        images: uint8, (N, C, H, W): a tensor, or, of data larger than memory, images in a file, which indexing reads.
         labels: int64, (N,), in ``range(len(class_names))``.
         groups: int64, (N,), in ``range(len(group_names))``.
         class_names: Name of each class.
@@ -56,7 +59,7 @@ class GroupedData:
         FairlineError: Shapes, types or index ranges do not fit together.
     """
 
-    images: Tensor
+    images: Images
     labels: Tensor
     groups: Tensor
     class_names: tuple[str, ...]
@@ -117,8 +120,8 @@ class GroupedData:
 
     @property
     def device(self) -> torch.device:
-        """Where the images are."""
-        return self.images.device
+        """Where labels, groups and normalised images are; images may stay in memory or in a file."""
+        return self.labels.device
 
     @property
     def groups_are_classes(self) -> bool:
@@ -126,21 +129,30 @@ class GroupedData:
         return self.class_names == self.group_names and torch.equal(self.labels, self.groups)
 
     def to(self, device: str | torch.device) -> GroupedData:
-        """The same data with every tensor on ``device``."""
+        """The same data on ``device``, but for images that would take too much of an accelerator's memory.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            The data; images that stay come in batches (:meth:`batches`).
+        """
+        device = torch.device(device)
         return replace(
             self,
-            images=self.images.to(device),
+            images=placed(self.images, device),
             labels=self.labels.to(device),
             groups=self.groups.to(device),
             official_test=None if self.official_test is None else self.official_test.to(device),
         )
 
     def select(self, index: Tensor) -> GroupedData:
-        """The samples at ``index`` (int64 or bool, (n,))."""
+        """The samples at ``index`` (int64 or bool, (n,)); images in a file are not read."""
+        chosen = chosen_images(self.images, index)
         index = index.to(self.device)
         return replace(
             self,
-            images=self.images[index],
+            images=chosen,
             labels=self.labels[index],
             groups=self.groups[index],
             official_test=None if self.official_test is None else self.official_test[index],
@@ -189,10 +201,14 @@ class GroupedData:
 
     @cached_property
     def _own_normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        mean, std = derived(self.images, "normalization", self._measured_normalization)
+        return tuple(mean), tuple(std)
+
+    def _measured_normalization(self) -> tuple[list[float], list[float]]:
         channels = self.images.shape[1]
-        total = torch.zeros(channels, dtype=torch.float64, device=self.device)
+        total = torch.zeros(channels, dtype=torch.float64, device=self.images.device)
         squares = torch.zeros_like(total)
-        for chunk in self.images.split(4096):
+        for chunk in self.images.split(images_at_once(4096, self.images.shape)):
             values = chunk.double().div_(255)
             total += values.sum((0, 2, 3))
             squares += values.square_().sum((0, 2, 3))
@@ -201,7 +217,7 @@ class GroupedData:
         std = (squares / count - mean.square()).clamp_min(0).sqrt()
         # A constant channel has no spread to divide by.
         std = torch.where(std > 1e-3, std, 1.0)
-        return tuple(mean.tolist()), tuple(std.tolist())
+        return mean.tolist(), std.tolist()
 
     def normalized(self, index: Tensor | slice | None = None) -> Tensor:
         """The images as a network sees them.
@@ -212,16 +228,31 @@ class GroupedData:
         Returns:
             float32, (n, C, H, W): ``(image / 255 − mean) / std`` a channel.
         """
+        return self._normalized(read_images(self.images, slice(None) if index is None else index).to(self.device))
+
+    def _normalized(self, images: Tensor) -> Tensor:
         mean, std = self.normalization()
-        chosen = self.images if index is None else self.images[index]
         scale = torch.tensor([1 / (255 * s) for s in std], device=self.device).view(1, -1, 1, 1)
         shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=self.device)
-        return torch.addcmul(shift.view(1, -1, 1, 1), chosen.float(), scale)
+        return torch.addcmul(shift.view(1, -1, 1, 1), images.float(), scale)
+
+    def batches(self, order: Tensor, sizes: int | list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Samples in batches. Of images that lie elsewhere the next batch is fetched while one is used.
+
+        Args:
+            order: Positions of the samples, int64, (n,).
+            sizes: Of the batches, or of each but the last.
+
+        Yields:
+            Positions (B,) and normalised images (B, C, H, W) of a batch, on the device of the data.
+        """
+        fetched = fetch(self.images, order.to(self.images.device).split(sizes), self.device)
+        for index, images in zip(order.to(self.device).split(sizes), fetched, strict=True):
+            yield index, self._normalized(images)
 
     def content_ids(self) -> Tensor:
         """One number an image, equal where the images are byte-identical; int64, (N,)."""
-        pixels = self.images.cpu().numpy()
-        digests = np.array([hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels])
+        digests = image_digests(self.images)
         return torch.from_numpy(np.unique(digests, return_inverse=True)[1].reshape(-1).astype(np.int64))
 
     def split(
@@ -421,6 +452,37 @@ class GroupedData:
             name=name,
             flip=flip,
         )
+
+
+def content_digest(*parts: GroupedData, start: str = "") -> str:
+    """Digest of images, labels and groups of data, in their order.
+
+    Args:
+        parts: One after the other.
+        start: What else goes into the digest, before them.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+
+    def compute() -> str:
+        content = hashlib.blake2b(start.encode(), digest_size=16)
+        for part in parts:
+            for chunk in part.images.split(images_at_once(4096, part.images.shape)):
+                content.update(chunk.cpu().contiguous().numpy().data)
+            for index in (part.labels, part.groups):
+                content.update(index.cpu().numpy().tobytes())
+        return content.hexdigest()
+
+    packed = [part.images for part in parts if isinstance(part.images, PackedImages)]
+    if len(packed) < len(parts):
+        return compute()
+    known = hashlib.blake2b(start.encode(), digest_size=16)
+    for part, images in zip(parts, packed, strict=True):
+        for content in (images.key.encode(), part.labels.cpu().numpy().tobytes(), part.groups.cpu().numpy().tobytes()):
+            known.update(content)
+    digest: str = derived(packed[0], f"digest of {known.hexdigest()}", compute)
+    return digest
 
 
 def _image(image: Any, shape: torch.Size | None, where: str) -> Tensor:

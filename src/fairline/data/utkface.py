@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fairline.data._images import IMAGE_SUFFIXES, Undecoded, decode
+from fairline.data._images import IMAGE_SUFFIXES, Source, Undecoded, decode
 from fairline.data._options import parse_size, refuse_unknown, require_root
 from fairline.data._tables import ParquetTable, image_column
 from fairline.data.decoding import UnusableImage
@@ -61,6 +61,7 @@ def load(
     task: str | None = None,
     groups: str | None = None,
     image_size: int | tuple[int, int] | str | None = 32,
+    pack: bool = False,
     **options: Any,
 ) -> GroupedData:
     """Load UTKFace from a parquet table or from a folder of the original JPEGs.
@@ -70,6 +71,7 @@ def load(
         task: What to predict: ``"age"``, ``"race"`` or ``"gender"``.
         groups: What makes the groups, likewise; the label by default.
         image_size: Side in pixels, or height and width.
+        pack: Leave the images in a packed file, even if they fit into memory.
         options: None are known.
 
     Returns:
@@ -88,7 +90,7 @@ def load(
             raise FairlineError(f"UTKFace has no {what} '{value}'; choose age, race or gender.")
     size = parse_size(image_size, "utkface")
     path = require_root(root, f"utkface:{task}")
-    names, images = _find(path)
+    names, images, files = _find(path)
     parsed = [parse_name(name) for name in names]
     left_out = [isinstance(found, dict) and not {task, groups} <= found.keys() for found in parsed]
     if any(left_out):
@@ -96,7 +98,9 @@ def load(
     wanted = [found for found, out in zip(parsed, left_out, strict=True) if not out]
     if not any(isinstance(found, dict) for found in wanted):
         raise FairlineError(f"{path} holds no UTKFace image with a usable name ({len(wanted)} skipped).")
-    decoded = decode(_named(images, parsed, left_out), size)
+    # What else a name says of a face does not decide whether it is decoded, so tasks share packed images.
+    source = Source("utkface", path, files, [i for i, out in enumerate(left_out) if out], len(wanted))
+    decoded = decode(_named(images, parsed, left_out), size, source, pack=pack)
     attributes = [found for found in (wanted[position] for position in decoded.kept) if isinstance(found, dict)]
     return GroupedData(
         decoded.images,
@@ -118,16 +122,16 @@ def _named(
             yield replace(image, content=UnusableImage(found)) if isinstance(found, str) else image
 
 
-def _find(path: Path) -> tuple[list[str], Iterable[Undecoded]]:
-    """File names and images, in an order that does not depend on the file system."""
+def _find(path: Path) -> tuple[list[str], Iterable[Undecoded], list[Path]]:
+    """File names, images and the files that hold them, in an order that does not depend on the file system."""
     tables = [path] if path.is_file() else sorted(path.glob("utkface*.parquet"))
     if tables:
         table = ParquetTable(tables, path if path.is_dir() else path.parent)
         column = image_column(table)
-        return [Path(name).name for name in table.image_names(column)], table.images(column)
+        return [Path(name).name for name in table.image_names(column)], table.images(column), tables
     files = sorted(
         (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES), key=lambda file: (file.name, file)
     )
     if not files:
         raise FairlineError(f"{path} holds neither utkface*.parquet nor any image.")
-    return [file.name for file in files], (Undecoded(file.name, file) for file in files)
+    return [file.name for file in files], (Undecoded(file.name, file) for file in files), files

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fairline._io import read_json, write_json
-from fairline.data.grouped import GroupedData
+from fairline.data.grouped import GroupedData, content_digest
 from fairline.errors import FairlineError
 from fairline.masking import unwrap
 from fairline.objectives.base import Objective
@@ -105,10 +105,7 @@ def data_digest(data: GroupedData) -> str:
     Returns:
         Hexadecimal.
     """
-    content = hashlib.blake2b(str(data.normalization()).encode(), digest_size=16)
-    for tensor in (data.images, data.labels, data.groups):
-        _add(content, tensor)
-    return content.hexdigest()
+    return content_digest(data, start=str(data.normalization()))
 
 
 def _add(content: Any, tensor: Tensor) -> None:

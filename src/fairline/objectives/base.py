@@ -22,7 +22,8 @@ class Batch:
     """What an objective may look at.
 
     Attributes:
-        images: float32, (B, C, H, W), normalised and augmented.
+        images: float32, (B, C, H, W), normalised and augmented; none, (0, C, H, W), where the losses over a whole data
+            set are asked for.
         labels: int64, (B,).
         groups: int64, (B,).
         index: int64, (B,): positions in the training data.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fairline import data as data_registry
-from fairline.data.grouped import GroupedData
+from fairline.data.grouped import GroupedData, content_digest
 from fairline.errors import FairlineError
 
 logger = logging.getLogger(__name__)
@@ -71,12 +70,9 @@ class DataSpec:
                 whole.skipped[0].reason,
             )
         parts = dict(zip(("train", "val", "test"), whole.split(self.split_seed), strict=True))
-        content = hashlib.blake2b(digest_size=16)
-        for part in parts.values():
-            for tensor in (part.images, part.labels, part.groups):
-                content.update(tensor.numpy().tobytes())
         mean, std = parts["train"].normalization()
-        complete = DataSpec(self.name, self.root, dict(self.options), self.split_seed, content.hexdigest(), mean, std)
+        digest = content_digest(*parts.values())
+        complete = DataSpec(self.name, self.root, dict(self.options), self.split_seed, digest, mean, std)
         self._require(complete)
         if _kept is not None:
             while len(_kept) > 2:

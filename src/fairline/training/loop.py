@@ -123,7 +123,7 @@ def run_epochs(
 
     Args:
         model: Trained in place.
-        train: Training part; it is moved to the device whole.
+        train: Training part; it is moved to the device, but for images that would take too much of its memory.
         val: Validation part, measured after each epoch.
         epochs: At most this many.
         optimizer: Over the model's parameters.
@@ -268,9 +268,8 @@ class _Run:
 
     def batches(self) -> Iterator[Batch]:
         """The training part once, in random order, normalised and augmented."""
-        order = torch.randperm(len(self.train), generator=self.generator).to(self.where)
-        for index in order.split(self.batch_sizes):
-            images = self.train.normalized(index)
+        order = torch.randperm(len(self.train), generator=self.generator)
+        for index, images in self.train.batches(order, self.batch_sizes):
             if self.augment:
                 images = random_crop_and_flip(images, self.generator, flip=self.train.flip)
             yield Batch(self.arithmetic.order(images), self.train.labels[index], self.train.groups[index], index)
@@ -346,7 +345,7 @@ class _Run:
         elif teacher_logits is None and self.teacher is not None:
             teacher_logits = self.predict(self.teacher, data)
         everything = torch.arange(len(train), device=train.device) if index is None else index
-        batch = Batch(data.images, data.labels, data.groups, everything)
+        batch = Batch(data.images[:0], data.labels, data.groups, everything)
         with torch.no_grad():
             losses = self.objective.losses(logits, teacher_logits, batch)
         means = group_mean(losses, data.groups, data.num_groups)
