@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.precision import FLOAT32, Arithmetic
+from fairline.ranks import Ranks
 
 
 def predict(
@@ -19,6 +20,7 @@ def predict(
     batch_size: int | None = None,
     device: torch.device | None = None,
     arithmetic: Arithmetic = FLOAT32,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """Logits of every sample, in evaluation mode and without augmentation.
 
@@ -28,6 +30,7 @@ def predict(
         batch_size: Samples at a time; 1000 by default, and 100 on a CPU, whose caches then hold the activations.
         device: Where to compute; where the model is by default.
         arithmetic: What to compute in: passes within a training take what the training takes, audits float32.
+        ranks: Who shares the work; this process does all of it by default.
 
     Returns:
         float32, (N, K), on ``device``.
@@ -37,17 +40,19 @@ def predict(
     """
     device = device or next((p.device for p in model.parameters()), data.device)
     batch_size = batch_size or (100 if device.type == "cpu" else 1000)
+    ranks = ranks or Ranks()
+    part = ranks.part(len(data), batch_size)
     was_training = model.training
     model.to(device).eval()
     try:
         with torch.inference_mode(), arithmetic.autocast(device):
             chunks = []
-            for index in torch.arange(len(data), device=data.device).split(batch_size):
+            for index in torch.arange(len(data), device=data.device)[part].split(batch_size):
                 images = arithmetic.order(data.normalized(index).to(device))
                 chunks.append(logits_of(model(images), model, images).float())
     finally:
         model.train(was_training)
-    return require_classes(torch.cat(chunks).clone(), data)
+    return require_classes(ranks.gather(torch.cat(chunks).clone(), len(data), batch_size), data)
 
 
 def require_classes(logits: Tensor, data: GroupedData) -> Tensor:
