@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import fairline as fl
 from fairline.errors import FairlineError
 from fairline.masking import mask_relus, masked_relus, relu_count
 from fairline.models import REGISTRY, build, image_sides, rescaled
@@ -25,7 +26,7 @@ def example(height: int, width: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-@pytest.mark.parametrize("size", [(16, 24), (40, 17)])
+@pytest.mark.parametrize("size", [(16, 24), (40, 17), (224, 224)])
 def test_every_architecture_takes_them(name, size):
     torch.manual_seed(0)
     model = build(name, 4, image_size=size, width=2).eval()
@@ -44,6 +45,24 @@ def test_every_architecture_takes_them(name, size):
         layer.set_mask(torch.rand(layer.mask.shape) < 0.5)
     with torch.no_grad():
         torch.testing.assert_close(to_graph(masked, images)(images), masked(images), rtol=1e-4, atol=1e-4)
+
+
+def test_photographs_are_trained_linearized_and_explained():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 2
+    images = torch.randint(0, 200, (60, 3, 224, 160), generator=generator) + 50 * labels[:, None, None, None]
+    names = ("a", "b")
+    data = fl.GroupedData(images.to(torch.uint8), labels, labels.clone(), names, names)
+    train, val, test = data.split(0)
+    model = build("cnn", 2, image_size=(224, 160), width=2)
+    fl.train(model, train, val, epochs=1, batch_size=16)
+    (cut,) = fl.Magnitude().linearize(model, train, [0.5])
+    fl.finetune(cut.model, model, train, val, epochs=1, batch_size=16)
+    assert cut.relus * 2 == relu_count(model, train.normalized(slice(1)))
+    report = fl.audit(
+        cut.model, test, reference=model, measures=["accuracy", "gradient_norm", "curvature", "boundary_distance"]
+    )
+    assert report.by_group["gradient_norm"].notna().all()
 
 
 def test_reshaped_networks_take_them():

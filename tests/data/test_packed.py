@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -86,6 +88,18 @@ def test_packed_and_in_memory_are_one_data_set(both):
             assert torch.equal(ours.labels, theirs.labels)
     thin = {"0": 0.5, "1": 0.9}
     assert torch.equal(packed.unbalance(thin, 3).images[:], memory.unbalance(thin, 3).images)
+
+
+def test_fingerprints_stay_those_of_earlier_runs(both):
+    expected = hashlib.blake2b(digest_size=16)
+    for part in both[0].split(3):
+        for tensor in (part.images, part.labels, part.groups):
+            expected.update(tensor.numpy().tobytes())
+    for data in both:
+        for _ in range(2):
+            assert content_digest(*data.split(3)) == expected.hexdigest()
+        assert len({content_digest(*data.split(seed)) for seed in range(3)}) == 3
+    assert len({content_digest(data, start=start) for start in ("", "a") for data in both}) == 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -350,3 +364,113 @@ def test_from_the_command_line(root, place, tmp_path, monkeypatch):
     assert len({(run / "model.safetensors").read_bytes() for run in runs}) == 1
     assert len({(run.parents[1] / "config.json").read_text() for run in runs}) == 1
     assert "knows no option 'pack'" in fairline("data", "digits", "--pack").stderr
+
+
+def same(ours: fl.GroupedData, theirs: fl.GroupedData) -> bool:
+    plain = ("class_names", "group_names", "name", "mean", "std", "flip", "skipped")
+    return content_digest(ours) == content_digest(theirs) and all(
+        getattr(ours, name) == getattr(theirs, name) for name in plain
+    )
+
+
+def test_data_packed_by_hand_say_all_of_themselves(tmp_path):
+    data = load("digits")
+    packed = data.pack(tmp_path / "a" / "digits")
+    (tmp_path / "a").rename(tmp_path / "b")
+    again = load("packed", tmp_path / "b" / "digits")
+    for found in (packed, again):
+        assert isinstance(found.images, PackedImages)
+        assert same(found, data)
+        assert torch.equal(found.official_test, data.official_test)
+    train = data.split(0)[0]
+    assert same(again.split(0)[0].pack(tmp_path / "train"), train)
+    assert same(train.pack(tmp_path / "train"), train)
+    with pytest.raises(FairlineError, match="train holds packed images of other data"):
+        data.pack(tmp_path / "train")
+    with pytest.raises(FairlineError, match="Data 'packed' knows no option 'flip'"):
+        load("packed", tmp_path / "train", flip=True)
+    with pytest.raises(FairlineError, match=r"packed.json does not exist"):
+        load("packed", tmp_path)
+
+
+def test_packed_images_alone_are_no_data(root, place):
+    load("folder", root, pack=True, **OPTIONS)
+    with pytest.raises(FairlineError, match="holds images only; load the data set"):
+        load("packed", packed_folder(place))
+
+
+class Numbers:
+    """40 images; counts those that are asked for, and fails at some."""
+
+    def __init__(self, fails_at: int = 99) -> None:
+        self.asked: list[int] = []
+        self.fails_at = fails_at
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, np.float32, str]:
+        self.asked.append(position)
+        if position == self.fails_at:
+            raise KeyboardInterrupt
+        pixels = np.random.default_rng(position).integers(0, 256, (3, 5, 3), dtype=np.uint8)
+        return pixels, np.float32(position % 2), "no" if position % 3 else "yes"
+
+
+def test_a_data_set_of_ones_own_is_packed_once_and_goes_on(tmp_path):
+    memory = fl.GroupedData.from_dataset(Numbers())
+    with pytest.raises(KeyboardInterrupt):
+        fl.GroupedData.from_dataset(Numbers(fails_at=25), pack=tmp_path / "packed")
+    rest = Numbers()
+    packed = fl.GroupedData.from_dataset(rest, pack=tmp_path / "packed")
+    assert rest.asked == [0, *range(25, 40)]
+    assert same(packed, memory)
+    whole = Numbers()
+    assert same(fl.GroupedData.from_dataset(whole, pack=tmp_path / "packed"), memory)
+    assert whole.asked == [0]
+    assert same(load("packed", tmp_path / "packed"), memory)
+    with pytest.raises(FairlineError, match="holds packed images of other data"):
+        fl.GroupedData.from_dataset(Numbers(), name="others", pack=tmp_path / "packed")
+    with pytest.raises(FairlineError, match="twice"):
+        fl.GroupedData.from_dataset(Numbers(), class_names=["a", "a"], pack=tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_half_packed_images_of_other_data_are_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fl.GroupedData.from_dataset(Numbers(fails_at=5), pack=tmp_path / "packed")
+    with pytest.raises(FairlineError, match=r"packed.partial holds half-packed images of other data; delete it"):
+        fl.GroupedData.from_dataset(Numbers(), name="others", pack=tmp_path / "packed")
+    damage(tmp_path / "packed.partial" / "journal.jsonl", 0)
+    with pytest.raises(FairlineError, match=r"journal.jsonl is damaged; delete .*packed.partial"):
+        fl.GroupedData.from_dataset(Numbers(), pack=tmp_path / "packed")
+
+
+def test_data_too_large_for_memory_that_are_not_packed_are_told(monkeypatch, caplog):
+    monkeypatch.setenv("FAIRLINE_MEMORY_SHARE", "0")
+    fl.GroupedData.from_dataset(Numbers(), name="numbers")
+    assert "numbers: from_dataset(pack=FOLDER) keeps the images in a file instead of in memory" in caplog.text
+
+
+def test_a_view_can_be_sent_to_another_process(packed_numbers):
+    images, views = packed_numbers
+    (sent,) = pickle.loads(pickle.dumps([views.view(torch.tensor([3, 1]))]))
+    assert torch.equal(sent[:], images[[3, 1]])
+
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "larger_than_memory.py"
+
+
+def test_images_are_not_held():
+    """Training on and auditing 1 GB of images takes a fifth of that, mapped pages counted."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARK), "--gigabytes", "1", "--steps", "3", "--samples", "200", "--rounds", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    resident = [float(line.split()[-4]) for line in done.stdout.splitlines() if line.endswith("GB at most")]
+    assert len(resident) == 5
+    assert resident[-1] - resident[0] < 0.2

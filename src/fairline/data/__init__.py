@@ -19,6 +19,7 @@ REGISTRY: dict[str, str] = {
     "svhn": "fairline.data.svhn",
     "celeba": "fairline.data.celeba",
     "folder": "fairline.data.folder",
+    "packed": "fairline.data.packed",
 }
 
 #: Data sets that come with a library and need no folder.
@@ -33,7 +34,7 @@ def load(name: str, root: str | Path | None = None, *, pack: bool = False, **opt
 
     Args:
         name: ``"digits"``, ``"utkface:age"``, ``"utkface:race"``, ``"utkface:gender"``, ``"cifar10"``,
-            ``"svhn"``, ``"celeba:Smiling"`` or ``"folder"``; what follows the colon is the task.
+            ``"svhn"``, ``"celeba:Smiling"``, ``"folder"`` or ``"packed"``; what follows the colon is the task.
         root: Where the files are; the environment variable ``FAIRLINE_DATA`` by default.
         pack: Do so whatever they take.
         options: Passed to the data set's own ``load``.

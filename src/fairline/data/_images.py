@@ -175,7 +175,7 @@ def _kept(
 
 def _reason(item: Item, shape: Shape | tuple[()]) -> str:
     if item.shape is None or not shape:
-        return item.reason
+        return str(item.note)
     return f"has {item.shape[1]}×{item.shape[2]} pixels, most others have {shape[1]}×{shape[2]}"
 
 

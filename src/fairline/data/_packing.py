@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairline._io import make_folder, read_json, write_json
+from fairline._io import make_folder, read_json, reading, write_json
 from fairline.data._packed import (
     DIGEST_BYTES,
     HEADER,
@@ -53,11 +53,11 @@ class Item:
 
     Attributes:
         shape: (C, H, W) of its pixels; None where it has none.
-        reason: Why it has none.
+        note: Why it has none, or what belongs to it.
     """
 
     shape: Shape | None
-    reason: str = ""
+    note: Any = None
 
 
 def packed_place() -> Path:
@@ -80,8 +80,9 @@ def open_packed(folder: Path, key: str) -> PackedFile | None:
     Raises:
         FairlineError: They are damaged, or of other data.
     """
-    if not folder.exists():
-        return None
+    with reading(folder):
+        if not folder.exists():
+            return None
     file = PackedFile(folder)
     if file.header.get("key") != key:
         raise FairlineError(f"{folder} holds packed images of other data; take another folder, or delete it.")
@@ -99,10 +100,11 @@ class InMemory:
         self.items: list[Item] = []
         self._images: list[Pixels] = []
 
-    def add(self, pixels: Pixels) -> None:
-        """Add the next image, uint8 (C, H, W)."""
-        self.items.append(Item(_shape(pixels)))
-        self._images.append(pixels)
+    def add(self, pixels: Pixels, note: Any = None) -> None:
+        """Add the next image, uint8 (C, H, W), and what belongs to it."""
+        self.items.append(Item(_shape(pixels), note))
+        # Contiguous NCHW: a permuted view would count as channels_last in every later layer.
+        self._images.append(np.ascontiguousarray(pixels))
 
     def skip(self, reason: str) -> None:
         """Add that the next image cannot be used."""
@@ -110,7 +112,6 @@ class InMemory:
 
     def finish(self, shape: Shape, header: object = None, tensors: object = None) -> Tensor:
         """The images of one shape, uint8 (n, C, H, W)."""
-        # Contiguous NCHW: a permuted view would count as channels_last in every later layer.
         return torch.from_numpy(np.stack([pixels for pixels in self._images if pixels.shape == shape]))
 
 
@@ -178,9 +179,10 @@ class Packing:
             # What was decoded is kept, whatever stopped it.
             self._flush()
 
-    def add(self, pixels: Pixels) -> None:
-        """Add the next image, uint8 (C, H, W) in one piece."""
-        self._add(Item(_shape(pixels)), pixels)
+    def add(self, pixels: Pixels, note: Any = None) -> None:
+        """Add the next image, uint8 (C, H, W), and what belongs to it, of which the journal keeps plain JSON."""
+        note = json.loads(json.dumps(note, default=_plain))
+        self._add(Item(_shape(pixels), note), np.ascontiguousarray(pixels))
 
     def skip(self, reason: str) -> None:
         """Add that the next image cannot be used."""
@@ -231,7 +233,7 @@ class Packing:
             _append(self._file(shape, "u8"), (pixels.data for pixels in added))
             _append(self._file(shape, "digests"), map(image_digest, added))
         runs = [
-            [list(item.shape or ()), item.reason, sum(1 for _ in same)]
+            [list(item.shape or ()), item.note, sum(1 for _ in same)]
             for item, same in groupby(item for item, _ in self._waiting)
         ]
         if runs:
@@ -250,8 +252,11 @@ class Packing:
         if lines and not lines[-1].endswith(b"\n"):
             os.truncate(journal, sum(map(len, lines[:-1])))
             del lines[-1]
-        for shape, reason, count in (run for line in lines for run in json.loads(line)):
-            self.items += [Item(tuple(shape) or None, reason)] * count
+        try:
+            for shape, note, count in (run for line in lines for run in json.loads(line)):
+                self.items += [Item(tuple(shape) or None, note)] * count
+        except (ValueError, TypeError):
+            raise FairlineError(f"{journal} is damaged; delete {self.partial}.") from None
         rows = Counter(item.shape for item in self.items)
         for file in self.partial.glob("*x*.*"):
             channels, height, width = map(int, file.stem.split("x"))
@@ -290,6 +295,13 @@ def _require_room(partial: Path, expected: int) -> None:
 def _shape(pixels: Pixels) -> Shape:
     channels, height, width = pixels.shape
     return channels, height, width
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, tensors and their numbers as lists and numbers; bytes and whatever else there is as text."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def _append(file: Path, pieces: Iterable[bytes | memoryview]) -> None:

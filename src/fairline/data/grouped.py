@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,10 +17,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from fairline._io import json_digest
 from fairline.data._fetch import chosen_images, fetch, image_digests, placed, read_images
-from fairline.data._names import BadCell, class_index, clean_name, encode
-from fairline.data._packed import Images, PackedImages, derived
-from fairline.data.memory import images_at_once
+from fairline.data._items import read_item, read_items
+from fairline.data._names import clean_name
+from fairline.data._packed import Images, PackedFile, PackedImages, derived, image_digest
+from fairline.data._packing import InMemory, Packing, packing
+from fairline.data.memory import fits, images_at_once
 from fairline.errors import FairlineError
 
 logger = logging.getLogger(__name__)
@@ -208,7 +214,10 @@ class GroupedData:
         channels = self.images.shape[1]
         total = torch.zeros(channels, dtype=torch.float64, device=self.images.device)
         squares = torch.zeros_like(total)
-        for chunk in self.images.split(images_at_once(4096, self.images.shape)):
+        height, width = self.images.shape[2:]
+        # Of small images as many as ever: the sums' last bits depend on it.
+        step = 4096 if height * width <= 64 * 64 else images_at_once(512, self.images.shape)
+        for chunk in self.images.split(step):
             values = chunk.double().div_(255)
             total += values.sum((0, 2, 3))
             squares += values.square_().sum((0, 2, 3))
@@ -400,6 +409,7 @@ class GroupedData:
         group_names: Sequence[str] | None = None,
         name: str = "dataset",
         flip: bool = True,
+        pack: str | Path | None = None,
     ) -> GroupedData:
         """Read a map-style ``torch.utils.data.Dataset`` of ``(image, label)`` or ``(image, label, group)``.
 
@@ -413,45 +423,99 @@ class GroupedData:
             group_names: Names by group, likewise.
             name: What to call the data.
             flip: Whether a mirrored image keeps its label.
+            pack: A folder to keep the images in, for data larger than memory. An interrupted call goes on, and the next
+                one finds it whole, if name, names, number of items and the first image are the same.
 
         Returns:
-            The data in memory.
+            The data, in memory or packed.
 
         Raises:
-            FairlineError: An item is not of this form, or images differ in shape.
+            FairlineError: An item is not of this form, images differ in shape, or they cannot be packed.
 
         >>> pixels = np.zeros((8, 8, 3), np.uint8)
         >>> data = GroupedData.from_dataset([(pixels, "cat", 1), (pixels, "bird", 0)], group_names=["dark", "light"])
         >>> data.class_names, data.labels.tolist(), data.counts()["n"].to_dict()
         (('bird', 'cat'), [1, 0], {'dark': 1, 'light': 1})
         """
-        images: list[Tensor] = []
-        labels: list[Any] = []
-        groups: list[Any] = []
-        for position in range(len(dataset)):
-            item = dataset[position]
-            if not isinstance(item, tuple | list) or len(item) not in (2, 3):
-                raise FairlineError(f"{name}: item {position} is not (image, label) or (image, label, group).")
-            images.append(_image(item[0], images[0].shape if images else None, f"{name}: image {position}"))
-            labels.append(item[1])
-            groups += item[2:]
-        if not images:
+        if len(dataset) == 0:
             raise FairlineError(f"{name}: the data set is empty.")
-        if groups and len(groups) < len(labels):
-            raise FairlineError(f"{name}: only {len(groups)} of the {len(labels)} items have a group.")
-        label_index, classes = _indices(labels, class_names, name, "label")
-        group_index, by_group = _indices(groups, group_names, name, "group") if groups else (label_index, classes)
-        if group_names is None and group_index == label_index:
-            by_group = classes
+        first = read_item(dataset, 0, name).pixels
+        channels, height, width = first.shape
+        size = len(dataset) * first.nbytes
+        if pack is None and not fits(size, torch.device("cpu")):
+            logger.warning("%s: from_dataset(pack=FOLDER) keeps the images in a file instead of in memory", name)
+        key = json_digest([name, len(dataset), str(class_names), str(group_names), flip, image_digest(first).hex()])
+        with nullcontext(InMemory()) if pack is None else packing(Path(pack), key, size) as place:
+            if isinstance(place, Packing) and place.whole is not None:
+                return cls._from_packed(place.whole)
+            read = read_items(dataset, place, name, class_names, group_names)
+            # Names and indices are checked before the images are taken for whole.
+            nothing = torch.empty((len(dataset), *first.shape), dtype=torch.uint8, device="meta")
+            data = cls(nothing, *read, name=name, flip=flip)
+            return replace(data, images=place.finish((channels, height, width), *data._description()))
+
+    def pack(self, folder: str | Path) -> GroupedData:
+        """The same data with the images in a packed folder, from which ``load("packed", root=folder)`` reads them all.
+
+        Args:
+            folder: New, half-packed with the same data, or packed with them.
+
+        Returns:
+            The data; images are read from the folder when they are asked for.
+
+        Raises:
+            FairlineError: The folder holds other data, or there is no room.
+        """
+        header, tensors = self._description()
+        key = content_digest(self, start=json.dumps(header))
+        with packing(Path(folder), key, self.images.numel()) as place:
+            if place.whole is None:
+                step = images_at_once(4096, self.images.shape)
+                for begin in range(len(place.items), len(self), step):
+                    for image in self.images[begin : begin + step].cpu().numpy():
+                        place.add(image)
+                _, channels, height, width = self.images.shape
+                place.finish((channels, height, width), header, tensors)
+        return self.from_packed(folder)
+
+    @classmethod
+    def from_packed(cls, folder: str | Path) -> GroupedData:
+        """The data that :meth:`pack` or :meth:`from_dataset` packed, where the folder is now.
+
+        Args:
+            folder: The packed folder.
+
+        Returns:
+            The data; images are read when they are asked for.
+
+        Raises:
+            FairlineError: There are none, or they are damaged.
+        """
+        return cls._from_packed(PackedFile(folder))
+
+    @classmethod
+    def _from_packed(cls, file: PackedFile) -> GroupedData:
+        fields = file.header.get("data")
+        if fields is None:
+            raise FairlineError(f"{file.folder} holds images only; load the data set that they were decoded from.")
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        fields["skipped"] = tuple(Skipped(*item) for item in fields["skipped"])
         return cls(
-            torch.stack(images),
-            torch.tensor(label_index),
-            torch.tensor(group_index),
-            classes,
-            by_group if groups or group_names is None else tuple(group_names),
-            name=name,
-            flip=flip,
+            PackedImages(file),
+            file.tensors["labels"],
+            file.tensors["groups"],
+            official_test=file.tensors.get("official_test"),
+            **fields,
         )
+
+    def _description(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All but the images, as plain JSON and tensors."""
+        fields = {name: getattr(self, name) for name in ("class_names", "group_names", "name", "mean", "std", "flip")}
+        skipped = [[item.file, item.reason] for item in self.skipped]
+        tensors = {"labels": self.labels, "groups": self.groups}
+        if self.official_test is not None:
+            tensors["official_test"] = self.official_test
+        return {"data": {**fields, "skipped": skipped}}, tensors
 
 
 def content_digest(*parts: GroupedData, start: str = "") -> str:
@@ -483,39 +547,6 @@ def content_digest(*parts: GroupedData, start: str = "") -> str:
             known.update(content)
     digest: str = derived(packed[0], f"digest of {known.hexdigest()}", compute)
     return digest
-
-
-def _image(image: Any, shape: torch.Size | None, where: str) -> Tensor:
-    """An item's image as uint8 (C, H, W), which must be ``shape``."""
-    # Here, because Pillow may be missing where arrays suffice.
-    from fairline.data.decoding import UnusableImage, to_uint8
-
-    try:
-        pixels = to_uint8(image)
-    except UnusableImage as error:
-        raise FairlineError(f"{where} {error}.") from None
-    if shape is not None and pixels.shape != shape:
-        raise FairlineError(f"{where} has shape {tuple(pixels.shape)}, but the first has {tuple(shape)}.")
-    return pixels
-
-
-def _indices(
-    values: Sequence[Any], names: Sequence[str] | None, data: str, what: str
-) -> tuple[list[int], tuple[str, ...]]:
-    """The index that each item's label or group means, and the names."""
-    if names is None and all(isinstance(value, str) and clean_name(value) for value in values):
-        return encode([clean_name(value) for value in values], f"{data}: the {what}s")
-    known = None if names is None else tuple(clean_name(str(name)) for name in names)
-    indices = []
-    for position, value in enumerate(values):
-        try:
-            index = class_index(value, known)
-        except BadCell as error:
-            raise FairlineError(f"{data}: the {what} of item {position} is {error}.") from None
-        if index is None:
-            raise FairlineError(f"{data}: the {what} of item {position} is missing.")
-        indices.append(index)
-    return indices, known or tuple(str(index) for index in range(max(indices) + 1))
 
 
 def _listed(names: Sequence[str]) -> str:
