@@ -1,4 +1,7 @@
-"""Atomic files: every write goes to a temporary name and is renamed, tensors are safetensors only."""
+"""Atomic files: every write goes to a temporary name and is renamed, tensors are safetensors only.
+
+Of several processes that do one work (:mod:`fairline.ranks`) the first writes, and the others write nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fairline.errors import FairlineError
+from fairline.ranks import here
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,6 +105,8 @@ def reading(path: str | Path) -> Iterator[None]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically."""
+    if not here().is_first:
+        return
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -141,6 +147,8 @@ def json_digest(value: Any) -> str:
 
 def write_table(path: str | Path, table: pd.DataFrame) -> None:
     """Write a table to a parquet file atomically, without its index."""
+    if not here().is_first:
+        return
     with atomic_path(path) as temporary:
         table.to_parquet(temporary, index=False)
 
@@ -164,6 +172,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
     """Write named tensors, with ``metadata`` as JSON in the header, atomically."""
+    if not here().is_first:
+        return
     # Clones: safetensors refuses tensors that share memory.
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
@@ -242,11 +252,14 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """Find the device to compute on.
 
     Returns:
-        The device asked for, or the accelerator if there is one, or the CPU.
+        Of several processes each one's own; else the device asked for, or the accelerator if there is one, or the CPU.
 
     Raises:
         FairlineError: The device is unknown or absent.
     """
+    own = here().device
+    if own is not None:
+        return own
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -11,6 +11,7 @@ from fairline.data.grouped import GroupedData
 from fairline.data.memory import images_at_once
 from fairline.errors import FairlineError
 from fairline.precision import FLOAT32, Arithmetic
+from fairline.ranks import Ranks
 
 
 def predict(
@@ -20,6 +21,7 @@ def predict(
     batch_size: int | None = None,
     device: torch.device | None = None,
     arithmetic: Arithmetic = FLOAT32,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """Logits of every sample, in evaluation mode and without augmentation.
 
@@ -30,6 +32,7 @@ def predict(
             fewer where images have more than 64×64 pixels.
         device: Where to compute; where the model is by default.
         arithmetic: What to compute in: passes within a training take what the training takes, audits float32.
+        ranks: Who shares the work; this process does all of it by default.
 
     Returns:
         float32, (N, K), on ``device``.
@@ -39,17 +42,19 @@ def predict(
     """
     device = device or next((p.device for p in model.parameters()), data.device)
     batch_size = batch_size or images_at_once(100 if device.type == "cpu" else 1000, data.images.shape)
+    ranks = ranks or Ranks()
+    part = ranks.part(len(data), batch_size)
     was_training = model.training
     model.to(device).eval()
     try:
         with torch.inference_mode(), arithmetic.autocast(device):
             chunks = []
-            for _, batch in data.batches(torch.arange(len(data)), batch_size):
+            for _, batch in data.batches(torch.arange(len(data))[part], batch_size):
                 images = arithmetic.order(batch.to(device))
                 chunks.append(logits_of(model(images), model, images).float())
     finally:
         model.train(was_training)
-    return require_classes(torch.cat(chunks).clone(), data)
+    return require_classes(ranks.gather(torch.cat(chunks).clone(), len(data), batch_size), data)
 
 
 def require_classes(logits: Tensor, data: GroupedData) -> Tensor:

@@ -17,6 +17,7 @@ from fairline.audit.functional import Functional
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
+from fairline.ranks import here
 from fairline.training import Progress, ProgressCallback
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ def predictions(model: nn.Module, data: GroupedData, device: torch.device) -> Pr
     Raises:
         FairlineError: A logit is not finite.
     """
-    logits = predict(model, data, device=device).cpu()
+    logits = predict(model, data, device=device, ranks=here()).cpu()
     broken = ~logits.isfinite().all(1)
     if broken.any():
         first = int(broken.nonzero()[0])
@@ -139,5 +140,5 @@ class Subject:
 
     def report(self, stage: str, done: int, total: int, message: str = "") -> None:
         """Tell whoever watches."""
-        if self.progress is not None:
+        if self.progress is not None and here().is_first:
             self.progress(Progress(f"{self.name}: {stage}", done, total, message))

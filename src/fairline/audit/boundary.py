@@ -106,10 +106,11 @@ def first_order_distances(functional: Functional) -> Tensor:
     """
     differences = _Differences(functional)
     found = []
-    for images, _ in functional.batches(torch.arange(len(functional.data))):
+    everything = torch.arange(len(functional.data))
+    for images, _ in functional.batches(functional.own(everything)):
         start = differences.logits(images).argmax(1)
         found.append(_nearest(*differences(images, start))[0])
-    return torch.cat(found)
+    return functional.gather(torch.cat(found), everything)
 
 
 @dataclass(frozen=True)
@@ -286,12 +287,15 @@ def minimal(subject: Subject, *, max_steps: int = 50, overshoot: float = 0.02) -
         )
     _two_or_more(subject)
     functional, found = subject.functional, []
-    chunks = torch.arange(len(subject.data)).split(functional.batch_size)
+    everything = torch.arange(len(subject.data))
+    chunks = functional.own(everything).split(functional.batch_size)
     for position, chunk in enumerate(chunks, start=1):
         found.append(deepfool(functional, chunk, max_steps=max_steps, overshoot=overshoot))
         subject.report("distance to the boundary", position, len(chunks))
-    distance = torch.cat([part.distance for part in found]).double().cpu().numpy()
-    promise = torch.cat([part.first_order for part in found]).double().cpu().numpy()
+    distance, promise = (
+        functional.gather(torch.cat(own), everything).double().cpu().numpy()
+        for own in zip(*((part.distance, part.first_order) for part in found), strict=True)
+    )
     subject.once("first order", lambda: promise)
     return _rows(subject, "boundary_distance", distance)
 

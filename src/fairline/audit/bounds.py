@@ -19,6 +19,7 @@ from fairline.audit.intervals import mean_interval
 from fairline.audit.lanczos import start_vector
 from fairline.errors import FairlineError
 from fairline.masking import copy_model, relu_count
+from fairline.ranks import here
 
 Floats = NDArray[np.float64]
 
@@ -255,11 +256,15 @@ def binary_curvature_bound(
 def _terms_of(subject: Subject, name: str, index: Tensor, tolerance: float, max_products: int) -> dict[str, Floats]:
     """Terms of Proposition 4.5 and their sum for samples of a group, (n,) each, telling how far it is."""
     parts: list[Terms] = []
-    chunks = index.split(200)
+    ranks, size = here(), 200
+    chunks = index[ranks.part(len(index), size)].split(size)
     for done, chunk in enumerate(chunks, start=1):
         parts.append(
             binary_terms(subject.functional, chunk, tolerance=tolerance, max_products=max_products, seed=subject.seed)
         )
         subject.report(f"Proposition 4.5, {name}", done, len(chunks))
-    terms = {key: np.concatenate([getattr(part, key) for part in parts]) for key in ("z1", "z2", "z2_printed")}
+    terms = {}
+    for key in ("z1", "z2", "z2_printed"):
+        own = torch.from_numpy(np.concatenate([getattr(part, key) for part in parts]))
+        terms[key] = ranks.gather(own.to(subject.functional.device), len(index), size).cpu().numpy()
     return {**terms, "z_bound": terms["z1"] + terms["z2"]}

@@ -14,6 +14,7 @@ from fairline.data.memory import images_at_once
 from fairline.errors import FairlineError
 from fairline.inference import logits_of
 from fairline.masking import copy_model, masked_relus
+from fairline.ranks import here
 
 Product = Callable[[Tensor], Tensor]
 
@@ -22,7 +23,8 @@ class Functional:
     """J(θ; S) = mean cross-entropy of a network over samples S, as a function of its P parameters θ.
 
     Works on a copy in evaluation mode, so BatchNorm uses its running statistics and samples do not touch each
-    other: every quantity over S is then a plain sum over batches, and memory depends on the batch alone.
+    other: every quantity over S is then a plain sum over batches, and memory depends on the batch alone. Several
+    processes at work together (:mod:`fairline.ranks`) take some of the batches each.
     Parameter vectors are flat, (P,), in the order of ``named_parameters()``.
 
     Args:
@@ -53,6 +55,7 @@ class Functional:
             raise FairlineError(f"{type(model).__name__} has no parameters, so its loss has no gradient.")
         first = next(iter(self.parameters.values()))
         self.device, self.dtype = first.device, first.dtype
+        self.ranks = here()
         self.size = sum(parameter.numel() for parameter in self.parameters.values())
 
     def logits(self, parameters: dict[str, Tensor], images: Tensor) -> Tensor:
@@ -63,6 +66,18 @@ class Functional:
         """Normalised images (B, C, H, W) and labels (B,) of the samples in ``index``."""
         for chunk, images in self.data.batches(index, self.batch_size):
             yield images.to(self.device, self.dtype), self.data.labels[chunk].to(self.device)
+
+    def own(self, index: Tensor) -> Tensor:
+        """Those of the samples in ``index`` that are this process's, whole batches of them."""
+        return index[self.ranks.part(len(index), self.batch_size)]
+
+    def total(self, own: Tensor, index: Tensor) -> Tensor:
+        """Sum over the samples in ``index`` of what each process summed over its own."""
+        return self.ranks.sum(own, len(index), self.batch_size)
+
+    def gather(self, own: Tensor, index: Tensor) -> Tensor:
+        """A row for each sample in ``index``, (n, …), of the rows that each process has of its own."""
+        return self.ranks.gather(own, len(index), self.batch_size)
 
     def flat(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """One vector (P,) of tensors shaped like the parameters."""
@@ -79,18 +94,18 @@ class Functional:
         with torch.no_grad():
             losses = [
                 F.cross_entropy(self.logits(self.parameters, images).double(), labels, reduction="sum")
-                for images, labels in self.batches(index)
+                for images, labels in self.batches(self.own(index))
             ]
-        return float(torch.stack(losses).sum()) / len(index)
+        return float(self.total(torch.stack(losses).sum(), index)) / len(index)
 
     def gradient(self, index: Tensor) -> Tensor:
         """∇J(θ; S), (P,), float64."""
         leaves = tuple(self.parameters.values())
         total = torch.zeros(self.size, dtype=torch.float64, device=self.device)
-        for images, labels in self.batches(index):
+        for images, labels in self.batches(self.own(index)):
             loss = F.cross_entropy(self.logits(self.parameters, images), labels, reduction="sum")
             total += self.flat(torch.autograd.grad(loss, leaves, materialize_grads=True, allow_unused=True))
-        return total / len(index)
+        return self.total(total, index) / len(index)
 
     def hessian_product(self, index: Tensor) -> Product:
         """Products v ↦ ∇²J(θ; S)·v, both (P,): the gradient of ⟨∇J, v⟩ (Pearlmutter 1994)."""
@@ -99,7 +114,7 @@ class Functional:
         def product(vector: Tensor) -> Tensor:
             direction = self.unflat(vector)
             total = torch.zeros(self.size, dtype=torch.float64, device=self.device)
-            for images, labels in self.batches(index):
+            for images, labels in self.batches(self.own(index)):
                 loss = F.cross_entropy(self.logits(self.parameters, images), labels, reduction="sum")
                 gradient = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
                 # Where the loss is flat or linear in a parameter its gradient has no graph, and adds nothing.
@@ -114,7 +129,7 @@ class Functional:
                             allow_unused=True,
                         )
                     )
-            return total / len(index)
+            return self.total(total, index) / len(index)
 
         return product
 
@@ -135,13 +150,13 @@ class Functional:
         def product(vector: Tensor) -> Tensor:
             direction = dict(zip(names, self.unflat(vector), strict=True))
             total = torch.zeros(self.size, dtype=torch.float64, device=self.device)
-            for images, _ in self.batches(index):
+            for images, _ in self.batches(self.own(index)):
                 inner = self._logit_curvature_product(images, direction)
                 logits = self.logits(self.parameters, images)
                 total += self.flat(
                     torch.autograd.grad(logits, leaves, grad_outputs=inner, materialize_grads=True, allow_unused=True)
                 )
-            return total / len(index)
+            return self.total(total, index) / len(index)
 
         return product
 

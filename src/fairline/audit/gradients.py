@@ -88,11 +88,12 @@ def per_sample_gradient_norms(functional: Functional, batch_size: int = 25) -> N
 
     gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
     norms = []
-    for images, labels in functional.batches(torch.arange(len(functional.data))):
+    everything = torch.arange(len(functional.data))
+    for images, labels in functional.batches(functional.own(everything)):
         for part, targets in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             squares = [g.flatten(1).double().square().sum(1) for g in gradients(parameters, part, targets).values()]
             norms.append(torch.stack(squares).sum(0).sqrt())
-    return torch.cat(norms).cpu().numpy()
+    return functional.gather(torch.cat(norms), everything).cpu().numpy()
 
 
 def measure(subject: Subject, *, per_sample: bool = False) -> list[Row]:

@@ -14,6 +14,7 @@ from torch import nn
 from fairline._io import json_digest, read_json, write_json
 from fairline.data.grouped import GroupedData
 from fairline.precision import Arithmetic, Precision, processor
+from fairline.ranks import here
 from fairline.runs import Run
 from fairline.training import TRIAL_IMAGES, choose
 
@@ -46,17 +47,30 @@ def settle(
     Returns:
         The arithmetic, kept in the run's folder.
     """
-    here = processor(device)
+    # Of several processes one decides: it depends on files and on measured times.
+    return here().first(lambda: _settled(run, precision, network, data, device, agreed))
+
+
+def _settled(
+    run: Run,
+    precision: Precision | None,
+    network: nn.Module,
+    data: GroupedData,
+    device: torch.device,
+    agreed: Path | None,
+) -> Arithmetic:
+    """:func:`settle`, in one process."""
+    machine = processor(device)
     before = run.lineage()[:-1] if precision in (None, "auto") else []
     for each in (run, *reversed(before)):
         kept = _kept(each.folder / FILE)
         # A default is no answer to "auto", which asks for a trial.
         tried = precision != "auto" or (kept is not None and kept["ratio"] is not None)
-        if kept is not None and (each is run or (tried and kept["processor"] == here)):
+        if kept is not None and (each is run or (tried and kept["processor"] == machine)):
             return _keep(run, kept)
     if precision != "auto" or agreed is None:
         return _keep(run, _found(precision, network, data, device))
-    name = f"{here}, {json_digest(run.base().config['model'])}"
+    name = f"{machine}, {json_digest(run.base().config['model'])}"
     with _alone(agreed):
         choices = read_json(agreed) if agreed.exists() else {}
         if name not in choices:

@@ -22,6 +22,7 @@ from fairline.jobs._common import (
     open_runs,
     require_bootstrap,
 )
+from fairline.ranks import here
 from fairline.runs import NetworkInfo, Run, load_info, load_network
 from fairline.training import Progress, ProgressCallback
 
@@ -140,6 +141,7 @@ def _measure(run: Run, folders: Mapping[str, Path], reference: Subject, request:
             report = audit_subject(subject, list(chosen), split=request.split, options=chosen)
             write_table(kept[0], report.to_frame())
             write_table(kept[1], report.predictions.assign(model=name))
+            here().barrier()
         tables.append(pd.read_parquet(kept[0]).assign(**_described(load_info(folder))))
         predictions.append(pd.read_parquet(kept[1]))
         if reference.progress is not None:

@@ -24,6 +24,7 @@ from fairline.linearize.identity import claim, data_digest, described, network_d
 from fairline.linearize.surrogates import require_surrogate, start_masked
 from fairline.masking import Surrogate, copy_model, masked_relus, relu_count
 from fairline.precision import Arithmetic, Precision, require_precision
+from fairline.ranks import here
 from fairline.training import TRIAL_IMAGES, ProgressCallback, choose
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,9 @@ class Linearization:
     @cached_property
     def arithmetic(self) -> Arithmetic:
         """What training and the passes within it compute in; settled when first asked for, and kept in the folder."""
+        return here().first(self._settled)
+
+    def _settled(self) -> Arithmetic:
         file = None if self.folder is None else self.folder / "precision.json"
         if file is not None and file.exists():
             return Arithmetic(**read_json(file))
@@ -281,6 +285,8 @@ class Linearizer(ABC):
             yield Cut(run.budgets.pop(0), copy_model(run.student))
         if self.keeps_snapshots:
             yield from run.saved()
+            # What is saved from here on is not what another process looks for.
+            here().barrier()
         if not run.budgets:
             return
         for cut in self.cuts(run):

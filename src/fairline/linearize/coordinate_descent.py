@@ -42,6 +42,7 @@ from fairline.linearize.base import Cut, Linearization, Linearizer, set_aside
 from fairline.masking import copy_model, masked_graph, masked_relus, relu_count
 from fairline.objectives.base import Batch, Objective
 from fairline.objectives.erm import ERM
+from fairline.ranks import here
 from fairline.training import Epoch, Progress, run_epochs
 
 logger = logging.getLogger(__name__)
@@ -248,6 +249,8 @@ class _Rounds:
         while count > 0:
             removed, more, value = take(min(size, count), generator)
             count, tried = count - removed, tried + more
+        # A last bit may decide between two candidates.
+        here().agree(student)
         measure = "loss_when_removed" if self.method.within_layers else "accuracy_when_removed"
         used = sum(layer.num_kept > 0 for layer in masked_relus(student).values())
         self.rows.append({"round": self.removed, "relus": target, "layers": used, measure: value, "tried": tried})

@@ -18,6 +18,7 @@ import torch
 
 from fairline._io import make_folder, read_json, read_table, reading, write_json, write_table
 from fairline.errors import FairlineError
+from fairline.ranks import here
 from fairline.runs.data import DataSpec
 from fairline.runs.environment import environment
 
@@ -61,26 +62,36 @@ class Run:
         """
         run = cls(folder)
         wanted = json.loads(json.dumps({"command": command, **config}))
-        with reading(folder):
-            run._require_free_or_same(wanted)
-        with run._locked():
-            if run.finished:
+        with contextlib.ExitStack() as held:
+            if here().first(lambda: run._taken(held, wanted, device)):
                 yield run
                 return
-            for leftover in run.folder.rglob(".*.tmp"):
-                leftover.unlink()
-            write_json(run.folder / "config.json", wanted)
-            write_json(run.folder / "environment.json", environment(device))
-            write_json(run.folder / "status.json", {"status": "running"})
             with _logged_to(run.folder / "log.txt"):
                 logger.info("%s in %s on %s", command, run.folder, device)
                 try:
                     yield run
+                    # Until then another process may be reading what follows removes.
+                    here().barrier()
                     write_json(run.folder / "status.json", {"status": "finished"})
-                    shutil.rmtree(run.checkpoint, ignore_errors=True)
+                    if here().is_first:
+                        shutil.rmtree(run.checkpoint, ignore_errors=True)
                 except BaseException as error:
                     logger.error("%s stopped: %s", command, error or type(error).__name__)
                     raise
+
+    def _taken(self, held: contextlib.ExitStack, wanted: Mapping[str, Any], device: torch.device) -> bool:
+        """Lock the folder as long as ``held`` lasts and write what it is to hold; or find that it is done already."""
+        with reading(self.folder):
+            self._require_free_or_same(wanted)
+        held.enter_context(self._locked())
+        if self.finished:
+            return True
+        for leftover in self.folder.rglob(".*.tmp"):
+            leftover.unlink()
+        write_json(self.folder / "config.json", wanted)
+        write_json(self.folder / "environment.json", environment(device))
+        write_json(self.folder / "status.json", {"status": "running"})
+        return False
 
     def _require_free_or_same(self, wanted: Mapping[str, Any]) -> None:
         """Refuse a folder that holds something else than the run of this config."""
@@ -240,7 +251,10 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
 
 @contextlib.contextmanager
 def _logged_to(file: Path) -> Iterator[None]:
-    """Append what fairline logs to a file."""
+    """Append what fairline logs to a file; of several processes the first one's."""
+    if not here().is_first:
+        yield
+        return
     handler = _Log(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     package = logging.getLogger("fairline")

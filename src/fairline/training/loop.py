@@ -23,6 +23,7 @@ from fairline.errors import FairlineError
 from fairline.inference import group_mean, logits_of, predict, require_classes
 from fairline.objectives.base import Batch, Objective
 from fairline.precision import FLOAT32, Arithmetic, Precision
+from fairline.ranks import here
 from fairline.training import graphs
 from fairline.training.augment import random_crop_and_flip
 from fairline.training.checkpoint import Stateful, arithmetic_of, restore, save
@@ -192,6 +193,9 @@ class _Run:
                 f"Training needs epochs ≥ 1 and batch_size ≥ 1, not {self.epochs} and {self.batch_size}."
             )
         self.where = resolve_device(self.device)
+        self.ranks = here()
+        if not self.ranks.is_first:
+            self.progress = None
         self.train = self.train.to(self.where)
         self.batch_sizes = _batch_sizes(len(self.train), self.batch_size)
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -215,11 +219,13 @@ class _Run:
         """Model and teacher on the device, in the memory order of the arithmetic as long as the run lasts."""
         kept = None if self.checkpoint is None else arithmetic_of(Path(self.checkpoint))
         images = self.train.normalized(slice(TRIAL_IMAGES))
-        self.arithmetic = kept or choose(self.precision, self.model, images, self.where)
+        self.arithmetic = kept or self.ranks.first(lambda: choose(self.precision, self.model, images, self.where))
         networks = [network for network in (self.model, self.teacher) if network is not None]
         for network in networks:
             self.arithmetic.place(network, self.where)
-        self.replay = graphs.Replay(self.model) if self.cuda_graphs and graphs.can_capture(self.where) else None
+        # A graph holds no statistics of other processes' images.
+        captured = self.cuda_graphs and self.ranks.size == 1 and graphs.can_capture(self.where)
+        self.replay = graphs.Replay(self.model) if captured else None
         try:
             yield
         finally:
@@ -232,6 +238,7 @@ class _Run:
         if self.checkpoint is not None and Path(self.checkpoint).exists():
             done = restore(Path(self.checkpoint), self.parts, self.generator)
             logger.info("%s: resumed from %s after epoch %d", self.stage, self.checkpoint, done)
+        self.ranks.agree(self.model, self.objective)
         if self.teacher is not None:
             self.teacher.eval()
             if not self.augment:
@@ -251,7 +258,7 @@ class _Run:
                 total_penalty += penalty.detach() * len(batch.index)
                 loss = loss + penalty
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            self.ranks.backward(loss, self.optimizer)
             self.optimizer.step()
             if self.progress is not None:
                 batches = len(self.batch_sizes)
@@ -275,14 +282,18 @@ class _Run:
             yield Batch(self.arithmetic.order(images), self.train.labels[index], self.train.groups[index], index)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, K) of the model, and of the teacher if there is one."""
-        with self.arithmetic.autocast(self.where):
-            logits = self.logits(self.model, batch, self.replay)
-            if self.teacher is None:
-                return logits, None
-            with torch.no_grad():
-                known = self.teacher_logits
-                teacher_logits = self.logits(self.teacher, batch) if known is None else known[batch.index]
+        """Logits (B, K) of the model, and of the teacher if there is one; each rank computes some."""
+        count = len(batch.index)
+        images = batch.images[self.ranks.part(count)]
+        with self.arithmetic.autocast(self.where), self.ranks.dividing(count, self.where):
+            own = self.logits(self.model, images, self.replay)
+            known = None if self.teacher_logits is None else self.teacher_logits[batch.index]
+            if self.teacher is not None and known is None:
+                with torch.no_grad():
+                    known = self.ranks.gather(self.logits(self.teacher, images), count)
+        logits, teacher_logits = self.ranks.gather(own, count), known
+        if teacher_logits is None:
+            return logits, None
         if logits.shape != teacher_logits.shape:
             raise FairlineError(
                 f"{type(self.model).__name__} has {logits.shape[1]} outputs, but its teacher "
@@ -290,10 +301,10 @@ class _Run:
             )
         return logits, teacher_logits
 
-    def logits(self, network: nn.Module, batch: Batch, replay: graphs.Replay | None = None) -> Tensor:
+    def logits(self, network: nn.Module, images: Tensor, replay: graphs.Replay | None = None) -> Tensor:
         """Logits (B, K) of a network, of all classes of the data at least."""
         try:
-            output = (replay or network)(batch.images)
+            output = (replay or network)(images)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -301,7 +312,7 @@ class _Run:
                 f"{type(network).__name__} normalises over the images of a batch and cannot train on one alone; "
                 f"batch_size is {self.batch_size}, and {self.train.name} has {len(self.train)} training images."
             ) from None
-        return require_classes(logits_of(output, network, batch.images).float(), self.train)
+        return require_classes(logits_of(output, network, images).float(), self.train)
 
     def tell_objective(self, epoch: int) -> None:
         """Show an objective that asks for them the losses over the whole training part."""
@@ -312,6 +323,7 @@ class _Run:
         except FairlineError as error:
             reason = str(error).rstrip(".")
             raise FairlineError(f"Epoch {epoch} of {self.stage}: {reason}{self.kept(epoch)}.") from None
+        self.ranks.agree(self.objective)
 
     def kept(self, epoch: int) -> str:
         """What is left if this epoch fails, as the end of a sentence."""
@@ -333,7 +345,7 @@ class _Run:
 
     def predict(self, network: nn.Module, data: GroupedData) -> Tensor:
         """Logits over a whole data set, in the run's arithmetic."""
-        return predict(network, data, device=self.where, arithmetic=self.arithmetic)
+        return predict(network, data, device=self.where, arithmetic=self.arithmetic, ranks=self.ranks)
 
     def group_losses(self) -> tuple[Tensor, Tensor]:
         """Mean loss of each group, and of all, over the whole training set or the objective's subset of it."""
