@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
+
+from fairline.errors import FairlineError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,6 +86,34 @@ def progress_bars() -> Iterator[ProgressCallback]:
             drawn.stop()
             err_console.print("Interrupted; repeat the command to resume.")
             sys.exit(130)
+
+
+def work_together(job: Callable[..., Run], *arguments: Any, **settings: Any) -> Run:
+    """Do a job on one device or several and draw its progress; of several processes only the first says what follows.
+
+    Args:
+        job: One of :mod:`fairline.jobs`.
+        arguments: Its own.
+        settings: Its own, and ``devices`` and ``strategy``; see :func:`fairline.ranks.launch`.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        FairlineError: The input is wrong, or a process was lost.
+    """
+    from fairline.ranks import RankLost, here, launch
+
+    try:
+        with progress_bars() as progress:
+            run: Run = launch(job, *arguments, progress=progress, **settings)
+    except FairlineError as error:
+        if here().is_first or isinstance(error, RankLost):
+            raise
+        sys.exit(2)
+    if not here().is_first:
+        sys.exit()
+    return run
 
 
 def _text_column(form: str, **room: Any) -> TextColumn:

@@ -70,6 +70,19 @@ ModelOption = Annotated[
     typer.Option("--model-option", metavar="KEY=VALUE", help="Further option of the model, e.g. stem_relu=true."),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of every random choice; for train, also of the split.")]
+Devices = Annotated[
+    int, typer.Option("--devices", help="GPUs, or processes on a CPU, that work together; on each host as many.")
+]
+#: Kept here so that help need not load torch; a test compares it with what there is.
+STRATEGIES = ("auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
+Strategy = Annotated[
+    str,
+    typer.Option(
+        "--strategy",
+        help=f"How they come about: {', '.join(STRATEGIES)}; auto joins those of torchrun, SLURM or 'fabric run', "
+        "else starts them.",
+    ),
+]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; the accelerator by default.")]
 
 #: Kept here so that help need not load torch; a test compares it with the registry.

@@ -18,6 +18,7 @@ from fairline.cli.console import (
     print_frontier,
     progress_bars,
     say_best,
+    work_together,
 )
 from fairline.cli.options import (
     AUDIT_MEASURES,
@@ -29,6 +30,7 @@ from fairline.cli.options import (
     Data,
     DataOption,
     Device,
+    Devices,
     Epochs,
     Groups,
     LearningRate,
@@ -42,6 +44,7 @@ from fairline.cli.options import (
     Root,
     Seed,
     Select,
+    Strategy,
     Unbalanced,
     Width,
     Wire,
@@ -127,6 +130,8 @@ def train(
     augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Random crops and flips.")] = False,
     seed: Seed = 0,
     device: Device = None,
+    devices: Devices = 1,
+    strategy: Strategy = "auto",
     precision: PrecisionOption = None,
 ) -> None:
     """Train a base network on grouped images."""
@@ -134,22 +139,23 @@ def train(
 
     spec = data_spec(data, root, groups, unbalanced, data_option, seed)
     options = {**parse_options(model_option), **drop_none(width=width)}
-    with progress_bars() as progress:
-        run = train_job(
-            out,
-            spec,
-            model,
-            options,
-            weights=weights,
-            epochs=epochs,
-            lr=lr,
-            batch_size=batch_size,
-            augment=augment,
-            seed=seed,
-            device=device,
-            **drop_none(precision=precision),
-            progress=progress,
-        )
+    run = work_together(
+        train_job,
+        out,
+        spec,
+        model,
+        options,
+        weights=weights,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        augment=augment,
+        seed=seed,
+        device=device,
+        devices=devices,
+        strategy=strategy,
+        **drop_none(precision=precision),
+    )
     say_best(run)
 
 
@@ -208,6 +214,8 @@ def linearize(
     root: Root = None,
     seed: Seed = 0,
     device: Device = None,
+    devices: Devices = 1,
+    strategy: Strategy = "auto",
     precision: PrecisionOption = None,
 ) -> None:
     """Switch off all but a budget of ReLUs; one run gives every budget."""
@@ -225,20 +233,21 @@ def linearize(
         precision=precision,
     )
     settings = {**parse_options(option), **named}
-    with progress_bars() as progress:
-        run = linearize_job(
-            source,
-            out,
-            parse_budgets(budgets),
-            method,
-            objective,
-            {**parse_options(objective_option), **drop_none(mu=mu)},
-            root=None if root is None else str(root),
-            seed=seed,
-            device=device,
-            progress=progress,
-            **settings,
-        )
+    run = work_together(
+        linearize_job,
+        source,
+        out,
+        parse_budgets(budgets),
+        method,
+        objective,
+        {**parse_options(objective_option), **drop_none(mu=mu)},
+        root=None if root is None else str(root),
+        seed=seed,
+        device=device,
+        devices=devices,
+        strategy=strategy,
+        **settings,
+    )
     list_networks(run)
 
 
@@ -264,27 +273,30 @@ def finetune(
     root: Root = None,
     seed: Seed = 0,
     device: Device = None,
+    devices: Devices = 1,
+    strategy: Strategy = "auto",
     precision: PrecisionOption = None,
 ) -> None:
     """Finetune every network of a linearize run under knowledge distillation."""
     from fairline.jobs import finetune_job
 
-    with progress_bars() as progress:
-        run = finetune_job(
-            source,
-            out,
-            objective,
-            {**parse_options(objective_option), **drop_none(mu=mu)},
-            distill=distill,
-            preset=preset,
-            root=None if root is None else str(root),
-            **drop_none(epochs=epochs, lr=lr, batch_size=batch_size, precision=precision),
-            augment=augment,
-            select=select,
-            seed=seed,
-            device=device,
-            progress=progress,
-        )
+    run = work_together(
+        finetune_job,
+        source,
+        out,
+        objective,
+        {**parse_options(objective_option), **drop_none(mu=mu)},
+        distill=distill,
+        preset=preset,
+        root=None if root is None else str(root),
+        **drop_none(epochs=epochs, lr=lr, batch_size=batch_size, precision=precision),
+        augment=augment,
+        select=select,
+        seed=seed,
+        device=device,
+        devices=devices,
+        strategy=strategy,
+    )
     list_networks(run)
 
 
@@ -332,24 +344,27 @@ def audit(
     root: Root = None,
     seed: Seed = 0,
     device: Device = None,
+    devices: Devices = 1,
+    strategy: Strategy = "auto",
 ) -> None:
     """Measure every network of some runs, group by group, against the base network."""
     from fairline.jobs import audit_job
 
-    with progress_bars() as progress:
-        run = audit_job(
-            sources,
-            out,
-            measures=parse_names(measures, "measure"),
-            options=parse_measure_options(option),
-            explain=explain,
-            split=split,
-            resamples=resamples,
-            root=None if root is None else str(root),
-            seed=seed,
-            device=device,
-            progress=progress,
-        )
+    run = work_together(
+        audit_job,
+        sources,
+        out,
+        measures=parse_names(measures, "measure"),
+        options=parse_measure_options(option),
+        explain=explain,
+        split=split,
+        resamples=resamples,
+        root=None if root is None else str(root),
+        seed=seed,
+        device=device,
+        devices=devices,
+        strategy=strategy,
+    )
     print_audit(run)
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from fairline.cli.console import duration, out_console, print_comparison, print_frame, progress_bars
-from fairline.cli.options import Device, Root, parse_counts, parse_names
+from fairline.cli.options import Device, Devices, Root, parse_counts, parse_names
 from fairline.errors import FairlineError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def study_run(
         bool, typer.Option("--dry-run", help="Only tell what is left to do, and how long it takes.")
     ] = False,
     device: Device = None,
+    devices: Devices = 1,
 ) -> None:
     """Run studies, or go on with them. Cells that studies have in common are run once."""
     from fairline.report.results import write_study_results
@@ -63,7 +64,7 @@ def study_run(
         out = str(Path(out).expanduser().resolve())
     executor = Local(jobs) if ray is None else RayCluster(ray, cpus, gpus)
     with progress_bars() as progress:
-        runs = run_study(chosen, out, root=folder, executor=executor, device=device, progress=progress)
+        runs = run_study(chosen, out, root=folder, executor=executor, device=device, devices=devices, progress=progress)
     for compared in runs.values():
         for run in compared.values():
             print_comparison(run)

@@ -9,7 +9,7 @@ so that all ranks go on with the same numbers, and whatever is computed from the
 from __future__ import annotations
 
 from fairline.ranks.alone import Ranks, become, here
-from fairline.ranks.launch import STRATEGIES, launch
+from fairline.ranks.launch import STRATEGIES, end_with_parent, launch
 from fairline.ranks.lost import RankLost
 
-__all__ = ["STRATEGIES", "RankLost", "Ranks", "become", "here", "launch"]
+__all__ = ["STRATEGIES", "RankLost", "Ranks", "become", "end_with_parent", "here", "launch"]

@@ -7,7 +7,6 @@ adds to the loss, such as a penalty on masks, counts once.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -38,8 +37,6 @@ class Group(Ranks):
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size, self.device = rank, size, device
-        if not self.is_first:
-            logging.getLogger("fairline").setLevel(logging.CRITICAL)
 
     def divides(self, n: int, unit: int = 1) -> bool:
         """Whether there is something to do for each."""
@@ -67,11 +64,17 @@ class Group(Ranks):
         if not self.divides(n):
             yield
             return
-        # Drawn alike everywhere, and once a batch, so that an objective's own random numbers stay alike too.
-        seed = int(torch.randint(2**62, ()))
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), SharedBatchNorm(self):
-            torch.manual_seed(seed + self.rank)
-            yield
+        accelerators = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=accelerators):
+            torch.manual_seed(int(torch.randint(2**62, ())) + self.rank)
+            before = _random_states(accelerators)
+            with SharedBatchNorm(self):
+                yield
+            drew = any(a.ne(b).any() for a, b in zip(before, _random_states(accelerators), strict=True))
+        # The common numbers, which an objective may draw too, go on as in one process; a network that draws has others
+        # for the next batch.
+        if drew:
+            torch.randint(2**62, ())
 
     def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
         """Gradients of the whole batch's loss."""
@@ -152,6 +155,10 @@ class _Gather(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return grad[ctx.part] * ctx.ranks.size, None, None, None
+
+
+def _random_states(accelerators: list[torch.device]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in accelerators)]
 
 
 def _on_cpu(value: Any) -> Any:

@@ -137,8 +137,9 @@ def _refused() -> Iterator[None]:
 def _join(fabric: Any, work: Callable[..., Any], arguments: Sequence[Any], settings: Mapping[str, Any]) -> Any:
     """Do the work as one of the ranks."""
     become(Group(fabric.global_rank, fabric.world_size, fabric.device))
-    if not here().is_first and "progress" in settings:
-        settings = {**settings, "progress": None}
+    if not here().is_first:
+        logging.getLogger("fairline").setLevel(logging.CRITICAL)
+        settings = {**settings, **({"progress": None} if "progress" in settings else {})}
     return work(*arguments, **settings)
 
 
@@ -191,7 +192,7 @@ def _pickled(work: Callable[..., Any], arguments: Sequence[Any], settings: Mappi
 
 def _rank(fabric: Any, writers: Sequence[Connection], told: bytes) -> None:
     """The work, in a process that was started for it."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     work, arguments, settings, threads, reports = pickle.loads(told)
     torch.set_num_threads(threads)
     writer = writers[fabric.global_rank]
@@ -213,12 +214,16 @@ def _rank(fabric: Any, writers: Sequence[Connection], told: bytes) -> None:
     dist.destroy_process_group()
 
 
-def _end_with_parent() -> None:
-    """Whatever this process waits for, it does not outlive the one that started it."""
+def end_with_parent() -> None:
+    """See to it that this process, whatever it waits for, does not outlive the one that started it."""
     parent = parent_process()
     if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+
+        def watch() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
 
 
 class _Listener(threading.Thread):

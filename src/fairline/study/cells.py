@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fairline import data, jobs, linearize, models, objectives
 from fairline._io import json_digest
 from fairline.audit import REGISTRY as MEASURES
 from fairline.errors import FairlineError
+from fairline.ranks import launch
 from fairline.runs import DataSpec, Run
 from fairline.study.spec import Finetune, StudySpec
 from fairline.training import DEFAULTS, ProgressCallback, finetune, train
@@ -218,6 +219,7 @@ def compute(
     *,
     root: str | None = None,
     device: str | None = None,
+    devices: int = 1,
     progress: ProgressCallback | None = None,
 ) -> Run:
     """Run a cell, or go on with it.
@@ -228,6 +230,7 @@ def compute(
         parents: The finished run folders of its parents.
         root: Where the data are.
         device: The accelerator if there is one, by default.
+        devices: That work on it together, where it is of a kind that several can work on.
         progress: Told how far it is.
 
     Returns:
@@ -235,7 +238,12 @@ def compute(
     """
     if Run(folder).finished:
         return Run(folder)
-    return _JOBS[cell.kind](cell, folder, parents, {"root": root, "device": device, "progress": progress})
+    count = devices if cell.kind in _DIVIDED else 1
+    return cast(Run, launch(_run, cell, folder, parents, root=root, device=device, progress=progress, devices=count))
+
+
+def _run(cell: Cell, folder: Path, parents: Sequence[Path], **common: Any) -> Run:
+    return _JOBS[cell.kind](cell, folder, parents, common)
 
 
 def _agreed(folder: Path) -> Path:
@@ -279,6 +287,9 @@ def _audit(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, 
 def _compare(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:
     return jobs.compare_job(parents, folder, baseline=cell.arguments["baseline"], **common)
 
+
+#: Kinds of cells that several devices can work on together.
+_DIVIDED = ("train", "linearize", "finetune", "audit")
 
 #: How each kind of cell is run.
 _JOBS: dict[str, Callable[[Cell, Path, Sequence[Path], dict[str, Any]], Run]] = {

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from typing import Any, Protocol
 
 import torch
 
 from fairline.errors import FairlineError
+from fairline.ranks import end_with_parent
 from fairline.runs import keep_data
 
 
@@ -161,14 +161,7 @@ def prepare(threads: int) -> None:
     """Make a worker: its threads, data kept between cells, and an end when its parent ends."""
     torch.set_num_threads(threads)
     keep_data()
-    parent = parent_process()
-    if parent is not None:
-
-        def end_with_parent() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
 def _task(work: Callable[..., Any], threads: int, arguments: tuple[Any, ...]) -> Any:

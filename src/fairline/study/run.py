@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from fairline._io import read_json, write_json
 from fairline.errors import FairlineError
+from fairline.ranks import RankLost
 from fairline.runs import FolderInUse, Run, difference
 from fairline.study.cells import Cell, cells_of, compute, require_known
 from fairline.study.executors import Executor, Local, WorkerLost
@@ -41,6 +43,7 @@ def run_study(
     root: str | None = None,
     executor: Executor | None = None,
     device: str | None = None,
+    devices: int = 1,
     progress: ProgressCallback | None = None,
 ) -> dict[str, dict[str, Run]]:
     """Run studies, or go on with them.
@@ -52,6 +55,7 @@ def run_study(
         root: Where the data are.
         executor: Who runs the cells; one process of this machine by default. Closed at the end.
         device: Of every run; the accelerator if there is one, by default.
+        devices: That work together at each training, linearization, finetune and audit.
         progress: Told how many cells are done, and how far those at work are.
 
     Returns:
@@ -71,7 +75,8 @@ def run_study(
     cells = _in_order(specs, by_study)
     runner = executor or Local()
     try:
-        errors = _run_cells(cells, storage, runner, root, device, progress, "study " + ", ".join(by_study))
+        work = partial(run_cell, storage=storage, root=root, device=device, devices=devices)
+        errors = _run_cells(cells, storage, runner, work, progress, "study " + ", ".join(by_study))
     finally:
         runner.close()
     for name, own in by_study.items():
@@ -125,8 +130,7 @@ def _run_cells(
     cells: Sequence[Cell],
     storage: Storage,
     executor: Executor,
-    root: str | None,
-    device: str | None,
+    work: Callable[[Cell], str],
     progress: ProgressCallback | None,
     title: str,
 ) -> dict[str, str]:
@@ -148,7 +152,7 @@ def _run_cells(
             elif executor.slots is not None and len(working) >= executor.slots:
                 continue
             elif all(parent.key in finished for parent in cell.parents) and time.monotonic() >= later.get(key, 0):
-                working[executor.submit(run_cell, cell, storage, root, device)] = cell
+                working[executor.submit(work, cell)] = cell
                 del waiting[key]
         done, _ = wait(working, timeout=1, return_when=FIRST_COMPLETED)
         if not working:
@@ -156,7 +160,7 @@ def _run_cells(
         for future in done:
             cell = working.pop(future)
             error = future.exception()
-            if isinstance(error, WorkerLost) and lost.get(cell.key, 0) + 1 < TRIES:
+            if isinstance(error, WorkerLost | RankLost) and lost.get(cell.key, 0) + 1 < TRIES:
                 lost[cell.key] = lost.get(cell.key, 0) + 1
                 logger.warning("the process of cell %s was lost; it is tried again", cell.where)
                 waiting[cell.key] = cell
@@ -178,7 +182,7 @@ def _run_cells(
     return errors
 
 
-def run_cell(cell: Cell, storage: Storage, root: str | None, device: str | None) -> str:
+def run_cell(cell: Cell, storage: Storage, root: str | None, device: str | None, devices: int = 1) -> str:
     """Run a cell where it is called.
 
     Returns:
@@ -202,7 +206,7 @@ def run_cell(cell: Cell, storage: Storage, root: str | None, device: str | None)
             write_json(note, {"stage": update.stage, "done": update.done, "total": update.total})
 
     try:
-        compute(cell, folder, parents, root=root, device=device, progress=told)
+        compute(cell, folder, parents, root=root, device=device, devices=devices, progress=told)
     except FolderInUse:
         return BUSY
     storage.publish(cell, time.monotonic() - begun, resumed)
@@ -254,7 +258,7 @@ def _told(storage: Storage, cell: Cell) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, WorkerLost):
+    if isinstance(error, WorkerLost | RankLost):
         return f"its process was killed {TRIES} times (out of memory?)"
     if isinstance(error, FairlineError):
         return str(error)

@@ -223,9 +223,9 @@ class _Run:
         networks = [network for network in (self.model, self.teacher) if network is not None]
         for network in networks:
             self.arithmetic.place(network, self.where)
-        # Normalisation over several devices waits for the others, which no graph can.
-        wanted = self.cuda_graphs and self.ranks.size == 1 and graphs.can_capture(self.where)
-        self.replay = graphs.Replay(self.model) if wanted else None
+        # A graph holds no statistics of other processes' images.
+        captured = self.cuda_graphs and self.ranks.size == 1 and graphs.can_capture(self.where)
+        self.replay = graphs.Replay(self.model) if captured else None
         try:
             yield
         finally:
