@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fairline._io import resolve_device, write_table
-from fairline.audit.base import Row, Subject
+from fairline.audit.base import Row, Subject, class_name
 from fairline.data.grouped import OVERALL, GroupedData
 from fairline.errors import FairlineError
 from fairline.masking import unwrap
@@ -29,11 +29,13 @@ class Measure:
         source: ``module:function``; the function takes the subject and its own options and returns rows.
         needs_reference: Whether it compares with a reference.
         binary: Whether it is about binary classifiers alone.
+        masks: Whether it takes ReLUs out, so that masks must reach them.
     """
 
     source: str
     needs_reference: bool = False
     binary: bool = False
+    masks: bool = False
 
 
 REGISTRY: dict[str, Measure] = {
@@ -47,6 +49,7 @@ REGISTRY: dict[str, Measure] = {
     "excess_loss_bound": Measure("fairline.audit.bounds:excess_loss_bound", needs_reference=True),
     "binary_curvature_bound": Measure("fairline.audit.bounds:binary_curvature_bound", binary=True),
     "correlation": Measure("fairline.audit.correlation:measure"),
+    "corrections": Measure("fairline.audit.corrections:measure", masks=True),
 }
 
 #: All with which the paper explains the disparity, with the options that ``fairline audit --explain`` gives them.
@@ -61,6 +64,7 @@ EXPLAIN: dict[str, dict[str, Any]] = {
     "excess_loss_bound": {},
     "binary_curvature_bound": {"samples": 200},
     "correlation": {},
+    "corrections": {},
 }
 
 COLUMNS = ["model", "split", "group", "measure", "value", "low", "high", "n"]
@@ -84,7 +88,8 @@ class AuditReport:
     @property
     def by_group(self) -> pd.DataFrame:
         """One row a group; columns ``n`` and the measures, with ``_low`` and ``_high`` where they have limits."""
-        return _wide(self.frame[self.frame["group"] != OVERALL])
+        names = self.frame["measure"]
+        return _wide(self.frame[(self.frame["group"] != OVERALL) & ~names.str.contains("/")])
 
     @property
     def overall(self) -> pd.Series[Any]:
@@ -96,16 +101,26 @@ class AuditReport:
     @property
     def layers(self) -> pd.DataFrame:
         """One row a layer, one column a measure that has a number for each layer."""
+        rows = self._of_layers()
+        return _pivoted(rows[rows["group"] == OVERALL], "layer")
+
+    @property
+    def layers_by_group(self) -> pd.DataFrame:
+        """The same for groups: one row a layer, or a unit where a measure has numbers for units, and group."""
+        rows = self._of_layers()
+        return _pivoted(rows[rows["group"] != OVERALL], "layer", "group")
+
+    def _of_layers(self) -> pd.DataFrame:
         rows = self.frame[self.frame["measure"].str.contains("/")]
         names = rows["measure"].str.split("/", n=1, expand=True).reindex(columns=[0, 1])
-        table = pd.DataFrame({"layer": names[1], "measure": names[0], "value": rows["value"]})
-        return table.pivot_table(index="layer", columns="measure", values="value", sort=False).rename_axis(columns=None)
+        return pd.DataFrame({"layer": names[1], "measure": names[0], "group": rows["group"], "value": rows["value"]})
 
     @property
     def gaps(self) -> pd.DataFrame:
         """What compares groups, one row a measure: ``value``, ``low``, ``high``, and the ``group`` meant.
 
-        ``accuracy_gap`` names the worst and best group; ``worst_group_accuracy`` the worst.
+        ``accuracy_gap`` names the worst and best group; ``worst_group_accuracy`` the worst;
+        ``minority_correction_share_gap`` the largest group and the smallest.
         """
         rows = self.frame[(self.frame["group"] == OVERALL) & self.frame["measure"].map(compares_groups)]
         measured = set(self.frame["measure"])
@@ -121,6 +136,12 @@ class AuditReport:
             drop = self.by_group["relative_drop"]
             if drop.notna().any():
                 named["relative_drop_gap"] = f"{drop.idxmin()} to {drop.idxmax()}"
+        if "minority_correction_share_gap" in measured:
+            from fairline.audit.corrections import compared_in
+
+            small, largest = compared_in(self.by_group)
+            text = f"{largest} to {', '.join(small)}"
+            named |= {f"{prefix}minority_correction_share_gap": text for prefix in ("", "centred_")}
         return table.assign(group=[named.get(str(name), "") for name in table.index])
 
     def to_frame(self) -> pd.DataFrame:
@@ -135,6 +156,11 @@ class AuditReport:
 def compares_groups(measure: str) -> bool:
     """Whether a measure under ``overall`` compares groups, rather than speaking of all samples."""
     return measure.endswith("_gap") or measure.startswith("worst_group_")
+
+
+def _pivoted(rows: pd.DataFrame, *index: str) -> pd.DataFrame:
+    table = rows.pivot_table(index=list(index), columns="measure", values="value", sort=False)
+    return table.rename_axis(columns=None)
 
 
 def _wide(rows: pd.DataFrame) -> pd.DataFrame:
@@ -238,12 +264,15 @@ def _check_options(measure: str, call: Callable[..., Any], options: Mapping[str,
 
 def explaining(subject: Subject) -> dict[str, dict[str, Any]]:
     """The measures of :data:`EXPLAIN` that suit the subject, with their options."""
+    from fairline.audit import corrections
+
     binary = subject.data.num_classes == subject.predictions.logits.shape[1] == 2
     return {
         name: dict(options)
         for name, options in EXPLAIN.items()
         if (subject.reference is not None or not REGISTRY[name].needs_reference)
         and (binary or not REGISTRY[name].binary)
+        and (not REGISTRY[name].masks or corrections.suits(subject))
     }
 
 
@@ -255,7 +284,7 @@ def _per_sample(subject: Subject) -> pd.DataFrame:
             "index": range(len(data)),
             "label": [data.class_names[label] for label in labels],
             "group": [data.group_names[group] for group in groups],
-            "prediction": [str(_class_name(data, int(k))) for k in own.logits.argmax(1)],
+            "prediction": [class_name(data, int(k)) for k in own.logits.argmax(1)],
             "correct": own.correct,
             "loss": own.loss,
         }
@@ -263,11 +292,6 @@ def _per_sample(subject: Subject) -> pd.DataFrame:
     if subject.reference is not None:
         table["reference_correct"] = subject.reference.predictions.correct
     return table.assign(**subject.samples)
-
-
-def _class_name(data: GroupedData, index: int) -> str:
-    # A model may have more outputs than the data have classes.
-    return data.class_names[index] if index < data.num_classes else f"output {index}"
 
 
 __all__ = [

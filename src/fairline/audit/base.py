@@ -142,3 +142,8 @@ class Subject:
         """Tell whoever watches."""
         if self.progress is not None and here().is_first:
             self.progress(Progress(f"{self.name}: {stage}", done, total, message))
+
+
+def class_name(data: GroupedData, index: int) -> str:
+    """Name of an output; a model may have more of them than the data have classes."""
+    return data.class_names[index] if index < data.num_classes else f"output {index}"

@@ -27,6 +27,7 @@ AUDIT_MEASURES = (
     "excess_loss_bound",
     "binary_curvature_bound",
     "correlation",
+    "corrections",
 )
 Data = Annotated[
     str,

@@ -11,8 +11,8 @@ import pandas as pd
 
 from fairline.charts import save_charts
 from fairline.data.grouped import OVERALL
+from fairline.report import corrections, explanations, figures
 from fairline.report import costs as cost_panel
-from fairline.report import explanations, figures
 from fairline.report.page import settings, write_page
 from fairline.runs import Run
 
@@ -48,6 +48,7 @@ def write_report(
     frame = figures.prepare(run.table("audit.parquet"), counts)
     charts = figures.figures(frame)
     why = explanations.figures(frame, run.table("predictions.parquet")) if explanations.explains(frame) else {}
+    split = corrections.figures(frame)
     priced: dict[str, Any] = {}
     content: dict[str, Any] = {}
     if costs is not None:
@@ -55,13 +56,15 @@ def write_report(
     return write_page(
         Path(out) if out is not None else run.folder / "report.html",
         "report.html.j2",
-        charts | why | priced,
+        charts | why | split | priced,
         title=f"Who pays for linearization: {run.data.name}",
         headline=headline(frame),
         warnings=warnings(frame, run) + explanations.warnings(frame),
         charts=charts.keys(),
         why=why.keys(),
         costs=content,
+        corrections=corrections.panel(frame, run.table("predictions.parquet")) if split else [],
+        correction_charts=split.keys(),
         bounds=[
             (variant, table)
             for variant in figures.main_variants(frame)
@@ -278,4 +281,5 @@ def write_figures(audit: str | Path, folder: str | Path) -> list[Path]:
     charts = figures.figures(frame)
     if explanations.explains(frame):
         charts |= explanations.figures(frame, run.table("predictions.parquet"))
+    charts |= corrections.figures(frame)
     return save_charts(charts, Path(folder))
