@@ -83,7 +83,7 @@ def use(folder: Path, steps: int, samples: int) -> None:
     except Enough:
         tell(f"{steps} steps of 16 images, drawn from all of them")
     report = fl.audit(model, test if samples == 0 else test.select(torch.arange(samples)), resamples=100)
-    tell(f"audit of {int(report.frame['n'].max()):,} images, all of the test part")
+    tell(f"audit of {int(report.frame['n'].max()):,} images of the test part")
 
 
 def throughput(images: int, size: int, width: int, rounds: int, folder: Path) -> None:
