@@ -482,11 +482,13 @@ def test_explain_takes_every_measure_that_suits(explained):
     students = set(table[table["model"] != "base"]["measure"])
     base = set(table[table["model"] == "base"]["measure"])
     assert {"gradient_norm", "hessian_max", "ggn_max", "margin", "boundary_distance", "first_order_distance"} <= base
-    assert {"parameter_distance", "excess_loss", "bound"} <= students - base
+    assert {"parameter_distance", "excess_loss", "bound", "reference_correction_gain"} <= students - base
+    assert {"affine_accuracy", "correction_gain", "units_for_half"} <= base & students
     assert "margin_correlation_samples" in students
     assert not {"z1", "proximity"} & students  # ten classes
     samples = pd.read_parquet(explained / "predictions.parquet")
-    assert {"gradient_norm", "margin", "boundary_distance", "first_order_distance"} <= set(samples.columns)
+    columns = {"gradient_norm", "margin", "boundary_distance", "first_order_distance", "affine_prediction"}
+    assert columns <= set(samples.columns)
 
 
 def test_measures_by_name_and_their_options(runs, tmp_path):

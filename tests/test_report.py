@@ -219,7 +219,12 @@ def test_a_base_network_alone_has_a_report(runs, tmp_path):
 def test_the_explaining_panels_are_drawn(explained, tmp_path):
     text = (explained / "report.html").read_text(encoding="utf-8")
     body = re.sub(r"<script.*?</script>", "", text, flags=re.S)
-    for words in ("Why they pay", "Do the groups’ gradients balance?", "Theorem 4.4 beside what it bounds"):
+    for words in (
+        "Why they pay",
+        "Do minorities live on the corrections?",
+        "Do the groups’ gradients balance?",
+        "Theorem 4.4 beside what it bounds",
+    ):
         assert words in body
     assert "Proposition 4.5 beside" not in body  # ten classes
     assert "Why a group pays (audit with --explain)" not in body
@@ -232,6 +237,8 @@ def test_the_explaining_panels_are_drawn(explained, tmp_path):
         "parameter_distance",
         "accuracy_against_groups",
         "accuracy_against_samples",
+        "corrections_by_group",
+        "corrections_by_layer",
     ):
         assert any(name.startswith(start) for name in names), start
     written = {file.stem for file in (explained.parent / "explained_figures").glob("*.png")}

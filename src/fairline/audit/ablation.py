@@ -22,11 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairline.data.grouped import GroupedData
+from fairline.data.memory import images_at_once
 from fairline.errors import FairlineError
 from fairline.inference import logits_of, predict
 from fairline.masking import MaskedReLU, copy_model, mask_relus, masked_relus
 from fairline.masking.equal import same_random
 from fairline.masking.watch import Seen, watch
+from fairline.ranks import here
 
 #: Given a layer's name, the layer, its input and its output; returns another output, or None to leave it.
 Hook = Callable[[str, MaskedReLU, Tensor, Tensor], Tensor | None]
@@ -84,7 +86,7 @@ class Ablation:
         Raises:
             FairlineError: One of them is not finite.
         """
-        logits = predict(self.network, data, device=self.device).cpu()
+        logits = predict(self.network, data, device=self.device, ranks=here()).cpu()
         broken = int((~logits.isfinite()).any(1).sum())
         if broken:
             raise FairlineError(
@@ -200,17 +202,15 @@ class Ablation:
         Args:
             data: The images.
             orders: Other orders of the groups, int64, (N,) each: what chance alone would make of them.
-            batch_size: Images at a time.
+            batch_size: Images at a time; fewer where they have more than 64×64 pixels.
 
         Returns:
             The means.
         """
 
         def found() -> Iterator[tuple[Tensor, Tensor]]:
-            for index in torch.arange(len(data)).split(batch_size):
-                here = index.to(data.device)
-                images, labels = data.normalized(here).to(self.device), data.labels[here].to(self.device)
-                yield index, self.first_order(images, labels)
+            for index, images in data.batches(torch.arange(len(data)), images_at_once(batch_size, data.images.shape)):
+                yield index.cpu(), self.first_order(images.to(self.device), data.labels[index].to(self.device))
 
         return averaged(found(), data, orders)
 
