@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fairline import models as models
     from fairline.audit import AuditReport as AuditReport
     from fairline.audit import audit as audit
+    from fairline.compiler import CompiledNetwork as CompiledNetwork
+    from fairline.compiler import compile as compile
     from fairline.data import GroupedData as GroupedData
     from fairline.errors import FairlineError as FairlineError
     from fairline.inference import predict as predict
@@ -52,6 +54,7 @@ _LAZY = {
     "AutoReP": "fairline.linearize",
     "AuditReport": "fairline.audit",
     "Chi2DRO": "fairline.objectives",
+    "CompiledNetwork": "fairline.compiler",
     "CoordinateDescent": "fairline.linearize",
     "DeepReDuce": "fairline.linearize",
     "ERM": "fairline.objectives",
@@ -70,6 +73,7 @@ _LAZY = {
     "SENet": "fairline.linearize",
     "SNL": "fairline.linearize",
     "audit": "fairline.audit",
+    "compile": "fairline.compiler",
     "data": "",
     "finetune": "fairline.training",
     "import_masks": "fairline.weights",

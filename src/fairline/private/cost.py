@@ -519,4 +519,5 @@ OPERATORS: dict[str, Callable[[PlainGraph, Node, ProtocolCost, int], Cost]] = {
     "max_pool": _max_pool,
     "mean": _truncated,
     "reshape": _free,
+    "gather": _free,
 }

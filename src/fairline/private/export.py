@@ -15,6 +15,7 @@ from fairline.inference import logits_of
 from fairline.masking import SQUARE_SCALE, copy_model, masked_relus
 from fairline.masking.published import take_over_published
 from fairline.private.graph import Node, PlainGraph
+from fairline.private.network import GraphNetwork
 
 
 @torch.library.custom_op("fairline::masked_relu", mutates_args=())
@@ -54,18 +55,19 @@ class _Leaf(nn.Module):
         return cast(Tensor, torch.ops.fairline.masked_relu(x, kept))
 
 
-def to_graph(model: nn.Module, example: Tensor) -> PlainGraph:
+def to_graph(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float32) -> PlainGraph:
     """The plain graph of a network.
 
     Batch norm after a convolution or linear layer is folded into it, elsewhere it becomes a scale and a shift.
-    A layer that keeps no ReLU leaves no node.
+    A layer that keeps no ReLU leaves no node. A network that is a plain graph, such as a compiled one, says it itself.
 
     Args:
         model: Maps (B, C, H, W) to logits (B, K); masked by :func:`fairline.mask_relus` or not. Not changed.
         example: An input of the right shape, (B, C, H, W).
+        dtype: Of the weights; engines of private inference read float32.
 
     Returns:
-        The graph. Its logits equal the model's to 1e-5 of the largest, which is checked here.
+        The graph. Its logits equal the model's to 1e-5 of the largest (1e-10 in float64), which is checked here.
 
     Raises:
         FairlineError: The network cannot be traced, uses an operator that private inference does not know, or learns
@@ -76,13 +78,15 @@ def to_graph(model: nn.Module, example: Tensor) -> PlainGraph:
             f"An example input is a batch, (B, C, H, W), not one of shape {tuple(example.shape)}; example[None] makes "
             "one of a single image."
         )
-    model = copy_model(model).cpu().float().eval()
+    if isinstance(model, GraphNetwork):
+        return model.graph(example.shape[1:], dtype)
+    model = copy_model(model).cpu().to(dtype).eval()
     model.register_forward_hook(lambda module, inputs, output: logits_of(output, module, inputs[0]))
     for name, layer in masked_relus(model).items():
         if layer.weight is not None:
             raise FairlineError(f"The masks of '{name}' are still being learned; fix them before the export.")
     # Two different samples: export takes a batch of one for a constant.
-    batch = torch.randn((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0))
+    batch = torch.randn((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0), dtype=dtype)
     with torch.no_grad():
         expected = _run(model, batch)
         take_over_published(model, batch)
@@ -91,10 +95,10 @@ def to_graph(model: nn.Module, example: Tensor) -> PlainGraph:
             coefficients = None if layer.num_kept == layer.kept.numel() else layer.coefficients
             model.set_submodule(name, _Leaf(layer.kept, coefficients))
         program = _export(model, batch)
-        graph = _Reader(program, tuple(batch.shape[1:])).read()
+        graph = _Reader(program, tuple(batch.shape[1:]), dtype).read()
         found = graph(batch)
     error_size = float((found - expected).abs().max() / expected.abs().max().clamp_min(1))
-    if not error_size < 1e-5:
+    if not error_size < (1e-10 if dtype == torch.float64 else 1e-5):
         raise FairlineError(f"The exported {type(model).__name__} computes something else (by {error_size:.1e}).")
     return graph
 
@@ -150,9 +154,10 @@ def _reason(error: Exception) -> str:
 class _Reader:
     """Turns an exported program into nodes."""
 
-    def __init__(self, program: torch.export.ExportedProgram, input_shape: tuple[int, ...]) -> None:
+    def __init__(self, program: torch.export.ExportedProgram, input_shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.graph = PlainGraph(input_shape, [], {}, {}, {})
         self.program = program
+        self.dtype = dtype
         signature = program.graph_signature
         state = {**program.state_dict, **program.constants}
         targets = {
@@ -216,7 +221,7 @@ class _Reader:
     def tensor(self, argument: Any) -> Tensor | None:
         """The constant tensor that an argument is or stands for."""
         if isinstance(argument, int | float):
-            return torch.tensor(float(argument))
+            return torch.tensor(float(argument), dtype=torch.float64)
         value = self.constants.get(argument.name) if isinstance(argument, fx.Node) else None
         return value if isinstance(value, Tensor) else None
 
@@ -241,7 +246,7 @@ class _Reader:
         names = []
         for key, value in (weights or {}).items():
             name = f"{traced.name}.{key}"
-            self.graph.weights[name] = value.detach().float().contiguous()
+            self.graph.weights[name] = value.detach().to(self.dtype).contiguous()
             names.append(name)
         if mask is not None:
             self.graph.masks[traced.name] = mask
@@ -361,13 +366,13 @@ def _scale_and_shift(reader: _Reader, traced: fx.Node, source: Any, scale: Tenso
         weights = reader.graph.weights
         kernel, offset = (weights[name].double() for name in node.weights)
         scale, shift = (each.double().expand(channels).flatten() for each in (scale, shift))
-        weights[node.weights[0]] = (kernel * scale.view(-1, *[1] * (kernel.ndim - 1))).float()
-        weights[node.weights[1]] = (offset * scale + shift).float()
+        weights[node.weights[0]] = (kernel * scale.view(-1, *[1] * (kernel.ndim - 1))).to(reader.dtype)
+        weights[node.weights[1]] = (offset * scale + shift).to(reader.dtype)
         reader.names[traced] = node.name
         reader.sole.add(traced)
         return
     scale, shift = torch.broadcast_tensors(scale, shift)
-    reader.emit("affine", traced, (source,), {"scale": scale.float(), "shift": shift.float()})
+    reader.emit("affine", traced, (source,), {"scale": scale, "shift": shift})
 
 
 def _constant(reader: _Reader, traced: fx.Node, argument: Any) -> Tensor | None:
@@ -395,7 +400,7 @@ def _read_add(reader: _Reader, traced: fx.Node) -> None:
         if isinstance(each, fx.Node) and each in reader.names and _sample_shape(each) != _sample_shape(traced):
             raise _refuse(traced, "inputs of different shapes")
     if before is not None:
-        _scale_and_shift(reader, traced, right, torch.tensor(alpha).expand_as(before), before)
+        _scale_and_shift(reader, traced, right, torch.tensor(alpha, dtype=torch.float64).expand_as(before), before)
     elif after is not None:
         _scale_and_shift(reader, traced, left, torch.ones_like(after), alpha * after)
     else:

@@ -34,7 +34,7 @@ class Node:
         inputs: Names of its inputs.
         shape: Of its output, without the batch axis.
         weights: Names of the private tensors it uses.
-        mask: Name of the public mask it uses; None where all ReLUs are kept.
+        mask: Name of the public mask it uses, or of a gather's indices; None where all ReLUs are kept.
         options: Constants: stride, padding, ….
     """
 
@@ -56,7 +56,8 @@ class PlainGraph:
         input_shape: Of one sample, (C, H, W).
         nodes: In the order of evaluation; the last one gives the logits.
         shapes: Of each private tensor, public.
-        masks: Public: bool, of an activation's shape; True where the ReLU is kept.
+        masks: Public: bool, of an activation's shape, True where the ReLU is kept; of a gather int64, which units of
+            its flattened input it takes, in the order of its flattened output.
         weights: Private: float32, by name; empty in the public half.
     """
 
@@ -132,10 +133,17 @@ class PlainGraph:
         unknown = [node.op for node in nodes if node.op not in OPERATORS]
         if unknown:
             raise FairlineError(f"{path} uses the operator '{unknown[0]}', which this version does not know.")
+        for node in nodes:
+            if node.op == "gather" and not _in_range(graph, node):
+                raise FairlineError(f"{path} takes units in '{node.name}' that its input does not have.")
         return graph
 
-    def load_weights(self, path: str | Path) -> None:
+    def load_weights(self, path: str | Path, dtype: torch.dtype | None = torch.float32) -> None:
         """Read the private half.
+
+        Args:
+            path: The file.
+            dtype: Of the weights from here on; None for what they are in the file.
 
         Raises:
             FairlineError: The file is missing, broken, or holds another network's weights.
@@ -148,10 +156,18 @@ class PlainGraph:
                     f"{path} holds weights of another network: '{name}' has shape {found or 'none'} there "
                     f"and {wanted or 'none'} in the graph."
                 )
-        self.weights = {name: weights[name].float() for name in self.shapes}
+        self.weights = {name: weights[name].to(dtype or weights[name].dtype) for name in self.shapes}
 
 
 _FORMAT = "fairline plain graph 1"
+
+
+def _in_range(graph: PlainGraph, node: Node) -> bool:
+    index = graph.masks.get(str(node.mask))
+    if index is None or index.dtype != torch.int64 or index.numel() != math.prod(node.shape):
+        return False
+    return bool(((index >= 0) & (index < math.prod(graph.input_shapes(node)[0]))).all())
+
 
 Context = TypeVar("Context")
 Value = TypeVar("Value")
@@ -266,6 +282,10 @@ def _reshape(_: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Seque
     return inputs[0].reshape(-1, *node.shape)
 
 
+def _gather(graph: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return inputs[0].flatten(1).index_select(1, graph.masks[str(node.mask)]).reshape(-1, *node.shape)
+
+
 #: Every operator that a plain graph may have, with what it computes.
 OPERATORS: dict[str, Callable[[PlainGraph, Node, Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
     "conv2d": _conv2d,
@@ -280,6 +300,7 @@ OPERATORS: dict[str, Callable[[PlainGraph, Node, Sequence[Tensor], Sequence[Tens
     "max_pool": _max_pool,
     "mean": _mean,
     "reshape": _reshape,
+    "gather": _gather,
 }
 
 

@@ -138,6 +138,11 @@ def _reshape(_: PlainGraph, node: Node, inputs: Sequence[Any], weights: Sequence
     return inputs[0].reshape(-1, *node.shape)
 
 
+def _gather(graph: PlainGraph, node: Node, inputs: Sequence[Any], weights: Sequence[Any]) -> Any:
+    flat = inputs[0].reshape(inputs[0].shape[0], -1)
+    return _take(flat, graph.masks[str(node.mask)]).reshape(-1, *node.shape)
+
+
 #: The operators of :data:`fairline.private.graph.OPERATORS`, in JAX.
 OPERATORS: dict[str, Callable[[PlainGraph, Node, Sequence[Any], Sequence[Any]], Any]] = {
     "conv2d": _conv2d,
@@ -152,4 +157,5 @@ OPERATORS: dict[str, Callable[[PlainGraph, Node, Sequence[Any], Sequence[Any]], 
     "max_pool": _max_pool,
     "mean": _mean,
     "reshape": _reshape,
+    "gather": _gather,
 }

@@ -192,6 +192,12 @@ def _reshape(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequ
     return builder.reshape(inputs[0], node)
 
 
+def _gather(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
+    flat = builder.add("Flatten", inputs, f"{node.name}.flat", axis=1)
+    index = builder.constant(f"{node.name}.index", builder.graph.masks[str(node.mask)].numpy())
+    return builder.reshape(builder.add("Gather", [flat, index], f"{node.name}.taken", axis=1), node)
+
+
 #: The operators of :data:`fairline.private.graph.OPERATORS`, each told what to add to the ONNX graph.
 OPERATORS: dict[str, Callable[[_Builder, Node, Sequence[str], Sequence[str]], str]] = {
     "conv2d": _conv2d,
@@ -206,4 +212,5 @@ OPERATORS: dict[str, Callable[[_Builder, Node, Sequence[str], Sequence[str]], st
     "max_pool": _pool("MaxPool"),
     "mean": _mean,
     "reshape": _reshape,
+    "gather": _gather,
 }
