@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fairline as fl
-from fairline.audit import Subject, explaining
+from fairline.audit import Subject, audit_subject, explaining
 from fairline.audit.ablation import Ablation, averaged, part_of, rivals
 from fairline.audit.corrections import compared, one_sided, units_for_half
 from fairline.data import GroupedData
@@ -228,6 +228,14 @@ def test_the_gap_of_shares_names_its_groups(told):
     assert gap["group"] == f"{sizes.idxmax()} to {sizes.idxmin()}"
     assert gap["value"] == pytest.approx(share[sizes.idxmin()] - share[sizes.idxmax()])
     assert gap["low"] <= gap["value"] <= gap["high"]
+
+
+def test_training_images_say_which_group_is_small_where_they_are_known():
+    data, model = small_data(400, groups=3), linearized("residual")
+    subject = subject_of(model, data)
+    subject.sizes = {"group 0": 10, "group 1": 5, "group 2": 30}
+    gaps = audit_subject(subject, ["corrections"]).gaps
+    assert set(gaps["group"]) == {"group 2 to group 1"}
 
 
 def test_rows_of_layers_and_units(told):

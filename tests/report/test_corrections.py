@@ -36,6 +36,8 @@ def table(
         rows += [(group, f"correction_drop/layer{k}", 0.04 * k, 0.04 * k - 0.1, 0.04 * k + 0.1, n) for k in (1, 4)]
         if group != OVERALL:
             rows.append((group, "units_for_half", 3.0, math.nan, math.nan, n))
+        if group in ("large", "small"):
+            rows.append((group, "correction_compared", 1.0 if group == "small" else -1.0, math.nan, math.nan, n))
     rows += [
         (OVERALL, "corrections", count, math.nan, math.nan, 900),
         (OVERALL, "layer_corrections/layer1", count - 2, math.nan, math.nan, 900),
@@ -80,7 +82,7 @@ def test_the_verdict_follows_the_intervals(gap, centred, words):
     start = (
         "2 % of the ReLUs: without the corrections “small”, the smallest group, would lose 80 % of its accuracy, and "
     )
-    assert text.startswith(start + "“large”, the largest, 10 %; the difference is ")
+    assert text.startswith(start + "“large”, the largest, would lose 10 %; the difference is ")
     assert f"{gap[0]:+d} points (95 % interval {gap[1]:+d} to {gap[2]:+d})" in text
     assert f"at its mean instead of 0 it is {centred[0]:+d} points" in text
 
@@ -101,11 +103,12 @@ def test_units_in_words():
     assert corrections.units_text(rows[rows["measure"] != "units_one_group"], ["large"]) == ""
 
 
-def test_the_panel_has_every_budget_the_fewest_relus_first():
+def test_the_panel_has_every_budget_and_speaks_of_the_fewest_relus():
     base = table(percent=100.0, stage="base").assign(model="base")
     frame = pd.concat([base, table(percent=10.0), table()])
     (entry,) = corrections.panel(frame, PREDICTIONS)
-    assert [text.split(" of ")[0] for text in entry["verdicts"]] == ["2 %", "10 %", "100 %"]
+    assert entry["verdict"] == corrections.verdict(table(), PREDICTIONS)
+    assert [text.split(" of ")[0] for text in entry["units"]] == ["2 %", "10 %", "100 %"]
     assert entry["table"]["budgets"] == ["100 %", "10 %", "2 %"]
     small = entry["table"]["rows"][2]
     assert small["group"] == "small"
@@ -114,6 +117,7 @@ def test_the_panel_has_every_budget_the_fewest_relus_first():
     assert small["cells"][2]["share"] == "80 % of it [+0, +99]"
     assert small["cells"][2]["sure"] == "gain"
     assert entry["table"]["rows"][0]["cells"][2]["sure"] == ""
+    assert entry["table"]["gaps"] == [["+70 [+60, +80]"] * 3, ["+50 [+40, +60]"] * 3]
     assert corrections.panel(frame[frame["measure"] == "accuracy"], PREDICTIONS) == []
 
 

@@ -137,9 +137,8 @@ class AuditReport:
             if drop.notna().any():
                 named["relative_drop_gap"] = f"{drop.idxmin()} to {drop.idxmax()}"
         if "minority_correction_share_gap" in measured:
-            from fairline.audit.corrections import compared_in
-
-            small, largest = compared_in(self.by_group)
+            role = self.by_group["correction_compared"]
+            small, (largest,) = (list(role.index[role == sign]) for sign in (1, -1))
             text = f"{largest} to {', '.join(small)}"
             named |= {f"{prefix}minority_correction_share_gap": text for prefix in ("", "centred_")}
         return table.assign(group=[named.get(str(name), "") for name in table.index])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -99,6 +99,7 @@ class Subject:
         resamples: Bootstrap resamples.
         name: What to call the model.
         progress: Told how far long measures are, or None.
+        sizes: How many training images each group has, where that is known.
         samples: Columns of the per-sample table, (N,) each; a measure may add its own.
         rows: Those of the measures taken so far.
     """
@@ -111,6 +112,7 @@ class Subject:
     resamples: int = 2000
     name: str = "model"
     progress: ProgressCallback | None = None
+    sizes: Mapping[str, int] | None = None
     samples: dict[str, NDArray[Any]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)

@@ -7,6 +7,37 @@ paper's story, that minorities need the complex boundary, says that they live on
 - those of one layer, what lies behind it computed anew: which layers serve whom;
 - those of one unit: which units serve whom, by the margin of the true class.
 
+Rows by group and overall:
+
+- ``affine_accuracy``: of the network with every kept ReLU switched off, its surrogate in its place. Affine in the
+  image under identity surrogates; otherwise, and where rows ``bends_<function>`` name other functions that stay,
+  it is the part without ReLUs.
+- ``correction_gain``: the whole network's accuracy less that, with paired limits; ``correction_share``: the same
+  in % of the whole network's accuracy.
+- ``centred_affine_accuracy`` and ``centred_correction_share``: likewise with each correction's mean in its place,
+  not 0: another affine classifier, whose layers meet inputs of the usual size.
+- ``reference_affine_accuracy``, ``reference_correction_gain``, …: those of the reference, if there is one.
+- ``correction_drop/<layer>``: accuracy lost where this layer's corrections alone are taken out; paired limits.
+
+Rows by group:
+
+- ``correction_service``: what all units do for the true class's margin, to first order, in logits.
+- ``units_for_half``: the least number of units that bring half of what helpful units bring to that margin.
+- ``units_mainly``: units that give the group twice what they give to all others together.
+- ``unit_service/<layer>[c,h,w]``: what the most helpful units do for the margin, in logits.
+
+Rows overall:
+
+- ``corrections``: how many there are; ``layer_corrections/<layer>``: in each layer.
+- ``affine_one_class``: the share of images that the affine part gives to its most frequent class.
+- ``minority_correction_share_gap`` and ``centred_…``: the smallest groups' mean ``correction_share`` less that of
+  the largest group, in points. Which groups those are (:func:`compared`) say rows of groups,
+  ``correction_compared``: 1 and −1.
+- ``units_one_group``: of the units that help a group, the share that mainly serves one; and
+  ``units_one_group_chance``: the same where groups are dealt out at random to the same images.
+- ``units_exact``: 1 if every unit was taken out, 0 if its service is a first-order estimate; ``unit_agreement``:
+  Spearman's ρ of the two over the groups and units that were tried both ways.
+
 Source: none; see :mod:`fairline.audit.ablation`.
 """
 
@@ -17,7 +48,6 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -53,37 +83,8 @@ def measure(
 ) -> list[Row]:
     """Rows of the affine part, of what corrections add to it, and of layers and units that do.
 
-    By group and overall:
-
-    - ``affine_accuracy``: of the network with every kept ReLU switched off, its surrogate in its place. Affine in the
-      image under identity surrogates; otherwise, and where rows ``bends_<function>`` name other functions that stay,
-      it is the part without ReLUs.
-    - ``correction_gain``: the whole network's accuracy less that, with paired limits; ``correction_share``: the same
-      in % of the whole network's accuracy.
-    - ``centred_affine_accuracy`` and ``centred_correction_share``: likewise with each correction's mean in its place,
-      not 0: another affine classifier, whose layers meet inputs of the usual size.
-    - ``reference_affine_accuracy``, ``reference_correction_gain``, …: those of the reference, if there is one.
-    - ``correction_drop/<layer>``: accuracy lost where this layer's corrections alone are taken out; paired limits.
-
-    By group:
-
-    - ``correction_service``: what all units do for the true class's margin, to first order, in logits.
-    - ``units_for_half``: the least number of units that bring half of what helpful units bring to that margin.
-    - ``units_mainly``: units that give the group twice what they give to all others together.
-    - ``unit_service/<layer>[c,h,w]``: what the most helpful units do for the margin, in logits.
-
-    Overall:
-
-    - ``corrections``: how many there are; ``layer_corrections/<layer>``: in each layer.
-    - ``affine_one_class``: the share of images that the affine part gives to its most frequent class.
-    - ``minority_correction_share_gap`` and ``centred_…``: the smallest groups' mean ``correction_share`` less that of
-      the largest group (:func:`compared`), in points.
-    - ``units_one_group``: of the units that help a group, the share that mainly serves one; and
-      ``units_one_group_chance``: the same where groups are dealt out at random to the same images.
-    - ``units_exact``: 1 if every unit was taken out, 0 if its service is a first-order estimate; ``unit_agreement``:
-      Spearman's ρ of the two over the groups and units that were tried both ways.
-
-    The affine part's prediction of each sample becomes the column ``affine_prediction``.
+    The head of this file says which. The affine part's prediction of each sample becomes the column
+    ``affine_prediction``.
 
     Costs three passes over the data, one over ``samples`` of each group for each layer that keeps a ReLU, and for units
     about three passes over ``unit_samples`` of each group and at most as much as the layers again, or 32 of those.
@@ -157,7 +158,7 @@ def compared(sizes: Mapping[str, int], right: Mapping[str, float]) -> tuple[list
     network gets too few images right for a share of them.
 
     Args:
-        sizes: Images of each group.
+        sizes: Training images of each group; of the audited ones where those are not known.
         right: How many of them the whole network gets right.
 
     Returns:
@@ -174,19 +175,6 @@ def compared(sizes: Mapping[str, int], right: Mapping[str, float]) -> tuple[list
     return (small if right[largest] >= RARELY else []), largest
 
 
-def compared_in(table: pd.DataFrame) -> tuple[list[str], str]:
-    """:func:`compared`, of groups that were audited.
-
-    Args:
-        table: One row a group, with the columns ``n``, ``affine_accuracy`` and ``correction_gain``.
-
-    Returns:
-        The names.
-    """
-    right = (table["n"] * (table["affine_accuracy"] + table["correction_gain"])).round()
-    return compared(table["n"].to_dict(), right.to_dict())
-
-
 def _of_parts(subject: Subject, samples: int, rng: np.random.Generator) -> list[Row]:
     """Rows of :data:`PARTS` and what compares groups by them."""
     affine, correct = _parts(subject, samples)
@@ -200,16 +188,19 @@ def _of_parts(subject: Subject, samples: int, rng: np.random.Generator) -> list[
     rows += _rows_of_parts(OVERALL, correct, pooled(list(drawn.values()), rng))
     one_class = float(torch.bincount(affine).max()) / len(affine)
     rows.append(Row(OVERALL, "affine_one_class", one_class, n=len(affine)))
-    sizes = {name: len(own) for name, own in index.items()}
-    small, largest = compared(sizes, {name: int(correct[own, WHOLE].sum()) for name, own in index.items()})
-    if small:
-        n = sum(sizes[name] for name in (*small, largest))
-        for prefix, network in (("", AFFINE), ("centred_", CENTRED)):
-            shares = {name: relative_drop(*correct[index[name]][:, [WHOLE, network]].mean(0)) for name in sizes}
-            limits = {name: _shares(drawn[name], network) for name in sizes}
-            gaps = [np.mean([each[name] for name in small], axis=0) - each[largest] for each in (shares, limits)]
-            gap = Row(OVERALL, f"{prefix}minority_correction_share_gap", float(gaps[0]), *_limits(gaps[1]), n)
-            rows.append(gap)
+    right = {name: int(correct[own, WHOLE].sum()) for name, own in index.items()}
+    small, largest = compared(subject.sizes or {name: len(own) for name, own in index.items()}, right)
+    if not small:
+        return rows
+    rows += [
+        Row(name, "correction_compared", 1 if name in small else -1, n=len(index[name])) for name in (*small, largest)
+    ]
+    for prefix, network in (("", AFFINE), ("centred_", CENTRED)):
+        shares = {name: relative_drop(*correct[index[name]][:, [WHOLE, network]].mean(0)) for name in (*small, largest)}
+        draws = {name: _shares(drawn[name], network) for name in (*small, largest)}
+        value, spread = (np.mean([each[name] for name in small], axis=0) - each[largest] for each in (shares, draws))
+        n = sum(len(index[name]) for name in (*small, largest))
+        rows.append(Row(OVERALL, f"{prefix}minority_correction_share_gap", float(value), *_limits(spread), n))
     return rows
 
 

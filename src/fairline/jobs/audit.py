@@ -81,7 +81,8 @@ def audit_job(
 
     def work(run: Run) -> None:
         parts = load_parts(base, root)
-        reference = Subject(load_base(base)[0], parts[split], None, where, seed, resamples, "base", progress)
+        sizes = {str(name): int(n) for name, n in parts["train"].counts()["n"].items()}
+        reference = Subject(load_base(base)[0], parts[split], None, where, seed, resamples, "base", progress, sizes)
         _measure(run, _networks(base, runs, with_base), reference, request)
         counts = pd.concat([part.counts().assign(part=name) for name, part in parts.items()]).reset_index()
         write_table(run.folder / "counts.parquet", counts)

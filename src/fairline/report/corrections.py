@@ -12,7 +12,6 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from fairline.audit.corrections import compared_in
 from fairline.charts import themed
 from fairline.data.grouped import OVERALL
 from fairline.report.figures import budget_order, group_order, main_variants, with_base
@@ -54,7 +53,7 @@ def panel(frame: pd.DataFrame, predictions: pd.DataFrame) -> list[dict[str, Any]
         predictions: Rows of ``predictions.parquet``.
 
     Returns:
-        ``variant``, ``verdicts`` and ``units`` (sentences), and ``table``.
+        ``variant``, ``verdict`` and ``units`` (sentences), ``table``, and ``bends``, names of what is not affine.
     """
     entries = []
     for variant in _measured_variants(frame):
@@ -63,8 +62,8 @@ def panel(frame: pd.DataFrame, predictions: pd.DataFrame) -> list[dict[str, Any]
         entries.append(
             {
                 "variant": variant,
-                # The fewest ReLUs first.
-                "verdicts": [verdict(own, predictions) for _, own in reversed(networks)],
+                # Of the network with the fewest ReLUs; what the others show is in the table.
+                "verdict": verdict(networks[-1][1], predictions),
                 "units": [text for _, own in reversed(networks) if (text := units_text(own, group_order(frame)))],
                 "table": _table(networks, group_order(frame)),
                 "bends": sorted({name for _, own in networks for name in _bends(own)}),
@@ -98,7 +97,7 @@ def by_group(frame: pd.DataFrame, variant: str) -> Any:
         .mark_point(filled=True, size=80, opacity=1)
         .encode(
             y=y,
-            x=alt.X("value:Q", title="accuracy", scale=scale, axis=alt.Axis(format="%", tickCount=5)),
+            x=alt.X("value:Q", title="accuracy", scale=scale, axis=alt.Axis(format="%", values=[0, 0.5, 1])),
             color=alt.Color("part:N", scale=alt.Scale(domain=names, range=colours), legend=legend),
             shape=alt.Shape("part:N", scale=alt.Scale(domain=names, range=shapes), legend=legend),
             tooltip=[
@@ -115,7 +114,14 @@ def by_group(frame: pd.DataFrame, variant: str) -> Any:
         alt.layer(line, point, data=table)
         .properties(width=205, height=max(90, 28 * len(groups)))
         .facet(
-            facet=alt.Facet("network:N", sort=[labels[budget] for budget in budgets], title=None), columns=4, spacing=24
+            facet=alt.Facet(
+                "network:N",
+                sort=[labels[budget] for budget in budgets],
+                title=None,
+                header=alt.Header(labelFontSize=12),
+            ),
+            columns=4,
+            spacing=24,
         )
         .properties(title=f"What the corrections add to the affine part: {variant}")
     )
@@ -193,17 +199,34 @@ def verdict(rows: pd.DataFrame, predictions: pd.DataFrame) -> str:
     gap = _overall(rows, "minority_correction_share_gap")
     if math.isnan(gap[0]):
         return f"{told}: cannot tell, as groups are of one size, or the network is right on too few images of them."
-    small, largest = compared_in(_wide(rows))
+    small, largest = _compared(rows)
     shares = _wide(rows)["correction_share"]
-    names = _listed(small) + (", the smallest groups," if len(small) > 1 else ", the smallest group,")
+    words = ("groups", "their accuracy on average") if len(small) > 1 else ("group", "its accuracy")
     told += (
-        f": without the corrections {names} would lose {shares[small].mean():.0f} % of "
-        f"{'their accuracy on average' if len(small) > 1 else 'its accuracy'}, and “{largest}”, the largest, "
-        f"{shares[largest]:.0f} %; the difference is {_points(gap)}. "
+        f": without the corrections {_listed(small)}, the smallest {words[0]}, would {_lose(shares[small].mean())} of "
+        f"{words[1]}, and “{largest}”, the largest, would {_lose(shares[largest])}; the difference is {_points(gap)}. "
     )
     centred = _overall(rows, "centred_minority_correction_share_gap")
     told += f"With every correction at its mean instead of 0 it is {_points(centred)}. "
     return told + _answer(_sign(gap), _sign(centred)) + _one_class(rows, predictions)
+
+
+def _compared(rows: pd.DataFrame) -> tuple[list[str], str]:
+    """The smallest groups and the largest, as the audit compared them."""
+    role = _wide(rows)["correction_compared"]
+    return [str(name) for name in role.index[role > 0]], str(role.index[role < 0][0])
+
+
+def _lose(share: float) -> str:
+    """What a share of accuracy that corrections bring means without them.
+
+    >>> _lose(12.3), _lose(-4.0)
+    ('lose 12 %', 'gain 4 %')
+
+    Returns:
+        A verb and a percentage.
+    """
+    return f"{'lose' if share >= 0 else 'gain'} {abs(share):.0f} %"
 
 
 def _answer(plain: int, centred: int) -> str:
@@ -255,7 +278,7 @@ def units_text(rows: pd.DataFrame, groups: list[str]) -> str:
 
 
 def _table(networks: list[tuple[str, pd.DataFrame]], groups: list[str]) -> dict[str, Any]:
-    """Rows: groups; columns: budgets; cells: affine and whole accuracy, gain and share with intervals."""
+    """Rows: groups; columns: budgets; cells: affine and whole accuracy, gain and share; and gaps between groups."""
     body = []
     for group in [*groups, OVERALL]:
         cells = []
@@ -272,7 +295,11 @@ def _table(networks: list[tuple[str, pd.DataFrame]], groups: list[str]) -> dict[
                 cell["share"] = f"{share['value']:.0f} % of it{_between(share['low'], share['high'], 0)}"
             cells.append(cell)
         body.append({"group": group, "cells": cells})
-    return {"budgets": [budget for budget, _ in networks], "rows": body}
+    gaps = []
+    for prefix in ("", "centred_"):
+        found = [_overall(own, f"{prefix}minority_correction_share_gap") for _, own in networks]
+        gaps.append(["" if math.isnan(gap[0]) else f"{gap[0]:+.0f}{_between(gap[1], gap[2], 0)}" for gap in found])
+    return {"budgets": [budget for budget, _ in networks], "rows": body, "gaps": gaps}
 
 
 def _between(low: float, high: float, digits: int = 1) -> str:
