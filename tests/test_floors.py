@@ -18,7 +18,7 @@ LONGEST = 60
 
 #: Functions that splitting would hide, and why.
 LONG = {
-    "cli/pipeline.py linearize": "a command that is its options: 52 lines say what they are, eleven call the job",
+    "cli/pipeline.py linearize": "a command that is its options: 54 lines say what they are, 33 call the job",
 }
 
 

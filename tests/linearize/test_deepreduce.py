@@ -9,7 +9,7 @@ from torch import nn
 import fairline as fl
 from fairline import DeepReDuce, FairlineError
 from fairline.inference import predict
-from fairline.linearize.deepreduce import stages_of
+from fairline.linearize.structure import stages_of
 from fairline.masking import mask_relus, masked_relus, relu_count
 from fairline.models import build, rescaled
 from fairline.runs import load_network
@@ -59,7 +59,7 @@ def test_stages_of_ones_own(trained):
         stages_of(masked, ["7"])
     with pytest.raises(FairlineError, match="'2' is in the stages 'a' and 'b'"):
         stages_of(masked, {"a": ["2"], "b": ["2", "5"]})
-    with pytest.raises(FairlineError, match=r"cannot act on Sequential: none of its modules is named like a stage"):
+    with pytest.raises(FairlineError, match=r"None of the modules of Sequential is named like a stage"):
         stages_of(masked)
 
 

@@ -308,6 +308,10 @@ def test_processes_end_with_their_pool_whatever_they_do():
         ({"finetune": {"lrr": 3}}, "finetune: there is no setting 'lrr'"),
         ({"masks": {"plain": {"budgets": [0.1], "method": "snip"}}}, "masks.plain: There is no linearizer 'snip'"),
         ({"masks": {"plain": {"budgets": [0.1], "settings": {"lamb": 1}}}}, "masks.plain: Linearizer 'snl': "),
+        (
+            {"masks": {"plain": {"budgets": [0.1], "settings": {"for_cost": {"protocol": "morse"}}}}},
+            "masks.plain: There is no cost model of 'morse'",
+        ),
         ({"methods": [{"objective": "fair", "masks": ["plain"]}]}, "methods.0: There is no objective 'fair'"),
         ({"audit": {"measures": ["speed"]}}, "audit.measures: there is no measure 'speed'"),
     ],

@@ -9,6 +9,8 @@ import pytest
 
 from fairline.errors import FairlineError
 from fairline.linearize import FINETUNE_PRESETS
+from fairline.study.cells import cells_of
+from fairline.study.estimate import _epochs
 from fairline.study.run import status
 from fairline.study.spec import load_spec
 from tests.commands import fairline, ok
@@ -234,3 +236,24 @@ def test_committed_results_are_described_by_their_settings():
                 assert masks.settings["batch_size"] == 128
             if masks.method == "deepreduce":
                 assert masks.settings["fresh"] is False
+
+
+def test_the_study_of_compiled_networks_shares_its_base_networks():
+    """With the bfloat16 half of the paired study: the same cells, each computed once in a common store."""
+
+    def bases(spec):
+        return {cell.key for cell in cells_of(spec) if cell.kind == "train"}
+
+    compiled = load_spec(PAPERS / "compiled_utkface_race.yaml")
+    paired = load_spec(PAPERS / "precision_utkface_race.yaml", "bf16")
+    assert bases(compiled) < bases(paired)
+    for name, masks in compiled.masks.items():
+        assert masks.budgets == ([1.0] if name == "control" else [0.02, 0.005, 0.002, 0.001])
+
+
+def test_the_choice_of_layers_is_part_of_an_estimate():
+    """Ten measurements and the last one again, of a quarter of an epoch each, with the teacher's passes."""
+    placed = [cell for cell in cells_of(load_spec(PAPERS / "compiled_utkface_race.yaml")) if cell.kind == "linearize"]
+    cells = {cell.about["masks"]: cell for cell in placed}
+    plain, early = (_epochs(cells[name]) for name in ("snl", "early"))
+    assert early - plain == pytest.approx(11 / 4 * 4 / 3)

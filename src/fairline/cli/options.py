@@ -124,6 +124,8 @@ Budgets = Annotated[
 #: Kept here so that help need not load torch; a test compares it with the registry.
 COST_MODELS = ("cheetah", "semi2k", "delphi", "cryptflow2")
 CostProtocols = Annotated[str, typer.Option("--protocol", help=f"Comma-separated: {', '.join(COST_MODELS)}.")]
+#: Kept here so that help need not load torch; a test compares it with what a cost may be.
+COST_MEASURES = ("seconds", "bytes", "rounds")
 Wire = Annotated[
     str,
     typer.Option(

@@ -22,6 +22,8 @@ from fairline.cli.console import (
 )
 from fairline.cli.options import (
     AUDIT_MEASURES,
+    COST_MEASURES,
+    COST_MODELS,
     LINEARIZERS,
     Baseline,
     BatchSize,
@@ -207,6 +209,25 @@ def linearize(
         str | None,
         typer.Option(help="What stands in a ReLU's place: identity or quadratic (identity; autorep: quadratic)."),
     ] = None,
+    for_cost: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROTOCOL",
+            help=f"Empty layers first, the last ones, for what the network costs then: {', '.join(COST_MODELS)}.",
+        ),
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="Of that cost, between the parties: loopback, lan, wan or MBITS:MS (lan).")
+    ] = None,
+    minimise: Annotated[
+        str | None, typer.Option(help=f"What that cost is: {', '.join(COST_MEASURES)} (seconds).")
+    ] = None,
+    cost_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cost-option", metavar="KEY=VALUE", help="Further option of that choice, e.g. may_lose=0.02 (accuracy)."
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", metavar="KEY=VALUE", help="Further option of the method, e.g. growth=1.2."),
@@ -233,6 +254,9 @@ def linearize(
         precision=precision,
     )
     settings = {**parse_options(option), **named}
+    costly = {**parse_options(cost_option), **drop_none(protocol=for_cost, network=network, minimise=minimise)}
+    if costly and for_cost is None:
+        raise FairlineError(f"{', '.join(costly)}: options of masks for a cost need a protocol, --for-cost.")
     run = work_together(
         linearize_job,
         source,
@@ -241,6 +265,7 @@ def linearize(
         method,
         objective,
         {**parse_options(objective_option), **drop_none(mu=mu)},
+        for_cost=costly or None,
         root=None if root is None else str(root),
         seed=seed,
         device=device,

@@ -5,13 +5,14 @@ from fairline.jobs.compare import compare_job
 from fairline.jobs.demo import run_demo
 from fairline.jobs.finetune import ablate_job, finetune_job, last_layer_job
 from fairline.jobs.imported import import_job
-from fairline.jobs.linearize import linearize_job
+from fairline.jobs.linearize import build_linearizer, linearize_job
 from fairline.jobs.theory import theory_job
 from fairline.jobs.train import train_job
 
 __all__ = [
     "ablate_job",
     "audit_job",
+    "build_linearizer",
     "compare_job",
     "finetune_job",
     "import_job",

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from fairline import linearize as linearizers
 from fairline import objectives
 from fairline._io import resolve_device
+from fairline._registry import build_named
 from fairline.jobs._common import built_on, do_once, load_base, load_parts
 from fairline.jobs._precision import settle
-from fairline.linearize import Linearized
+from fairline.linearize import ForCost, Linearized
 from fairline.masking import surrogate_of
+from fairline.private.mask_cost import PredictedCost
 from fairline.runs import NetworkInfo, Run, save_network
 from fairline.training import ProgressCallback
 
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: Settings of methods that change what masks are placed for, and how the placement is called then.
 _MARKS = {"protect": "protect", "empty_layers": "layers emptied"}
+#: How the placement is called whose layers were chosen for a cost.
+_FOR_COST = "for {protocol}'s {minimise}"
 
 
 def linearize_job(
@@ -32,6 +36,7 @@ def linearize_job(
     objective: str = "erm",
     objective_options: Mapping[str, Any] | None = None,
     *,
+    for_cost: Mapping[str, Any] | None = None,
     root: str | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -50,6 +55,7 @@ def linearize_job(
         method: A key of ``fairline.linearize.REGISTRY``.
         objective: What the masks are learned under; a key of ``fairline.objectives.REGISTRY``.
         objective_options: Its options.
+        for_cost: Layers are emptied first: settings of :class:`~fairline.linearize.ForCost` and of the predicted cost.
         root: Where the data are now, if they have moved.
         seed: Of every random choice.
         device: The accelerator if there is one, by default.
@@ -63,20 +69,20 @@ def linearize_job(
     where = resolve_device(device)
     parent = Run.read(source, "train")
     fair = _fair(objective, objective_options)
-    linearizer = _linearizer(method, fair, {"seed": seed, **settings})
+    linearizer = build_linearizer(method, objective, objective_options, for_cost=for_cost, seed=seed, **settings)
     teacher, info = load_base(parent)
     linearizers.resolve_budgets(budgets, info.total)
-    config = {**built_on(parent), "budgets": list(budgets), "method": method, **fair}
-    config |= {"settings": settings, "seed": seed}
-    common = replace(info, stage="linearized", method=method, seed=seed, placement=_placement(fair, settings))
+    asked = {"budgets": list(budgets), "method": method, **fair, "settings": settings, "seed": seed}
+    config = {**built_on(parent), **asked, **({} if for_cost is None else {"for_cost": dict(for_cost)})}
+    placement = _placement(fair, settings, linearizer.for_cost)
+    common = replace(info, stage="linearized", method=method, seed=seed, placement=placement)
 
     def work(run: Run) -> None:
         rows: list[dict[str, float]] = []
         data = load_parts(parent, root)["train"]
-        watched: dict[str, Any] = {"progress": progress, "checkpoint": run.checkpoint, "history": rows}
-        arithmetic = settle(run, settings.get("precision"), teacher, data, where, agreed)
-        in_it = replace(linearizer, precision=arithmetic)
-        for cut in in_it.linearize(teacher, data, budgets, device=where, **watched):
+        watched: dict[str, Any] = {"progress": progress, "checkpoint": run.checkpoint, "history": rows, "device": where}
+        in_it = replace(linearizer, precision=settle(run, settings.get("precision"), teacher, data, where, agreed))
+        for cut in in_it.linearize(teacher, data, budgets, **watched):
             save_network(run.network_folder(f"budget-{cut.budget}"), cut.model, _described(cut, common))
             logger.info("budget %d: kept %d of %d ReLUs; %s", cut.budget, cut.relus, cut.total, cut.info)
         run.write_metrics(rows)
@@ -91,17 +97,48 @@ def _fair(objective: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"objective": objective, "objective_options": dict(options or {})}
 
 
-def _linearizer(method: str, fair: Mapping[str, Any], options: Mapping[str, Any]) -> linearizers.Linearizer:
-    """The method; only one that places masks under an objective of its own is told of one."""
-    if not fair:
-        return linearizers.build(method, **options)
-    objective = objectives.build(fair["objective"], **fair["objective_options"])
-    return linearizers.build(method, objective=objective, **options)
+def build_linearizer(
+    method: str,
+    objective: str = "erm",
+    objective_options: Mapping[str, Any] | None = None,
+    *,
+    for_cost: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> linearizers.Linearizer:
+    """The method that a job uses.
+
+    Args:
+        method: As for :func:`linearize_job`.
+        objective: As there; only a method that places masks under an objective of its own is told of one.
+        objective_options: As there.
+        for_cost: As there.
+        settings: Of the method.
+
+    Returns:
+        The linearizer.
+    """
+    given: dict[str, Any] = dict(settings)
+    if fair := _fair(objective, objective_options):
+        given["objective"] = objectives.build(fair["objective"], **fair["objective_options"])
+    if for_cost is not None:
+        given["for_cost"] = _choice(for_cost)
+    return linearizers.build(method, **given)
 
 
-def _placement(fair: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def _choice(options: Mapping[str, Any]) -> ForCost:
+    """The choice of layers that some settings describe."""
+    of_cost = {each.name for each in fields(PredictedCost)}
+    told = {key: value for key, value in options.items() if key in of_cost}
+    cost = build_named("masks", {"for cost": PredictedCost}, "for cost", told)
+    rest = {key: value for key, value in options.items() if key not in of_cost}
+    return build_named("masks", {"for cost": ForCost}, "for cost", {"cost": cost, **rest})
+
+
+def _placement(fair: Mapping[str, Any], settings: Mapping[str, Any], choice: ForCost | None) -> str:
     """Under what the masks are placed, in words; empty for plain distillation."""
     marks = [mark for key, mark in _MARKS.items() if settings.get(key)]
+    if choice is not None:
+        marks.append(_FOR_COST.format(**vars(choice.cost)))
     return " ".join([*([fair["objective"]] if fair else []), *marks])
 
 

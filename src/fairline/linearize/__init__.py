@@ -12,6 +12,7 @@ from fairline.linearize.autorep import AutoReP
 from fairline.linearize.base import Linearized, Linearizer, resolve_budgets
 from fairline.linearize.coordinate_descent import CoordinateDescent
 from fairline.linearize.deepreduce import FINETUNE_PRESETS, DeepReDuce
+from fairline.linearize.for_cost import ForCost
 from fairline.linearize.layerwise import Layerwise
 from fairline.linearize.magnitude import Magnitude
 from fairline.linearize.random import Random
@@ -54,6 +55,7 @@ __all__ = [
     "AutoReP",
     "CoordinateDescent",
     "DeepReDuce",
+    "ForCost",
     "Layerwise",
     "Linearized",
     "Linearizer",

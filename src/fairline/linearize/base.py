@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from fairline.masking import Surrogate, copy_model, masked_relus, relu_count
 from fairline.precision import Arithmetic, Precision, require_precision
 from fairline.ranks import here
 from fairline.training import TRIAL_IMAGES, ProgressCallback, choose
+
+if TYPE_CHECKING:
+    from fairline.linearize.for_cost import ForCost
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +94,9 @@ class Linearization:
         progress: Called after every batch.
         folder: Of checkpoints, if any are kept.
         rows: History so far, one row an epoch; the method replaces or extends it.
+        choice: Rows on the layers that were emptied before the method began; see
+            :class:`~fairline.linearize.for_cost.ForCost`.
+        emptied: Those layers.
     """
 
     teacher: nn.Module
@@ -105,6 +111,8 @@ class Linearization:
     progress: ProgressCallback | None = None
     folder: Path | None = None
     rows: list[dict[str, float]] = field(default_factory=list)
+    choice: list[dict[str, Any]] = field(default_factory=list)
+    emptied: tuple[str, ...] = ()
 
     @cached_property
     def arithmetic(self) -> Arithmetic:
@@ -158,6 +166,7 @@ class Linearizer(ABC):
         surrogate: What stands in a ReLU's place: ``"identity"`` or ``"quadratic"``, fitted.
         precision: What methods that train compute in: ``"fp32"``, ``"bf16"`` or ``"auto"``; float32 on a CPU if None.
             See :func:`fairline.training.choose`.
+        for_cost: Which layers are emptied before the method begins, for what the network costs then; none by default.
         teacher: Source of distillation; the network that is linearized, as it is given, by default.
         seed: Of the whole run.
     """
@@ -169,6 +178,7 @@ class Linearizer(ABC):
 
     surrogate: Surrogate = "identity"
     precision: Precision | Arithmetic | None = None
+    for_cost: ForCost | None = None
     teacher: nn.Module | None = None
     seed: int = 0
 
@@ -183,6 +193,8 @@ class Linearizer(ABC):
             require_precision(self.precision)
         if self.teacher is not None and not isinstance(self.teacher, nn.Module):
             raise FairlineError(f"A teacher is a network (nn.Module), not {self.teacher!r}.")
+        if self.for_cost is not None and not hasattr(self.for_cost, "choose"):
+            raise FairlineError(f"for_cost says which layers are emptied (ForCost), not {self.for_cost!r}.")
 
     @abstractmethod
     def cuts(self, run: Linearization) -> Iterator[Cut]:
@@ -216,7 +228,7 @@ class Linearizer(ABC):
             progress: Called after every batch.
             checkpoint: Folder to resume from and to save to. It is this run's: other settings, budgets, data or another
                 network need another folder.
-            history: Rows, one an epoch, are put here before each yield.
+            history: Rows, one a measurement of ``for_cost`` and one an epoch, are put here before each yield.
 
         Yields:
             The networks, as they are found: whoever stops early saves the rest of the work.
@@ -228,9 +240,9 @@ class Linearizer(ABC):
         run = self._start(model, train, budgets, resolve_device(device), progress, checkpoint)
         for cut in self._all_cuts(run):
             if history is not None:
-                history[:] = run.rows
+                history[:] = [*run.choice, *run.rows]
             kept = relu_count(cut.model)
-            info = {"reached": True, **cut.info}
+            info = {"reached": True, **({"emptied": list(run.emptied)} if self.for_cost else {}), **cut.info}
             logger.info("%s, budget %d: %d of %d ReLUs; %s", self.name, cut.budget, kept, run.total, info)
             yield Linearized(cut.model, cut.budget, kept, run.total, self.name, self.seed, info)
 
@@ -281,8 +293,10 @@ class Linearizer(ABC):
 
     def _all_cuts(self, run: Linearization) -> Iterator[Cut]:
         """What the network meets as it is, what an interrupted run has met, then what the method finds."""
-        while run.budgets and run.budgets[0] >= run.open:
-            yield Cut(run.budgets.pop(0), copy_model(run.student))
+        yield from _met(run)
+        if self.for_cost is not None and run.budgets:
+            self.for_cost.choose(run, self.seed)
+            yield from _met(run)
         if self.keeps_snapshots:
             yield from run.saved()
             # What is saved from here on is not what another process looks for.
@@ -293,6 +307,12 @@ class Linearizer(ABC):
             if self.keeps_snapshots:
                 run.save(cut)
             yield cut
+
+
+def _met(run: Linearization) -> Iterator[Cut]:
+    """Take budgets that the student meets as it is off the list."""
+    while run.budgets and run.budgets[0] >= run.open:
+        yield Cut(run.budgets.pop(0), copy_model(run.student))
 
 
 def set_aside(train: GroupedData, share: float, seed: int) -> tuple[GroupedData, GroupedData]:

@@ -18,13 +18,13 @@ Where this differs from the description and the published code, or they leave so
 - *Where the training happens*: here (``reshape_epochs``), so that a short finetune may follow as behind any method.
   ``reshape_epochs=0`` leaves it to the finetune, as in the published code; then finetune with the preset
   ``deepreduce`` or ``deepreduce_fairness``.
-- *A network that is linearized already*: a configuration keeps what is left of a stage.
+- *A network that is linearized already*, or of which layers were emptied for its cost: a configuration keeps what is
+  left of a stage; in a reshaped network the layers of the same names are emptied.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -38,8 +38,9 @@ from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
 from fairline.linearize.base import Cut, Linearization, Linearizer, set_aside
+from fairline.linearize.structure import close, execution_order, stages_of
 from fairline.linearize.surrogates import fit_quadratics, start_masked
-from fairline.masking import MaskedReLU, copy_model, mask_relus, masked_graph, masked_relus, relu_count
+from fairline.masking import MaskedReLU, copy_model, mask_relus, masked_relus, relu_count
 from fairline.models import rescaled
 from fairline.objectives.erm import ERM
 from fairline.training import TRIAL_IMAGES, ProgressCallback, choose, finetune, named_stage
@@ -62,9 +63,6 @@ FINETUNE_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "objective": {"temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5},
     },
 }
-
-#: Names of the stages in this package's networks, and in torchvision's and timm's.
-_STAGE = re.compile(r"(layer|stage)s?[._]?\d+")
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ class DeepReDuce(Linearizer):
             FairlineError: A stage does not exist, or a network that should start anew or be reshaped cannot.
         """
         order = self._order(run)
-        rungs = self._rungs(run.student, run.teacher, order, run.train.normalized(slice(2)))
+        rungs = self._rungs(run.student, run.teacher, order, run.train.normalized(slice(2)), run.emptied)
         for budget in run.budgets:
             rung = next(rung for rung in rungs if rung.relus <= budget)
             student, options = self._start_of(rung, run)
@@ -229,6 +227,7 @@ class DeepReDuce(Linearizer):
         model: nn.Module,
         train: GroupedData,
         *,
+        teacher: nn.Module | None = None,
         device: str | torch.device | None = None,
         progress: ProgressCallback | None = None,
     ) -> pd.DataFrame:
@@ -240,6 +239,7 @@ class DeepReDuce(Linearizer):
         Args:
             model: The trained network.
             train: Training part.
+            teacher: Source of distillation; the network by default.
             device: The accelerator if there is one, by default.
             progress: Called after every batch.
 
@@ -250,14 +250,12 @@ class DeepReDuce(Linearizer):
         measuring, training = set_aside(train, self.held_out, self.seed)
         start = start_masked(model, training, self.surrogate, where, seed=self.seed)
         stages = stages_of(start, self.stages)
-        teacher = copy_model(model)
+        teacher = copy_model(teacher or model)
         arithmetic = choose(self.precision, start, training.normalized(slice(TRIAL_IMAGES)), where)
         rows = []
         for name, own in stages.items():
             student = copy_model(start)
-            for layer_name, layer in masked_relus(student).items():
-                if layer_name not in own:
-                    layer.set_mask(torch.zeros(layer.shape, dtype=torch.bool))
+            close(student, set(masked_relus(student)) - set(own))
             finetune(
                 student,
                 teacher,
@@ -286,7 +284,8 @@ class DeepReDuce(Linearizer):
             run.rows = load_state(file)["rows"]
         else:
             settled = replace(self, precision=run.arithmetic)
-            table = settled.criticality(run.teacher, run.train, device=run.device, progress=run.progress)
+            watched: dict[str, Any] = {"device": run.device, "progress": run.progress}
+            table = settled.criticality(run.student, run.train, teacher=run.teacher, **watched)
             run.rows = table.reset_index().to_dict("records")
             if file is not None:
                 save_state(file, {"rows": run.rows})
@@ -302,7 +301,12 @@ class DeepReDuce(Linearizer):
         return list(self.order)
 
     def _rungs(
-        self, student: nn.Module, model: nn.Module, order: Sequence[str], example: Tensor
+        self,
+        student: nn.Module,
+        model: nn.Module,
+        order: Sequence[str],
+        example: Tensor,
+        emptied: Sequence[str] = (),
     ) -> list[Configuration]:
         """All configurations: those of the network's own shape first, then from the largest count to the smallest."""
         found = []
@@ -312,6 +316,7 @@ class DeepReDuce(Linearizer):
             for rho in self.rhos:
                 network = student if alpha == rho == 1 else self._reshaped(model, alpha, rho)[0]
                 masked = mask_relus(network, example)
+                close(masked, emptied)
                 for count in range(len(order) + 1):
                     for thinned in (False, True) if count < len(order) else (False,):
                         rung = Configuration(tuple(order[:count]), thinned, alpha, rho, 0)
@@ -336,10 +341,7 @@ class DeepReDuce(Linearizer):
         return kept
 
     def _switch_off(self, masked: nn.Module, rung: Configuration) -> None:
-        kept = self._kept(masked, rung)
-        for name, layer in masked_relus(masked).items():
-            if name not in kept:
-                layer.set_mask(torch.zeros(layer.shape, dtype=torch.bool))
+        close(masked, set(masked_relus(masked)) - self._kept(masked, rung))
 
     def _fill(
         self,
@@ -375,6 +377,7 @@ class DeepReDuce(Linearizer):
         else:
             network, options = self._reshaped(run.teacher, rung.alpha, rung.rho)
             student = mask_relus(network, run.train.normalized(slice(2)), self.surrogate).to(run.device)
+            close(student, run.emptied)
         if self.surrogate == "quadratic":
             fit_quadratics(student, run.train, seed=self.seed)
         return student, options
@@ -448,68 +451,6 @@ def untrained(student: nn.Module, model: nn.Module, seed: int) -> nn.Module:
 def _least_critical_first(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of stages; equally critical ones go by size, the one with most ReLUs first."""
     return [str(row["stage"]) for row in sorted(rows, key=lambda row: (row["criticality"], -row["relus"]))]
-
-
-def execution_order(masked: nn.Module) -> list[str]:
-    """Names of the masked ReLUs as a forward pass meets them; of an untraced model, as its modules come."""
-    names = masked_relus(masked)
-    traced = masked_graph(masked)
-    if traced is None:
-        return list(names)
-    return [str(node.target) for node in traced.graph.nodes if node.op == "call_module" and node.target in names]
-
-
-def stages_of(
-    masked: nn.Module, stages: Mapping[str, Sequence[str]] | Sequence[str] | str | None = None
-) -> dict[str, list[str]]:
-    """Masked ReLUs of each stage, in the order of execution.
-
-    Args:
-        masked: From :func:`~fairline.masking.mask_relus`.
-        stages: As for :class:`DeepReDuce`.
-
-    Returns:
-        Names of its masked ReLUs, for each stage.
-
-    Raises:
-        FairlineError: A stage does not exist or holds no ReLU, two share one, or none are named and none are found.
-    """
-    layers = execution_order(masked)
-    if stages is None:
-        modules = dict(masked.named_modules())
-        heads = [match[0] for match in map(_STAGE.match, layers) if match and match[0] in modules]
-        named: dict[str, list[str]] = {head: [head] for head in dict.fromkeys(heads)}
-        if not named:
-            raise FairlineError(
-                f"DeepReDuce cannot act on {type(masked).__name__}: none of its modules is named like a stage (layer1, "
-                f"stage2, …); name them with stages. Its ReLUs are {', '.join(layers[:8])}{', …' * (len(layers) > 8)}."
-            )
-    elif isinstance(stages, Mapping):
-        named = {name: [own] if isinstance(own, str) else list(own) for name, own in stages.items()}
-    else:
-        named = {name: [name] for name in ([stages] if isinstance(stages, str) else stages)}
-    found: dict[str, list[str]] = {name: [] for name in named}
-    belongs: dict[str, str] = {}
-    for name, prefixes in named.items():
-        for prefix in prefixes:
-            own = [layer for layer in layers if layer == prefix or layer.startswith(f"{prefix}.")]
-            if not own:
-                raise FairlineError(
-                    f"There is no stage '{prefix}' with ReLUs in {type(masked).__name__}; its ReLUs are "
-                    f"{', '.join(layers[:8])}{', …' * (len(layers) > 8)}."
-                )
-            for layer in own:
-                if belongs.setdefault(layer, name) != name:
-                    raise FairlineError(f"ReLU '{layer}' is in the stages '{belongs[layer]}' and '{name}'.")
-    following = None
-    for layer in reversed(layers):
-        following = belongs.get(layer, following)
-        if following is not None:
-            belongs.setdefault(layer, following)
-    last = next(belongs[layer] for layer in reversed(layers) if layer in belongs)
-    for layer in layers:
-        found[belongs.setdefault(layer, last)].append(layer)
-    return found
 
 
 def _words(text: str) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def described(value: object) -> Any:
     """A setting as plain JSON that is equal for equal settings.
 
     Args:
-        value: Of a method's field: a scalar, a sequence, a mapping, an objective, a network or a function.
+        value: Of a method's field: a scalar, a sequence, a mapping, an objective, a network, a function, or a dataclass
+            of such.
 
     Returns:
         JSON.
@@ -75,6 +77,9 @@ def described(value: object) -> Any:
         taken = {name for kind in type(value).__mro__[:-1] for name in inspect.signature(kind).parameters}
         options = {name: described(each) for name, each in vars(value).items() if name in taken}
         return {"objective": _name(type(value)), **dict(sorted(options.items()))}
+    if is_dataclass(value) and not isinstance(value, type):
+        own = {each.name: described(getattr(value, each.name)) for each in fields(value)}
+        return {"kind": _name(type(value)), **own}
     return _name(value if callable(value) else type(value))
 
 

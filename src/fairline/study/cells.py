@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
-from fairline import data, jobs, linearize, models, objectives
+from fairline import data, jobs, models, objectives
 from fairline._io import json_digest
 from fairline.audit import REGISTRY as MEASURES
 from fairline.errors import FairlineError
@@ -87,11 +87,8 @@ def require_known(spec: StudySpec) -> None:
         ("model", lambda: models.build(spec.model.name, 10, 3, 32, **spec.model.options))
     ]
     for name, masks in spec.masks.items():
-        fair = {} if masks.objective == "erm" and not masks.options else {"objective": objectives.build("erm")}
-        checks += [
-            (f"masks.{name}", partial(linearize.build, masks.method, **fair, **masks.settings)),
-            (f"masks.{name}", partial(objectives.build, masks.objective, **masks.options)),
-        ]
+        placed_under = masks.method, masks.objective, masks.options
+        checks.append((f"masks.{name}", partial(jobs.build_linearizer, *placed_under, **masks.settings)))
     checks += [
         (f"methods.{place}", partial(objectives.build, method.objective, **method.options))
         for place, method in enumerate(spec.methods)

@@ -112,10 +112,19 @@ def _epochs(cell: Cell) -> float | None:
             method = linearize.REGISTRY[given["method"]]
             names = [name for name in inspect.signature(method).parameters if name.endswith("epochs")]
             names = [name for name in names if not name.startswith("min")]
-            return sum(float(_setting(method, given["settings"], name) or 0) for name in names) * _DISTILLING
+            learning = sum(float(_setting(method, given["settings"], name) or 0) for name in names)
+            return (learning + _epochs_for_cost(given["settings"].get("for_cost"))) * _DISTILLING
         case "audit":
             return None if given["explain"] or set(given["measures"]) - {"accuracy"} else 0.0
     return 0.0
+
+
+def _epochs_for_cost(options: Mapping[str, Any] | None) -> float:
+    """Epochs of a choice of layers, whose last one is finetuned twice, at most."""
+    if options is None:
+        return 0.0
+    adapt, measurements = (float(_setting(linearize.ForCost, options, name)) for name in ("adapt", "measurements"))
+    return adapt * (measurements + 1)
 
 
 def _setting(call: Any, settings: Mapping[str, Any], name: str) -> Any:

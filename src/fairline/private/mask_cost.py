@@ -1,0 +1,116 @@
+"""What a network would cost with other masks, as methods that place ReLUs ask it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fairline.errors import FairlineError
+from fairline.masking import copy_model, masked_relus
+from fairline.private.cost import PROTOCOL_COSTS, Estimate, estimate, require_cost_model
+from fairline.private.export import to_graph
+from fairline.private.graph import Node, PlainGraph
+from fairline.private.wire import network as find_network
+
+Measure = Literal["seconds", "bytes", "rounds"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+
+
+@dataclass(frozen=True)
+class PredictedCost:
+    """Predicts what a private inference of one image costs by how many units each masked layer keeps.
+
+    Attributes:
+        protocol: A key of :data:`fairline.private.PROTOCOL_COSTS`.
+        network: Between the parties, as for :func:`fairline.private.estimate`.
+        minimise: What a cost is: ``"seconds"`` or ``"bytes"`` of a call, or the ``"rounds"`` that must be waited for.
+    """
+
+    protocol: str = "cheetah"
+    network: str = "lan"
+    minimise: Measure = "seconds"
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            FairlineError: There is no such protocol, network or measure, or nobody has told it of the protocol.
+        """
+        require_cost_model(self.protocol)
+        find_network(self.network)
+        if self.minimise not in MEASURES:
+            raise FairlineError(f"A cost is {', '.join(MEASURES)}, not '{self.minimise}'.")
+        if self.minimise == "seconds" and math.isnan(PROTOCOL_COSTS[self.protocol]().relu(1).compute_seconds):
+            raise FairlineError(f"No source tells the seconds of '{self.protocol}'; take bytes or rounds.")
+
+    def __call__(self, model: nn.Module, example: Tensor) -> Callable[[Mapping[str, int]], float]:
+        """Prepare to predict the costs of a network under other masks.
+
+        Args:
+            model: Masked; not changed. What stands in the place of its ReLUs is part of the cost.
+            example: An image of the right shape, (1, C, H, W).
+
+        Returns:
+            A function of how many units each masked layer keeps, which are drawn at random: seconds, bytes or rounds.
+
+        Raises:
+            FairlineError: The network cannot be exported.
+        """
+        partly = copy_model(model)
+        for layer in masked_relus(partly).values():
+            # Neither whole nor empty, where it can be, so that the graph has the node of each.
+            units = layer.kept.numel()
+            layer.set_mask(torch.arange(units).view(layer.shape) >= min(1, units - 1))
+        graph = to_graph(partly, example).public()
+        return lambda kept: self._of(with_kept(graph, kept))
+
+    def _of(self, graph: PlainGraph) -> float:
+        told = estimate(graph, protocol=self.protocol, network=self.network)
+        return _COSTS[self.minimise](told)
+
+
+_COSTS: dict[Measure, Callable[[Estimate], float]] = {
+    "seconds": lambda told: told.seconds,
+    "bytes": lambda told: told.bytes + told.offline_bytes,
+    "rounds": lambda told: told.rounds,
+}
+
+
+def with_kept(graph: PlainGraph, kept: Mapping[str, int], seed: int = 0) -> PlainGraph:
+    """A plain graph with other masks.
+
+    Args:
+        graph: Of a network in which each layer of ReLUs keeps some and cuts some.
+        kept: Units that each layer keeps; none where it is not named.
+        seed: Of the units.
+
+    Returns:
+        The graph, as the export of a network with such masks is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    nodes: list[Node] = []
+    masks: dict[str, Tensor] = {}
+    renamed: dict[str, str] = {}
+    for node in graph.nodes:
+        node = replace(node, inputs=tuple(renamed.get(name, name) for name in node.inputs))
+        if node.op in ("relu", "quadratic"):
+            count, size = kept.get(node.layer, 0), math.prod(node.shape)
+            if count == 0 and node.op == "relu" and node.name != graph.nodes[-1].name:
+                renamed[node.name] = node.inputs[0]
+                continue
+            if count == size:
+                node = replace(node, op="relu", weights=(), mask=None)
+            else:
+                mask = torch.zeros(size, dtype=torch.bool)
+                mask[torch.randperm(size, generator=generator)[:count]] = True
+                masks[node.name] = mask.view(node.shape)
+                node = replace(node, mask=node.name)
+        nodes.append(node)
+    used = {name for node in nodes for name in node.weights}
+    shapes = {name: shape for name, shape in graph.shapes.items() if name in used}
+    return PlainGraph(graph.input_shape, nodes, shapes, masks, {})
