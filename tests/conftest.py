@@ -19,6 +19,15 @@ from fairline.training import train
 from tests.commands import AUDIT, EXPLAIN, FINETUNE, LINEARIZE, TRAIN, ok
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``--dist loadgroup`` a file's tests stay together, and so do all files that share the run folders."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    sharing = {item.path for item in items if "runs" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("runs" if item.path in sharing else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder of real images; tests that need it are skipped where it is missing."""

@@ -44,12 +44,13 @@ def test_lines_of_a_function_are_counted_from_its_name_to_its_end():
     assert lengths("@d\ndef f(\n    a,\n):\n    def g():\n        pass\n\n    return g\n") == {"f": 7, "g": 2}
 
 
-def broken_by(folder: Path, module: str, line: str) -> str:
-    """What the contracts say once ``line`` stands at the end of a copy's ``module``; empty if nothing."""
+def said_of(folder: Path, lines: dict[str, str]) -> str:
+    """What the contracts say once these lines stand at the end of a copy's modules; empty if nothing."""
     shutil.copytree(HERE / "src" / "fairline", folder / "fairline", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(HERE / "pyproject.toml", folder)
-    with (folder / "fairline" / module).open("a") as file:
-        file.write(line)
+    for module, line in lines.items():
+        with (folder / "fairline" / module).open("a") as file:
+            file.write(line)
     done = subprocess.run(
         [LINT, "--no-cache"],
         cwd=folder,
@@ -63,16 +64,15 @@ def broken_by(folder: Path, module: str, line: str) -> str:
 
 @needs_linter
 def test_the_floors_hold(tmp_path):
-    assert not broken_by(tmp_path, "errors.py", "")
+    assert not said_of(tmp_path, {})
 
 
 @needs_linter
-def test_an_upward_import_is_found_within_a_function(tmp_path):
-    said = broken_by(tmp_path, "masking/layer.py", "\n\ndef upward():\n    import fairline.report.page\n")
+def test_an_upward_import_within_a_function_and_a_circle_within_a_room_are_found(tmp_path):
+    broken = {
+        "masking/layer.py": "\n\ndef upward():\n    import fairline.report.page\n",
+        "report/page.py": "\n\ndef around():\n    import fairline.report.html\n",
+    }
+    said = said_of(tmp_path, broken)
     assert "fairline.masking is not allowed to import fairline.report" in said
-
-
-@needs_linter
-def test_a_circle_within_a_room_is_found(tmp_path):
-    said = broken_by(tmp_path, "report/page.py", "\n\ndef around():\n    import fairline.report.html\n")
     assert "No circles BROKEN" in said

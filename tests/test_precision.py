@@ -215,7 +215,7 @@ from fairline.training import trial
 torch.set_num_threads(2)
 trial.has_bf16 = lambda device: True
 trial.WORTHWHILE = 0
-train(network(8), make_data(256), epochs=2, batch_size=64, precision="auto")
+train(network(8), make_data(128), epochs=1, batch_size=64, precision="auto")
 assert not trial.choose("auto", network(8), torch.randn(64, 1, 8, 8), torch.device("cpu")).channels_last
 print("done")
 """

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fairline.jobs.private import find_networks
 from fairline.private.graph import PlainGraph
-from tests.commands import ok
+from tests.commands import Started, ok
 
 HAS_SPU = importlib.util.find_spec("spu") is not None
 spu = pytest.mark.skipif(not HAS_SPU, reason="SPU is not installed")
@@ -143,35 +143,25 @@ def test_fixed_point_by_group(networks, tmp_path):
 
 @spu
 def test_serve_and_query_between_two_commands(networks, tmp_path):
-    import subprocess
-
     from fairline.private.spu import free_addresses
-    from tests.commands import ENVIRONMENT, command
 
     ok("private", "export", networks[0], "--out", tmp_path / "shared")
     model, image = free_addresses()
     (tmp_path / "parties.yaml").write_text(f"model: {model}\nimage: {image}\n")
     Image.fromarray(np.full((8, 8), 90, np.uint8)).save(tmp_path / "one.png")
     parties = ["--parties", tmp_path / "parties.yaml", "--timeout", "20"]
-    server = subprocess.Popen(
-        command("private", "serve", tmp_path / "shared", *parties, "--sessions", "1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    server = Started("private", "serve", tmp_path / "shared", *parties, "--sessions", "1")
     try:
         said = ok(
             "private", "query", tmp_path / "shared" / "public", tmp_path / "one.png", *parties, "--protocol", "semi2k"
         )
         assert re.search(r"one\.png: \d \(logits", said)
         assert "trusted dealer" in said
-        out, _ = server.communicate(timeout=60)
-        assert server.returncode == 0
-        assert "Session 1 is done" in out
+        served = server.result(60)
+        assert served.returncode == 0
+        assert "Session 1 is done" in served.stdout + served.stderr
     finally:
         server.kill()
-        server.wait()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from fairline.study.run import run_study, status
 from fairline.study.spec import load_spec
 from fairline.study.storage import Storage
 from fairline.study.store import COLUMNS, read_results
-from tests.commands import ENVIRONMENT, command, fairline, ok
+from tests.commands import ENVIRONMENT, Started, command, fairline, ok
 
 SPEC = Path(__file__).parent / "digits.yaml"
 #: What may differ between two runs of the same cells.
@@ -48,15 +48,8 @@ def undisturbed(finished) -> pd.DataFrame:
     return measured(finished)
 
 
-def start(*arguments: str | Path, **more) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command("study", "run", SPEC, *arguments),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-        **more,
-    )
+def start(*arguments: str | Path) -> Started:
+    return Started("study", "run", SPEC, *arguments)
 
 
 def processes(*words: str) -> list[int]:
@@ -92,13 +85,13 @@ def kill_and_go_on(out: Path, kills: int, seed: int) -> None:
     killed = 0
     while killed < kills:
         process = start("--out", out, "--jobs", "2")
-        time.sleep(chance.uniform(2, 12))
+        time.sleep(chance.uniform(0.5, 10))
         workers = children(process.pid)
         if chance.random() < 0.3 and workers:
             os.kill(chance.choice(workers), signal.SIGKILL)
             time.sleep(1)
         process.kill()
-        process.communicate()
+        process.result()
         killed += 1
         deadline = time.monotonic() + 20
         while any(Path(f"/proc/{worker}").exists() for worker in workers):
@@ -126,16 +119,16 @@ def test_a_lost_worker_costs_nothing_but_time(undisturbed, tmp_path):
         time.sleep(0.05)
     for worker in children(process.pid):
         os.kill(worker, signal.SIGKILL)
-    _, said = process.communicate(timeout=600)
-    assert process.returncode == 0, said
+    done = process.result(600)
+    assert done.returncode == 0, done.stderr
     assert_frame_equal(measured(tmp_path / "store"), undisturbed)
 
 
 def test_two_processes_share_a_study(undisturbed, tmp_path):
     both = [start("--out", tmp_path / "store") for _ in range(2)]
     for process in both:
-        _, said = process.communicate(timeout=600)
-        assert process.returncode == 0, said
+        done = process.result(600)
+        assert done.returncode == 0, done.stderr
     assert_frame_equal(measured(tmp_path / "store"), undisturbed)
 
 
@@ -213,13 +206,13 @@ def test_a_ray_cluster_that_loses_a_worker_gives_the_same_table(undisturbed, tmp
     deadline = time.monotonic() + 240
     while not list((tmp_path / "store" / "cells").glob("linearize-*/status.json")):
         assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.result().stderr
         time.sleep(0.05)
     workers = processes("ray::_task")
     assert workers
     os.kill(workers[0], signal.SIGKILL)
-    _, said = process.communicate(timeout=600)
-    assert process.returncode == 0, said
+    done = process.result(600)
+    assert done.returncode == 0, done.stderr
     assert_frame_equal(measured(store), undisturbed)
 
 

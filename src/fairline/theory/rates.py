@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pandas as pd
 
 from fairline.theory.pieces import approximation_rate
 
 
+@cache
 def rates() -> tuple[pd.DataFrame, pd.DataFrame, list[int]]:
     """Errors of the optimal approximations of three strictly convex functions, their limits, and the values of n."""
     functions = {
