@@ -3,8 +3,11 @@
 By default it measures networks that no constant was fitted on, and prints predicted beside measured bytes, rounds and
 seconds; ``--out`` writes the table with its provenance. ``--calibrate`` measures one operation at a time, which is how
 the constants in ``fairline/private/cost.py`` were found, and prints what a constant would be now.
+``--validate-compiled`` measures networks as compilation leaves them: few units in levels, each level a matrix from all
+that came before, behind convolutions or not. There, rounds are the one-way trips that a slow network adds.
 
-    python benchmarks/private_cost.py [--repeats 3] [--out papers/results/private_cost] [--calibrate]
+    python benchmarks/private_cost.py [--repeats 3] [--out papers/results/private_cost]
+        [--calibrate | --validate-compiled]
 
 Bytes do not depend on how busy the machine is; seconds do.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -23,7 +27,7 @@ from torch import Tensor, nn
 from fairline._io import atomic_path, write_text
 from fairline.masking import mask_relus, masked_relus
 from fairline.models import build
-from fairline.private import PlainGraph, estimate, measure, to_graph
+from fairline.private import Network, PlainGraph, estimate, measure, to_graph
 from fairline.private.graph import Node
 from fairline.runs import environment
 
@@ -101,6 +105,126 @@ def validate(repeats: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+class Levels(nn.Module):
+    """The dense form of a network with few kept ReLUs: each level is a matrix from the input and all earlier units.
+
+    Args:
+        inputs: Values of an image.
+        kept: Units of each level.
+        summed: One matrix from each earlier part instead of one from all of them.
+    """
+
+    def __init__(self, inputs: int, kept: list[int], *, summed: bool = False, classes: int = 5) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList()
+        parts = [inputs]
+        for size in [*kept, classes]:
+            sources = parts if summed else [sum(parts)]
+            self.levels.append(nn.ModuleList([nn.Linear(source, size) for source in sources]))
+            parts = [*parts, size]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images or features of any shape."""
+        parts = [x.flatten(1)]
+        *levels, last = self.levels
+        for level in levels:
+            parts.append(torch.relu(self._affine(level, parts)))
+        return self._affine(last, parts)
+
+    @staticmethod
+    def _affine(level: nn.ModuleList, parts: list[Tensor]) -> Tensor:
+        if len(level) == 1:
+            return level[0](torch.cat(parts, 1) if len(parts) > 1 else parts[0])
+        total = level[0](parts[0])
+        for linear, part in zip(level[1:], parts[1:], strict=True):
+            total = total + linear(part)
+        return total
+
+
+def levels(units: int, depth: int) -> list[int]:
+    """So many units in levels that fall, as masks of trained networks do: most in the first ones."""
+    shares = [0.75**place for place in range(depth)]
+    sizes = [max(1, round(units * share / sum(shares))) for share in shares]
+    # Rounding leaves some over or takes some too many.
+    return [sizes[0] + units - sum(sizes), *sizes[1:]] if sizes else []
+
+
+def prefixed(widths: list[int], share: float, units: int, depth: int) -> PlainGraph:
+    """Convolutions that keep a share of their ReLUs, and a dense tail: where a planner may end the convolutions."""
+    layers: list[nn.Module] = []
+    channels, side = 3, 32
+    for place, width in enumerate(widths):
+        layers += [nn.Conv2d(channels, width, 3, stride=1 + (place > 0), padding=1), nn.ReLU()]
+        channels, side = width, side if place == 0 else side // 2
+    example = torch.zeros(2, 3, 32, 32)
+    network = nn.Sequential(*layers, Levels(channels * side * side, levels(units, depth)))
+    network = mask_relus(network.eval(), example)
+    generator = torch.Generator().manual_seed(SEED)
+    for layer in masked_relus(network).values():
+        spatial = len(layer.kept.shape) > 1
+        layer.set_mask(torch.rand(layer.kept.shape, generator=generator) < (share if spatial else 1.0))
+    return to_graph(network, example)
+
+
+def compiled_networks() -> dict[str, PlainGraph]:
+    """Networks of the forms that compilation gives, with random weights; none was fitted on."""
+    torch.manual_seed(SEED)
+    example = torch.zeros(2, 3, 32, 32)
+
+    def dense(units: int, depth: int, *, summed: bool = False) -> PlainGraph:
+        return to_graph(Levels(3072, levels(units, depth), summed=summed).eval(), example)
+
+    return {
+        "40 units in 3 levels": dense(40, 3),
+        "123 units in 11 levels": dense(123, 11),
+        "123 units in 11 levels, matrices summed": dense(123, 11, summed=True),
+        "300 units in 17 levels": dense(300, 17),
+        "500 units in 5 levels": dense(500, 5),
+        "1,000 units in 12 levels": dense(1000, 12),
+        "1 convolution, 60 units in 4 levels": prefixed([8], 0.02, 60, 4),
+        "3 convolutions, 100 units in 6 levels": prefixed([8, 16, 32], 0.05, 100, 6),
+        "4 convolutions, no other units": prefixed([16, 16, 32, 32], 0.1, 0, 0),
+    }
+
+
+#: Between the parties when trips are counted: nothing but a delay.
+DELAY = Network("delay", 0.03, float("inf"))
+
+
+def validate_compiled(repeats: int) -> pd.DataFrame:
+    """Predicted beside measured, for compiled networks and batches of 1 and 4; trips are what a delay adds to one."""
+    graphs = compiled_networks()
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(SEED))
+    batched = {name: graphs[name] for name in ("123 units in 11 levels", "300 units in 17 levels")}
+    found = pd.concat(
+        measure(chosen, images[:size], batch_sizes=[size], repeats=repeats, seed=SEED).table
+        for size, chosen in ((1, graphs), (4, batched))
+    )
+    delayed = measure(graphs, images[:1], repeats=2, seed=SEED, network=DELAY).table
+    slow = delayed.set_index(["network", "protocol", "batch_size"])["seconds_low"]
+    rows = []
+    for row in found.to_dict("records"):
+        key = (row["network"], row["protocol"], row["batch_size"])
+        graph = graphs[row["network"]]
+        told = estimate(graph, protocol=row["protocol"], batch_size=row["batch_size"], network="loopback")
+        rows.append(
+            {
+                **dict(zip(("network", "protocol", "batch_size"), key, strict=True)),
+                "relus": row["relus"],
+                "weights": sum(weight.numel() for weight in graph.weights.values()),
+                "measured_bytes": row["bytes"],
+                "predicted_bytes": told.bytes,
+                "messages": row["rounds"],
+                "measured_rounds": (slow.get(key, math.nan) - row["seconds_low"]) / (DELAY.rtt / 2),
+                "predicted_rounds": told.rounds,
+                "measured_seconds": row["seconds"],
+                "predicted_seconds": told.compute_seconds,
+                "max_abs_error": row["max_abs_error"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def one_operation(
     op: str, shape: tuple[int, ...], output: tuple[int, ...], weights: dict[str, tuple[int, ...]], **options
 ):
@@ -132,6 +256,16 @@ def conv(channels: int, outputs: int, side: int, kernel: int = 3) -> PlainGraph:
     )
 
 
+def vector(inputs: int, outputs: int) -> PlainGraph:
+    """A vector times a matrix."""
+    graph = one_operation("linear", (inputs,), (outputs,), {"w": (outputs, inputs), "b": (outputs,)})
+    # Images have three axes.
+    graph.input_shape = (inputs, 1, 1)
+    graph.nodes.insert(0, Node("reshape", "in", "in", ("x",), (inputs,)))
+    graph.nodes[1] = Node("linear", "op", "op", ("in",), (outputs,), ("w", "b"))
+    return graph
+
+
 def after_conv(graph: PlainGraph, first: PlainGraph) -> PlainGraph:
     """The operation behind a convolution: what it works on is then shared, not the image's owner's alone."""
     nodes = [Node("conv2d", "first", "first", ("x",), first.nodes[0].shape, ("first.weight", "first.bias"))]
@@ -147,7 +281,7 @@ def after_conv(graph: PlainGraph, first: PlainGraph) -> PlainGraph:
 def calibration_graphs() -> dict[str, dict[str, PlainGraph]]:
     """Graphs of one operation; within a set all take images of one shape."""
     elementwise: dict[str, dict[str, PlainGraph]] = {}
-    for side in (32, 64):
+    for side in (4, 32, 64):
         shape = (8, side, side)
         first = conv(3, 8, side, 1)
         quadratic = one_operation("quadratic", shape, shape, {"coefficients": (3, 8, 1, 1)}, mask="none")
@@ -165,15 +299,11 @@ def calibration_graphs() -> dict[str, dict[str, PlainGraph]]:
         f"conv {channels} at {side}": {f"to {outputs}": conv(channels, outputs, side) for outputs in (4, 16, 64)}
         for channels, side in ((3, 32), (8, 32), (16, 16), (64, 8))
     }
-    flat = {}
-    for outputs in (5, 100):
-        graph = one_operation("linear", (256,), (outputs,), {"w": (outputs, 256), "b": (outputs,)})
-        # Images have three axes.
-        graph.input_shape = (256, 1, 1)
-        graph.nodes.insert(0, Node("reshape", "in", "in", ("x",), (256,)))
-        graph.nodes[1] = Node("linear", "op", "op", ("in",), graph.nodes[1].shape, ("w", "b"))
-        flat[f"to {outputs}"] = graph
-    return {**elementwise, **products, "linear 256": flat}
+    vectors = {
+        f"vector of {inputs}": {f"to {outputs}": vector(inputs, outputs) for outputs in outputs_of}
+        for inputs, outputs_of in ((64, (10, 300)), (256, (5, 100)), (3072, (3, 20, 100, 400)))
+    }
+    return {**elementwise, **products, **vectors}
 
 
 #: The convolution that operations on single elements stand behind; theirs is the difference.
@@ -220,19 +350,26 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--calibrate", action="store_true")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--calibrate", action="store_true")
+    kind.add_argument("--validate-compiled", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    table = calibrate(arguments.repeats) if arguments.calibrate else validate(arguments.repeats)
+    name, option, run = "validation.csv", "", validate
+    if arguments.calibrate:
+        name, option, run = "calibration.csv", " --calibrate", calibrate
+    elif arguments.validate_compiled:
+        name, option, run = "compiled.csv", " --validate-compiled", validate_compiled
+    table = run(arguments.repeats)
     for what in ("bytes", "rounds", "seconds"):
         table[f"{what}_ratio"] = table[f"predicted_{what}"] / table[f"measured_{what}"]
     for protocol, part in table.groupby("protocol", sort=False):
         print(f"{protocol}: predicted / measured")
         for row in part.to_dict("records"):
-            name = row.get("network") or row["operation"]
+            label = row.get("network") or row["operation"]
             batch = f", batch of {row['batch_size']}" if "batch_size" in row else ""
             print(
-                f"  {name + batch:<52} bytes {row['bytes_ratio']:.3f}  rounds {row['rounds_ratio']:.2f}  "
+                f"  {label + batch:<52} bytes {row['bytes_ratio']:.3f}  rounds {row['rounds_ratio']:.2f}  "
                 f"seconds {row['seconds_ratio']:.2f}  ({row['measured_bytes'] / 1e6:.2f} MB, "
                 f"{row['measured_rounds']:.0f} rounds, {row['measured_seconds']:.2f} s)"
             )
@@ -240,12 +377,11 @@ def main() -> None:
         print(f"  largest error in bytes: {errors.max():.1%}")
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        name = "calibration.csv" if arguments.calibrate else "validation.csv"
         with atomic_path(arguments.out / name) as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g")
         provenance = {
             **environment(torch.device("cpu")),
-            "command": f"python benchmarks/private_cost.py{' --calibrate' if arguments.calibrate else ''}",
+            "command": f"python benchmarks/private_cost.py{option}",
             "seed": SEED,
             "scale": "untrained networks of reduced width; both parties on two cores of one machine",
             "repeats": arguments.repeats,

@@ -17,10 +17,12 @@ from fairline.errors import FairlineError
 from fairline.masking import mask_relus, masked_relus
 from fairline.models import build
 from fairline.private import NETWORKS, PROTOCOL_COSTS, Network, estimate, to_graph
-from fairline.private.cost import Cheetah, cut_matrices
+from fairline.private.blocks import cheapest_blocks, cut_matrices, interleaving, packing_singly
+from fairline.private.cost import Cheetah
 from fairline.private.wire import network
 from tests.private.networks import Everything, masked, settle
-from tests.reference.private import cheapest_cut
+from tests.reference.private import cheapest_blocks as slow_blocks
+from tests.reference.private import merges
 
 RESULTS = Path(__file__).parents[2] / "papers" / "results"
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -32,22 +34,43 @@ def resnet(share: float) -> nn.Module:
     return masked(settle(build("resnet18", 5, 3, 16, width=4)), EXAMPLE, share)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.sampled_from([16, 32, 64]))
-def test_matrices_are_cut_as_cheaply_as_can_be(m, k, n, degree):
-    from fairline.private.cost import _cheapest_blocks
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.sampled_from([16, 32, 64, 8192]), st.booleans())
+def test_matrices_are_cut_as_spu_cuts_them(m, k, n, degree, packed):
+    block = cheapest_blocks(m, k, n, degree, packed=packed)
+    assert math.prod(block) <= degree
+    assert block == slow_blocks(m, k, n, degree, packed=packed)
 
-    a, b, c = _cheapest_blocks(m, k, n, degree, packed=True)
-    assert a * b * c <= degree
-    rows, inner, columns = math.ceil(m / a), math.ceil(k / b), math.ceil(n / c)
-    price = 1000 * (min(rows, columns) * inner + math.ceil(rows * columns / b))
-    price += math.ceil(m * n / degree) * b + rows * inner * columns / 10
-    assert price == pytest.approx(cheapest_cut(m, k, n, degree))
+
+@pytest.mark.parametrize("product", [(1, 3072, 300), (1, 7000, 11), (64, 576, 64), (300, 100, 30)])
+@pytest.mark.parametrize("packed", [True, False])
+def test_matrices_of_real_size_are_cut_as_spu_cuts_them(product, packed):
+    assert cheapest_blocks(*product, 8192, packed=packed) == slow_blocks(*product, 8192, packed=packed)
+
+
+@given(st.integers(1, 600), st.sampled_from([1, 2, 4, 8, 64]))
+def test_interleaving_takes_the_merges_of_a_tree(results, gap):
+    groups = [min(gap, results - start) for start in range(0, results, gap)]
+    assert interleaving(results, gap) == sum(merges([i < size for i in range(gap)]) for size in groups)
+
+
+@given(st.integers(1, 64))
+def test_packing_singly_takes_the_merges_of_a_tree_and_a_trace(values):
+    degree, filled = 64, 1
+    while filled < values:
+        filled *= 2
+    there = [i < values for i in range(filled)]
+    assert packing_singly(values, degree) == merges(there) + round(math.log2(degree / filled))
 
 
 def test_a_product_that_fits_one_polynomial_is_not_packed():
     blocks = cut_matrices(1, 64, 5)
-    assert (blocks.packed, blocks.returned, blocks.automorphisms) == (False, 1, 0)
+    assert (blocks.packing, blocks.returned, blocks.automorphisms) == ("none", 1, 0)
+
+
+def test_results_that_are_not_packed_may_be_several_ciphertexts():
+    blocks = cut_matrices(1, 3840, 3)
+    assert (blocks.packing, blocks.sent, blocks.returned) == ("none", 1, 2)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOL_COSTS)

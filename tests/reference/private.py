@@ -35,16 +35,27 @@ def fixed_point_linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, bits
     return np.array(out, float) / scale
 
 
-def cheapest_cut(m: int, k: int, n: int, degree: int) -> float:
-    """Price of the cheapest cut into blocks of which one product fits into a polynomial, by trying every one."""
-    best = math.inf
-    packed_inner = [2**i for i in range(20) if 2**i <= k]
-    for rows in range(1, m + 1):
-        for inner in packed_inner:
-            for columns in range(1, n + 1):
-                if rows * inner * columns <= degree:
-                    a, b, c = (math.ceil(size / block) for size, block in ((m, rows), (k, inner), (n, columns)))
-                    ciphertexts = min(a, c) * b + math.ceil(a * c / inner)
-                    rotations = math.ceil(m * n / degree) * inner
-                    best = min(best, 1000 * ciphertexts + rotations + a * b * c / 10)
+def cheapest_blocks(m: int, k: int, n: int, degree: int, *, packed: bool) -> tuple[int, int, int]:
+    """Block sizes of the cheapest cut, by trying every one in SPU's order; of several the last."""
+    best, least = (1, 1, 1), math.inf
+    for a in range(1, min(degree, m) + 1):
+        for b in [2**i for i in range(k.bit_length())] if packed else range(1, k + 1):
+            if a * b <= degree:
+                c = min(n, degree // (a * b))
+                rows, inner, columns = math.ceil(m / a), math.ceil(k / b), math.ceil(n / c)
+                ciphertexts = min(rows, columns) * inner + math.ceil(rows * columns / b)
+                rotations = math.ceil(m * n / degree) * b if packed else 0
+                price = 1000 * ciphertexts + rotations + rows * inner * columns / 10
+                if price <= least:
+                    best, least = (a, b, c), price
     return best
+
+
+def merges(there: list[bool]) -> int:
+    """Merge the first half of a list into the second until one is left; count merges of which one side is there."""
+    count = 0
+    while len(there) > 1:
+        half = len(there) // 2
+        there = [one or other for one, other in zip(there[:half], there[half:], strict=True)]
+        count += sum(there)
+    return count

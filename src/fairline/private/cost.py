@@ -14,13 +14,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any
 
 import pandas as pd
 from torch import Tensor, nn
 
 from fairline.errors import FairlineError
+from fairline.private.blocks import cut_matrices
 from fairline.private.export import to_graph
 from fairline.private.graph import Node, PlainGraph, kept_relus
 from fairline.private.wire import Network
@@ -78,8 +78,12 @@ class ProtocolCost(ABC):
     def product(self, n: int) -> Cost:
         """Product of n shared values with n shared ones, truncated."""
 
-    def convolution(self, inputs: int, outputs: int, m: int, k: int, n: int) -> Cost:
-        """A convolution with ``inputs`` and ``outputs`` values, as a product (m, k) × (k, n)."""
+    def pick(self, n: int) -> Cost:
+        """Pick n shared values by public indices: each party does it for itself."""
+        return Cost()
+
+    def convolution(self, inputs: int, outputs: int, windows: int, m: int, k: int, n: int) -> Cost:
+        """A convolution with ``inputs`` and ``outputs`` values, as a product (m, k) × (k, n) of ``windows`` cut out."""
         return self.matmul(m, k, n)
 
     def open(self, n: int) -> Cost:
@@ -87,23 +91,30 @@ class ProtocolCost(ABC):
         return Cost(bytes=8 * n + 42, rounds=self.per_call_rounds)
 
 
+#: Seconds that SPU takes to pick a value by its index.
+_PICK = 2e-6
+
 _SPU = "measured with SPU 0.9.5 on one layer at a time (benchmarks/private_cost.py --calibrate)"
 
 
 class Cheetah(ProtocolCost):
     """Cheetah (Huang et al. 2022) as SPU 0.9.5 implements it, ring of 64 bits.
 
-    Linear layers are products of polynomials under homomorphic encryption: the smaller operand is sent in ciphertexts
-    of degree 8,192, the result comes back in packed ones. How many there are follows from how the matrices are cut into
-    blocks; SPU cuts so that ``1000·ciphertexts + automorphisms + products/10`` is least, and so does this model.
+    The protocol: linear layers are products of polynomials under homomorphic encryption; the operand that needs fewer
+    polynomials is sent in ciphertexts, the results come back in packed ones. How many there are follows from how the
+    matrices are cut into blocks (:mod:`fairline.private.blocks`). Of the work, packing weighs most: an automorphism
+    takes ten times as long as a product, and a vector times a matrix with n columns takes up to 2n of them.
+
+    This engine: where it cuts, the sizes of its ciphertexts (seeded and compressed), that results of small products are
+    not packed, that comparisons of more than 2,048 values run in two threads, and all seconds.
     """
 
     source = _SPU + "; block sizes follow SPU's published rule (libspu/mpc/cheetah/arith/matmat_prot.cc)"
     setup = Cost(bytes=23.415e6, rounds=57, compute_seconds=4.9)
 
-    #: Bytes of a ciphertext on its way out (its other half is a seed) and back (both halves, fewer primes). If only one
-    #: comes back it is not packed: one half is zero but for the results, 16 bytes each.
-    SENT, RETURNED, RETURNED_ALONE, RESULT_ALONE = 185_020, 255_000, 127_300, 16
+    #: Bytes of a ciphertext on its way out (its other half is a seed) and back (both halves, fewer primes). One that is
+    #: not packed has a half that is zero but for the results, 18 bytes each.
+    SENT, RETURNED, RETURNED_ALONE, RESULT_ALONE = 184_950, 254_400, 127_310, 18
     #: Bytes that truncating a value takes.
     TRUNCATE = 3.125
     #: Bytes of a comparison with zero and of the product with its result.
@@ -115,27 +126,42 @@ class Cheetah(ProtocolCost):
     #: Triples for products of shared values are made 4,096 at a time, of which a call with quadratics needs many; using
     #: one takes 32 bytes.
     TRIPLE, USE_TRIPLE = 279.2, 32.1
-    #: Seconds: product of ciphertext and plaintext, automorphism, ciphertext sent, matrix product, ReLU.
-    MULTIPLY, ROTATE, ENCRYPT, PRODUCT, RELU = 1.2e-3, 1.15e-3, 9.4e-3, 1.0e-2, 2.6e-5
+    #: Seconds of a matrix product: to send a ciphertext, to encode a polynomial and multiply it with one, to merge two
+    #: results, interleaved or packed one by one (that works on a prime fewer), and what every product waits.
+    ENCRYPT, MULTIPLY, INTERLEAVE, PACK, PRODUCT = 5.1e-3, 2.3e-4, 1.7e-3, 8.5e-4, 7.5e-3
+    #: Seconds to cut out a window of a convolution.
+    WINDOW = 2.9e-5
+    #: Seconds of a layer of ReLUs and of each, of a truncation and of each value.
+    RELUS, RELU, TRUNCATION, TRUNCATED = 8.5e-3, 1.3e-5, 1.0e-3, 7e-7
     ROUNDS_RELU, ROUNDS_MATMUL, ROUNDS_TRUNCATE, ROUNDS_PRIVATE, ROUNDS_PRODUCT = 20, 4, 2, 6, 2
 
     def relu(self, n: int) -> Cost:
-        return Cost((self.SIGN + self.SELECT) * n, self.TRANSFERS * n, self.ROUNDS_RELU, self.RELU * n)
+        seconds = self.RELUS + self.RELU * n
+        return Cost((self.SIGN + self.SELECT) * n, self.TRANSFERS * n, self.ROUNDS_RELU, seconds)
 
     def matmul(self, m: int, k: int, n: int) -> Cost:
         blocks = cut_matrices(m, k, n)
-        back = self.RETURNED * blocks.returned if blocks.packed else self.RETURNED_ALONE + self.RESULT_ALONE * m * n
+        back = self.RETURNED * blocks.returned
+        if blocks.packing == "none":
+            back = self.RETURNED_ALONE * blocks.returned + self.RESULT_ALONE * m * n
+        automorphism = self.INTERLEAVE if blocks.packing == "interleaved" else self.PACK
         return Cost(
             bytes=self.SENT * blocks.sent + back + self.TRUNCATE * m * n,
             rounds=self.ROUNDS_MATMUL,
-            compute_seconds=self.MULTIPLY * blocks.products
-            + self.ROTATE * blocks.automorphisms
-            + self.ENCRYPT * (blocks.sent + blocks.returned)
-            + self.PRODUCT,
+            compute_seconds=self.PRODUCT
+            + self.ENCRYPT * blocks.sent
+            + self.MULTIPLY * blocks.products
+            + automorphism * blocks.automorphisms,
         )
 
+    def pick(self, n: int) -> Cost:
+        return Cost(compute_seconds=_PICK * n)
+
+    def convolution(self, inputs: int, outputs: int, windows: int, m: int, k: int, n: int) -> Cost:
+        return self.matmul(m, k, n) + Cost(compute_seconds=self.WINDOW * windows)
+
     def truncate(self, n: int) -> Cost:
-        return Cost(self.TRUNCATE * n, rounds=self.ROUNDS_TRUNCATE, compute_seconds=5e-7 * n)
+        return Cost(self.TRUNCATE * n, 0, self.ROUNDS_TRUNCATE, self.TRUNCATION + self.TRUNCATED * n)
 
     def product_with_private(self, n: int) -> Cost:
         batches = math.ceil(n / self.PRIVATE_PRODUCTS)
@@ -148,84 +174,37 @@ class Cheetah(ProtocolCost):
         return Cost(total * n, rounds=self.ROUNDS_PRODUCT, compute_seconds=1.2e-5 * n)
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """How many ciphertexts and operations on them a matrix product takes."""
-
-    sent: int
-    returned: int
-    products: int
-    automorphisms: int
-    packed: bool
-
-
-@cache
-def cut_matrices(m: int, k: int, n: int, degree: int = 8192) -> Blocks:
-    """Cut (m, k) × (k, n) into blocks whose product fits into one polynomial, as cheaply as possible.
-
-    Args:
-        m: Rows.
-        k: Inner size.
-        n: Columns.
-        degree: Of the polynomials.
-
-    Returns:
-        What the blocks of the cheapest cut add up to.
-
-    >>> cut_matrices(1, 64, 5)
-    Blocks(sent=1, returned=1, products=1, automorphisms=0, packed=False)
-    """
-    best = _cheapest_blocks(m, k, n, degree, packed=True)
-    # One result polynomial needs no packing, which frees the inner block size from powers of two.
-    packed = math.ceil(m / best[0]) * math.ceil(n / best[2]) > 1
-    if not packed:
-        best = _cheapest_blocks(m, k, n, degree, packed=False)
-    rows, inner, columns = (math.ceil(size / block) for size, block in zip((m, k, n), best, strict=True))
-    returned = math.ceil(rows * columns / best[1]) if packed else rows * columns
-    automorphisms = math.ceil(m * n / degree) * best[1] if packed else 0
-    return Blocks(min(rows, columns) * inner, returned, rows * inner * columns, automorphisms, packed)
-
-
-def _cheapest_blocks(m: int, k: int, n: int, degree: int, *, packed: bool) -> tuple[int, int, int]:
-    best, least = (1, 1, 1), math.inf
-    inner_sizes = [2**i for i in range(k.bit_length())] if packed else list(range(1, k + 1))
-    for a in range(1, min(degree, m) + 1):
-        rows = -(-m // a)
-        for b in inner_sizes:
-            if a * b > degree or b > k:
-                break
-            c = min(n, degree // (a * b))
-            inner, columns = -(-k // b), -(-n // c)
-            ciphertexts = min(rows, columns) * inner + -(-rows * columns // b)
-            rotations = -(-m * n // degree) * b if packed else 0
-            price = 1000 * ciphertexts + rotations + rows * inner * columns / 10
-            if price <= least:
-                best, least = (a, b, c), price
-    return best
-
-
 class Semi2k(ProtocolCost):
     """SEMI2K (SPDZ2k's semi-honest part; Cramer et al. 2018) as SPU 0.9.5 implements it, its first party the dealer.
 
-    A ring of 64 bits. Products cost what opening both masked operands costs: eight bytes a value and party.
+    The protocol: a ring of 64 bits; a product opens both masked operands, eight bytes a value and party, in each call
+    anew, so weights are paid for as values are. This engine: that the dealer is one of the two parties, and all
+    seconds.
     """
 
     source = _SPU
     setup = Cost(bytes=1.215e6, rounds=19, compute_seconds=0.15)
 
+    #: Seconds to mask, send and open a value of a product, to multiply and add one, to cut out a window of a
+    #: convolution, and what every product waits.
+    OPEN, MULTIPLY, WINDOW, PRODUCT = 8.2e-8, 1.1e-9, 1.4e-5, 1.0e-3
+
     def relu(self, n: int) -> Cost:
-        return Cost(144 * n, rounds=8, compute_seconds=1e-2 + 2.5e-6 * n)
+        return Cost(144 * n, rounds=8, compute_seconds=5.0e-3 + 1.4e-6 * n)
 
     def matmul(self, m: int, k: int, n: int) -> Cost:
         opened = m * k + k * n
-        return Cost(16 * opened + 8 * m * n, rounds=2, compute_seconds=1e-8 * m * k * n + 4e-7 * opened + 5e-3)
+        seconds = self.PRODUCT + self.OPEN * opened + self.MULTIPLY * m * k * n
+        return Cost(16 * opened + 8 * m * n, rounds=2, compute_seconds=seconds)
 
-    def convolution(self, inputs: int, outputs: int, m: int, k: int, n: int) -> Cost:
-        # Unfolding the input takes longer than multiplying it.
-        return self.matmul(m, k, n) + Cost(compute_seconds=0.03)
+    def pick(self, n: int) -> Cost:
+        return Cost(compute_seconds=_PICK * n)
+
+    def convolution(self, inputs: int, outputs: int, windows: int, m: int, k: int, n: int) -> Cost:
+        return self.matmul(m, k, n) + Cost(compute_seconds=self.WINDOW * windows)
 
     def truncate(self, n: int) -> Cost:
-        return Cost(8 * n, rounds=1, compute_seconds=5e-8 * n)
+        return Cost(8 * n, rounds=1, compute_seconds=1.0e-3 + 5e-8 * n)
 
     def product_with_private(self, n: int) -> Cost:
         return Cost(40 * n, rounds=2, compute_seconds=5e-6 * n)
@@ -252,9 +231,9 @@ class Delphi(ProtocolCost):
         return Cost(2048 * n, 17_500 * n, 2, math.nan)
 
     def matmul(self, m: int, k: int, n: int) -> Cost:
-        return self.convolution(m * k, m * n, m, k, n)
+        return self.convolution(m * k, m * n, 1, m, k, n)
 
-    def convolution(self, inputs: int, outputs: int, m: int, k: int, n: int) -> Cost:
+    def convolution(self, inputs: int, outputs: int, windows: int, m: int, k: int, n: int) -> Cost:
         ciphertexts = math.ceil(inputs / 8192) + math.ceil(outputs / 8192)
         return Cost(4 * inputs, self.CIPHERTEXT * ciphertexts, 1, math.nan)
 
@@ -263,7 +242,7 @@ class Delphi(ProtocolCost):
         return Cost()
 
     def product_with_private(self, n: int) -> Cost:
-        return self.convolution(n, n, n, 1, 1)
+        return self.convolution(n, n, 1, n, 1, 1)
 
     def product(self, n: int) -> Cost:
         return Cost(16 * n, 152 * n, 1, math.nan)
@@ -287,9 +266,9 @@ class CrypTFlow2(ProtocolCost):
         return Cost((self.SECURITY + 18) * self.RING / 8 * n, rounds=math.log2(self.RING) + 4, compute_seconds=math.nan)
 
     def matmul(self, m: int, k: int, n: int) -> Cost:
-        return self.convolution(m * k, m * n, m, k, n)
+        return self.convolution(m * k, m * n, 1, m, k, n)
 
-    def convolution(self, inputs: int, outputs: int, m: int, k: int, n: int) -> Cost:
+    def convolution(self, inputs: int, outputs: int, windows: int, m: int, k: int, n: int) -> Cost:
         ciphertexts = math.ceil(inputs / 8192) + math.ceil(outputs / 8192)
         return Cost(Delphi.CIPHERTEXT * ciphertexts, rounds=2, compute_seconds=math.nan) + self.truncate(outputs)
 
@@ -298,7 +277,7 @@ class CrypTFlow2(ProtocolCost):
         return Cost(bits / 8 * n, rounds=math.log2(self.RING) + 3, compute_seconds=math.nan)
 
     def product_with_private(self, n: int) -> Cost:
-        return self.convolution(n, n, n, 1, 1)
+        return self.convolution(n, n, 1, n, 1, 1)
 
     def product(self, n: int) -> Cost:
         # Two cross terms, each a product of one party's values with the other's.
@@ -455,14 +434,18 @@ def layer_costs(graph: PlainGraph, costs: ProtocolCost, batch: int = 1) -> Itera
 
 
 def _conv2d(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
-    channels, *kernel = graph.shapes[node.weights[0]][1:]
+    per_group, *kernel = graph.shapes[node.weights[0]][1:]
     groups = int(node.options["groups"])
-    rows = batch * math.prod(node.shape[1:])
-    outputs = node.shape[0] // groups
-    inputs = batch * math.prod(graph.input_shapes(node)[0]) // groups
+    sides = graph.input_shapes(node)[0][1:]
+    windows, outputs = math.prod(node.shape[1:]), node.shape[0] // groups
+    product = (batch * windows, per_group * math.prod(kernel), outputs)
+    if math.prod(kernel) > math.prod(sides):
+        # XLA makes the kernel the image and the image the kernel where that multiplies less.
+        product = (batch, per_group * math.prod(sides), outputs * windows)
+    inputs = batch * per_group * math.prod(sides)
     total = Cost()
     for _ in range(groups):
-        total += costs.convolution(inputs, rows * outputs, rows, channels * math.prod(kernel), outputs)
+        total += costs.convolution(inputs, batch * windows * outputs, windows, *product)
     return total
 
 
@@ -488,13 +471,16 @@ def _free(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cos
 
 
 def _relu(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
-    return costs.relu(batch * kept_relus(graph, node))
+    kept, units = kept_relus(graph, node), math.prod(node.shape)
+    total = costs.relu(batch * kept) if kept else Cost()
+    # Kept units are picked out, and put back among the others.
+    return total if node.mask is None else total + costs.pick(2 * batch * units)
 
 
 def _quadratic(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
-    kept = kept_relus(graph, node)
-    squares = batch * (math.prod(node.shape) - kept)
-    total = costs.product_with_private(squares) + costs.product(squares)
+    kept, units = kept_relus(graph, node), math.prod(node.shape)
+    squares = batch * (units - kept)
+    total = costs.product_with_private(squares) + costs.product(squares) + costs.pick(2 * batch * units)
     return total + costs.relu(batch * kept) if kept else total
 
 

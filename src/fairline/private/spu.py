@@ -432,7 +432,8 @@ def two_processes(
                 relay = stack.enter_context(contextlib.closing(Relay(job["addresses"][1 - rank], slow)))
                 job["addresses"][1 - rank] = relay.address
         parties = [
-            stack.enter_context(PartyProcess.start(rank, Path(job["folder"]), job)) for rank, job in jobs.items()
+            stack.enter_context(PartyProcess.start(rank, Path(job["folder"]), job, share=len(jobs)))
+            for rank, job in jobs.items()
         ]
         wait_for(parties, session, progress, quiet=5 * timeout, saved=saved)
     return session
@@ -482,8 +483,18 @@ class PartyProcess:
 
     @classmethod
     @contextlib.contextmanager
-    def start(cls, rank: int, folder: Path, job: Mapping[str, Any]) -> Iterator[PartyProcess]:
-        """Start the process; it is gone when the block ends."""
+    def start(cls, rank: int, folder: Path, job: Mapping[str, Any], share: int = 1) -> Iterator[PartyProcess]:
+        """Start the process; it is gone when the block ends.
+
+        Args:
+            rank: Which party.
+            folder: Its own.
+            job: What it is told.
+            share: Parties among which this machine's cores are divided.
+
+        Yields:
+            The running party.
+        """
         write_text(folder / "job.json", json.dumps(job))
         errors = folder / "stderr.txt"
         with errors.open("w") as stderr:
@@ -493,7 +504,14 @@ class PartyProcess:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "JAX_PLATFORMS": "cpu"},
+                env={
+                    # SPU multiplies matrices in four threads wherever it runs; more than there are cores wait for
+                    # each other ten times longer than they compute.
+                    "OMP_THREAD_LIMIT": str(max(1, (os.cpu_count() or 1) // share)),
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "JAX_PLATFORMS": "cpu",
+                },
             )
         party = cls(rank, process, errors)
         try:
