@@ -17,7 +17,7 @@ from fairline.compiler.planner import MAX_WEIGHTS
 from fairline.data import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
-from fairline.jobs._common import STUDENTS, built_on, do_once, load_parts
+from fairline.jobs._common import STUDENTS, built_on, do_once, load_parts, require_split
 from fairline.private.export import to_graph
 from fairline.private.wire import network as find_network
 from fairline.runs import NetworkInfo, Run, load_info, load_network, save_compiled
@@ -99,6 +99,7 @@ def compile_job(
     Raises:
         FairlineError: The input is wrong, or a compiled network does not compute what its original does.
     """
+    require_split(split)
     request = _Request(protocol, network, batch_size, minimise, max_weights)
     parent = Run.read(source, *STUDENTS)
     found = _chosen(parent, networks)
