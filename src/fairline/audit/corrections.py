@@ -192,15 +192,15 @@ def _of_parts(subject: Subject, samples: int, rng: np.random.Generator) -> list[
     small, largest = compared(subject.sizes or {name: len(own) for name, own in index.items()}, right)
     if not small:
         return rows
-    rows += [
-        Row(name, "correction_compared", 1 if name in small else -1, n=len(index[name])) for name in (*small, largest)
-    ]
+    chosen = {name: index[name] for name in (*small, largest)}
+    n = sum(map(len, chosen.values()))
+    rows += [Row(name, "correction_compared", 1 if name in small else -1, n=len(own)) for name, own in chosen.items()]
     for prefix, network in (("", AFFINE), ("centred_", CENTRED)):
-        shares = {name: relative_drop(*correct[index[name]][:, [WHOLE, network]].mean(0)) for name in (*small, largest)}
-        draws = {name: _shares(drawn[name], network) for name in (*small, largest)}
-        value, spread = (np.mean([each[name] for name in small], axis=0) - each[largest] for each in (shares, draws))
-        n = sum(len(index[name]) for name in (*small, largest))
-        rows.append(Row(OVERALL, f"{prefix}minority_correction_share_gap", float(value), *_limits(spread), n))
+        shares = {name: relative_drop(*correct[own][:, [WHOLE, network]].mean(0)) for name, own in chosen.items()}
+        value = float(np.mean([shares[name] for name in small]) - shares[largest])
+        spread = {name: _shares(drawn[name], network) for name in chosen}
+        limits = _limits(np.mean([spread[name] for name in small], axis=0) - spread[largest])
+        rows.append(Row(OVERALL, f"{prefix}minority_correction_share_gap", value, *limits, n))
     return rows
 
 

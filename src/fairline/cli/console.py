@@ -221,6 +221,30 @@ def print_audit(run: Run) -> None:
             print_frame(words, title, dict.fromkeys(words, ".4g"))
 
 
+def print_compiled(table: pd.DataFrame, plan: pd.DataFrame) -> None:
+    """What each network was compiled to, block by block, and how far it agrees with its original."""
+    import pandas as pd
+
+    from fairline.report.compiled import told
+
+    for name, part in plan.groupby("network", sort=False):
+        ends = [first if first == last else f"{first} … {last}" for first, last in part[["first", "last"]].to_numpy()]
+        shown = part[["form", "levels", "relus", "weights"]].set_axis(["form", "levels", "ReLUs", "weights"], axis=1)
+        for column, title, factor, digits in (
+            ("bytes", "MB", 1e6, 2),
+            ("rounds", "rounds", 1, 0),
+            ("seconds", "s", 1, 3),
+        ):
+            pairs = part[[f"{column}_before", column]].to_numpy() / factor
+            shown[title] = [f"{before:,.{digits}f} → {after:,.{digits}f}" for before, after in pairs]
+        shown.index = pd.Index(ends, name="part")
+        print_frame(shown, f"{name}: original → compiled, predicted", {"ReLUs": ",.0f", "weights": ",.0f"})
+    for row in table.to_dict("records"):
+        out_console.print(told(row), soft_wrap=True, highlight=False)
+        if row["left_out"]:
+            out_console.print(row["left_out"], soft_wrap=True, highlight=False)
+
+
 def print_frontier(table: pd.DataFrame, network: str) -> None:
     """A frontier's tables, one a protocol."""
     import pandas as pd

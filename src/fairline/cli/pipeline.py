@@ -14,6 +14,7 @@ from fairline.cli.console import (
     out_console,
     print_audit,
     print_comparison,
+    print_compiled,
     print_frame,
     print_frontier,
     progress_bars,
@@ -469,6 +470,47 @@ def ablate(
     print_comparison(run)
 
 
+@app.command("compile")
+def compile_networks(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a linearize, finetune or last-layer run.")],
+    out: Out,
+    networks: Annotated[
+        str, typer.Option(help="Which of its networks, comma-separated, such as budget-500; all by default.")
+    ] = "",
+    protocol: Annotated[
+        str, typer.Option(help="Of the private inference: cheetah, semi2k, delphi or cryptflow2.")
+    ] = "cheetah",
+    network: Wire = "lan",
+    batch_size: Annotated[int, typer.Option(help="Images in a call.")] = 1,
+    minimise: Annotated[
+        str, typer.Option(help="seconds, bytes or rounds, as the cost model predicts them.")
+    ] = "seconds",
+    max_weights: Annotated[int, typer.Option(help="Numbers that a compiled network's weights may be.")] = 100_000_000,
+    split: Annotated[str, typer.Option(help="Part on whose images both networks are compared.")] = "test",
+    root: Root = None,
+) -> None:
+    """Turn linearized networks into equal ones that cost what their ReLUs cost: what is affine becomes one matrix."""
+    from fairline.jobs import compile_job
+    from fairline.report.compiled import write_compiled
+
+    with progress_bars() as progress:
+        run = compile_job(
+            source,
+            out,
+            networks=parse_names(networks, "network") if networks else (),
+            protocol=protocol,
+            network=network,
+            batch_size=batch_size,
+            minimise=minimise,
+            max_weights=max_weights,
+            split=split,
+            root=None if root is None else str(root),
+            progress=progress,
+        )
+    print_compiled(run.table("compiled.parquet"), run.table("plan.parquet"))
+    out_console.print(f"Page: {write_compiled(run.folder).resolve()}", soft_wrap=True)
+
+
 @app.command()
 def frontier(
     source: Annotated[Path, typer.Argument(metavar="AUDIT", help="Folder of an audit run.")],
@@ -522,10 +564,12 @@ def frontier(
 
 @app.command()
 def report(
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of an audit, compare or frontier run.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of an audit, compare, frontier or compile run.")
+    ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="HTML file; report, comparison or frontier.html in that folder by default."),
+        typer.Option("--out", help="HTML file; report, comparison, frontier or compiled.html there by default."),
     ] = None,
     figures: Annotated[
         Path | None, typer.Option("--figures", help="Also write each figure there, as SVG and PNG.")
@@ -536,24 +580,32 @@ def report(
     ] = None,
     within: Annotated[float, typer.Option(help="Drop in percent that any group may suffer, for the cost panel.")] = 5.0,
 ) -> None:
-    """Write the fairness report, the comparison page or the cost page: one HTML file that opens offline."""
+    """Write the fairness report, or the page of a comparison, frontier or compilation: one HTML file, for offline."""
     from fairline.report.comparison import write_comparison, write_comparison_figures
+    from fairline.report.compiled import write_compiled, write_compiled_figures
     from fairline.report.costs import write_cost_figures, write_frontier
     from fairline.report.html import write_figures, write_report
     from fairline.runs import Run
 
-    command = Run.read(source, "audit", "compare", "frontier").command
+    command = Run.read(source, "audit", "compare", "frontier", "compile").command
     if costs is not None and command != "audit":
         raise FairlineError(f"The cost panel belongs to the report of an audit; {source} holds a {command} run.")
     if command == "audit":
         path = write_report(source, out, costs=costs, within=within)
     elif command == "frontier":
         path = write_frontier(source, out, within=within)
+    elif command == "compile":
+        path = write_compiled(source, out)
     else:
         path = write_comparison(source, out)
     out_console.print(f"Report: {path.resolve()}", soft_wrap=True)
     if figures is not None:
-        writers = {"audit": write_figures, "compare": write_comparison_figures, "frontier": write_cost_figures}
+        writers = {
+            "audit": write_figures,
+            "compare": write_comparison_figures,
+            "frontier": write_cost_figures,
+            "compile": write_compiled_figures,
+        }
         for file in writers[command](source, figures):
             out_console.print(f"Figure: {file}", soft_wrap=True)
 

@@ -2,6 +2,7 @@
 
 from fairline.jobs.audit import audit_job
 from fairline.jobs.compare import compare_job
+from fairline.jobs.compiled import compile_job
 from fairline.jobs.demo import run_demo
 from fairline.jobs.finetune import ablate_job, finetune_job, last_layer_job
 from fairline.jobs.imported import import_job
@@ -14,6 +15,7 @@ __all__ = [
     "audit_job",
     "build_linearizer",
     "compare_job",
+    "compile_job",
     "finetune_job",
     "import_job",
     "last_layer_job",

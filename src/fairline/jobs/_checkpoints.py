@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairline.errors import FairlineError
+from fairline.jobs._common import LINEARIZED
 from fairline.private.export import to_graph
 from fairline.private.graph import PlainGraph
 from fairline.runs import NetworkInfo, Run, digest, load_info, load_network
 from fairline.training import Progress, ProgressCallback
 
 #: Commands whose runs hold networks.
-WITH_NETWORKS = ("train", "linearize", "finetune", "last-layer")
+WITH_NETWORKS = ("train", *LINEARIZED)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,11 @@ from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.runs import DataSpec, NetworkInfo, Run, load_network, save_network
 
-#: Commands whose runs hold linearized networks.
+#: Commands whose runs hold linearized networks that can be trained on.
 STUDENTS = ("linearize", "finetune", "last-layer")
+
+#: Commands whose runs hold linearized networks.
+LINEARIZED = (*STUDENTS, "compile")
 
 #: What is told of a network while it is made: a row an epoch, for ``metrics.parquet``.
 Rows = list[dict[str, Any]]

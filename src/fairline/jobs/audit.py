@@ -13,7 +13,7 @@ from fairline._io import resolve_device, write_table
 from fairline.audit import REGISTRY, Subject, audit_subject, explaining
 from fairline.errors import FairlineError
 from fairline.jobs._common import (
-    STUDENTS,
+    LINEARIZED,
     built_on,
     do_once,
     lineage_of,
@@ -47,7 +47,7 @@ def audit_job(
     Each network's numbers are kept as soon as they are known, so an interrupted audit resumes at the next network.
 
     Args:
-        sources: Folders of train, linearize or finetune runs with one base network.
+        sources: Folders of train, linearize, finetune or compile runs with one base network.
         out: The run folder.
         measures: Which; see ``fairline.audit.REGISTRY``. The base network is left out where a reference is needed.
         options: Settings of measures, by name.
@@ -69,7 +69,7 @@ def audit_job(
     where = resolve_device(device)
     require_bootstrap(split, resamples)
     request = _Request(measures, options or {}, explain, split, resamples, seed)
-    runs = open_runs("An audit", sources, "train", *STUDENTS)
+    runs = open_runs("An audit", sources, "train", *LINEARIZED)
     base = _common_base(runs)
     config = {
         **built_on(base),
@@ -183,6 +183,7 @@ def _described(info: NetworkInfo) -> dict[str, Any]:
         "objective": info.objective,
         "placement": info.placement,
         "surrogate": info.surrogate,
+        "compiled": info.compiled,
         "relus": info.relus,
         "total_relus": info.total,
         "seed": info.seed,

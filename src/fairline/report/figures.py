@@ -32,12 +32,14 @@ def prepare(audit: pd.DataFrame, counts: pd.DataFrame) -> pd.DataFrame:
     frame["budget"] = frame["percent"].map(labels)
     sizes = counts[counts["part"] == "train"].set_index("group")["n"]
     frame["train_n"] = frame["group"].map(sizes).fillna(sizes.sum()).astype(int)
-    for column, usual in (("placement", ""), ("surrogate", "identity")):
+    for column, usual in (("placement", ""), ("surrogate", "identity"), ("compiled", False)):
         if column not in frame:
             frame[column] = usual
     frame["variant"] = [
         variant_label(*row)
-        for row in frame[["stage", "method", "objective", "placement", "surrogate"]].itertuples(index=False, name=None)
+        for row in frame[["stage", "method", "objective", "placement", "surrogate", "compiled"]].itertuples(
+            index=False, name=None
+        )
     ]
     return frame
 
@@ -65,7 +67,14 @@ def budget_labels(percents: Iterable[float]) -> dict[float, str]:
 METHOD_NAMES = {"snl": "SNL", "senet": "SENet", "autorep": "AutoReP", "deepreduce": "DeepReDuce"}
 
 
-def variant_label(stage: str, method: str, objective: str, placement: str = "", surrogate: str = "identity") -> str:
+def variant_label(
+    stage: str,
+    method: str,
+    objective: str,
+    placement: str = "",
+    surrogate: str = "identity",
+    compiled: bool = False,
+) -> str:
     """Say what was done to the network.
 
     >>> variant_label("finetuned", "snl", "erm", placement="lagrangian")
@@ -79,7 +88,8 @@ def variant_label(stage: str, method: str, objective: str, placement: str = "", 
     details = ", ".join(filter(None, [placement, "" if surrogate == "identity" else surrogate]))
     masks = METHOD_NAMES.get(method, method.replace("_", " "))
     masks = f"{masks} ({details})" if details else masks
-    return f"{masks}, not finetuned" if stage == "linearized" else f"{masks} + finetune ({objective})"
+    words = f"{masks}, not finetuned" if stage == "linearized" else f"{masks} + finetune ({objective})"
+    return f"{words}, compiled" if compiled else words
 
 
 def with_base(frame: pd.DataFrame, variant: str) -> pd.DataFrame:

@@ -48,7 +48,8 @@ def javascript() -> str:
 def settings(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     """What every run that led here was told, the data, and the machine."""
     sections = []
-    for folder, config in run.config["lineage"].items():
+    lineage = run.config.get("lineage") or {str(each.folder): each.config for each in run.lineage()}
+    for folder, config in lineage.items():
         rows = [
             (key, _plain(value))
             for key, value in config.items()

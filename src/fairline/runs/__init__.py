@@ -6,7 +6,8 @@ RUN/
   status.json         running or finished
   log.txt
   metrics.parquet     one row an epoch
-  networks/NAME/      network.json, model.safetensors, masks.safetensors
+  networks/NAME/      network.json, model.safetensors, masks.safetensors; of a compiled network compiled.json,
+                      graph.safetensors (public) and weights.safetensors
   checkpoint/         what an interrupted job resumes from; removed at the end
 """
 
@@ -19,6 +20,7 @@ from fairline.runs.network import (
     count_relus,
     load_info,
     load_network,
+    save_compiled,
     save_network,
 )
 from fairline.weights import load_weights
@@ -38,5 +40,6 @@ __all__ = [
     "load_network",
     "load_weights",
     "provenance",
+    "save_compiled",
     "save_network",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from fairline._io import read_json, save_tensors, write_json
 from fairline.errors import FairlineError
 from fairline.masking import Surrogate, load_masks, mask_relus, masked_relus, relu_count, save_masks
 from fairline.weights import load_weights
+
+if TYPE_CHECKING:
+    from fairline.compiler import CompiledNetwork
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class NetworkInfo:
         reached: Whether the method reached the budget by its own rule.
         placement: Under what the masks were learned, where that is not plain distillation: ``"lagrangian"``.
         surrogate: What stands in the place of the other ReLUs: ``"identity"`` or ``"quadratic"``.
+        compiled: Whether it is a compiled network, made of one that ``model`` builds.
     """
 
     model: ModelSpec
@@ -78,6 +82,7 @@ class NetworkInfo:
     reached: bool = True
     placement: str = ""
     surrogate: Surrogate = "identity"
+    compiled: bool = False
 
     @property
     def percent(self) -> float:
@@ -91,6 +96,12 @@ def save_network(folder: Path, model: nn.Module, info: NetworkInfo) -> None:
     save_tensors(folder / "model.safetensors", {k: v for k, v in model.state_dict().items() if k not in masks})
     if masks:
         save_masks(folder / "masks.safetensors", model, method=info.method, budget=info.budget, seed=info.seed)
+    write_json(folder / "network.json", asdict(info))
+
+
+def save_compiled(folder: Path, model: CompiledNetwork, info: NetworkInfo) -> None:
+    """Write a compiled network and ``network.json``, last."""
+    model.save(folder)
     write_json(folder / "network.json", asdict(info))
 
 
@@ -116,7 +127,7 @@ def load_info(folder: Path) -> NetworkInfo:
 
 
 def load_network(folder: Path) -> tuple[nn.Module, NetworkInfo]:
-    """Read what :func:`save_network` wrote.
+    """Read what :func:`save_network` or :func:`save_compiled` wrote.
 
     Returns:
         The network, in evaluation mode, and what stands beside it.
@@ -125,6 +136,11 @@ def load_network(folder: Path) -> tuple[nn.Module, NetworkInfo]:
         FairlineError: A file is missing, broken, or does not belong to this architecture.
     """
     info = load_info(folder)
+    if info.compiled:
+        # Loaded by those who need it.
+        from fairline.compiler import CompiledNetwork
+
+        return CompiledNetwork.load(folder).eval(), info
     model = info.model.build()
     has_masks = info.stage != "base" or (folder / "masks.safetensors").exists()
     if has_masks:
