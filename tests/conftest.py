@@ -8,6 +8,8 @@ from pathlib import Path
 # Before torch: workers that share the cores wait for each other's threads, up to ten times as long.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
+# A trial is timed, so what it chooses may differ from run to run.
+os.environ["FAIRLINE_PRECISION"] = "fp32"
 
 import pytest
 import torch

@@ -390,13 +390,23 @@ def test_seeds_agree_on_one_arithmetic(tmp_path, seconds):
     assert first["bf16"] is True
 
 
-def test_auto_is_tried_after_a_base_network_of_the_default(tmp_path, seconds):
+def test_a_run_takes_the_variables_default_and_else_asks_for_a_trial(tmp_path, seconds, monkeypatch):
     seconds(2.0, 1.0)
-    train_job(tmp_path / "base", DataSpec("digits"), "cnn", {"width": 4}, epochs=1, batch_size=256)
-    assert json.loads((tmp_path / "base" / "precision.json").read_text())["bf16"] is False
-    for name, more, bf16 in (("asked", {"precision": "auto"}, True), ("not asked", {}, False)):
-        linearize_job(tmp_path / "base", tmp_path / name, [0.5], max_epochs=1, batch_size=256, **more)
-        assert json.loads((tmp_path / name / "precision.json").read_text())["bf16"] is bf16
+    for default, bf16 in (("fp32", False), (None, True)):
+        monkeypatch.delenv("FAIRLINE_PRECISION") if default is None else monkeypatch.setenv(
+            "FAIRLINE_PRECISION", default
+        )
+        base = tmp_path / f"base {default}"
+        train_job(base, DataSpec("digits"), "cnn", {"width": 4}, epochs=1, batch_size=256)
+        assert json.loads((base / "precision.json").read_text())["bf16"] is bf16
+        assert json.loads((base / "environment.json").read_text())["device"].endswith(", bf16") is bf16
+        for name, more, tried in (("asked", {"precision": "auto"}, True), ("not asked", {}, bf16)):
+            out = tmp_path / f"{name} {default}"
+            linearize_job(base, out, [0.5], max_epochs=1, batch_size=256, **more)
+            assert json.loads((out / "precision.json").read_text())["bf16"] is tried
+    monkeypatch.setenv("FAIRLINE_PRECISION", "half")
+    with pytest.raises(FairlineError, match="not 'half'"):
+        train_job(tmp_path / "half", DataSpec("digits"), "cnn", {"width": 4}, epochs=1, batch_size=256)
 
 
 def test_this_processor_is_asked():

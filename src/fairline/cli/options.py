@@ -110,8 +110,8 @@ PrecisionOption = Annotated[
     str | None,
     typer.Option(
         "--precision",
-        help="fp32, bf16, or auto: bf16 where the processor has units for it and a trial says it is faster (fp32; "
-        "later steps: as the base network).",
+        help="fp32, bf16, or auto: bf16 where the processor has units for it and a trial says it is faster (as the "
+        "base network; for that, the variable FAIRLINE_PRECISION, else auto).",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Run folder to write, or to resume.")]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fairline._io import json_digest, read_json, write_json
 from fairline.data.grouped import GroupedData
-from fairline.precision import Arithmetic, Precision, processor
+from fairline.precision import Arithmetic, Precision, processor, require_precision
 from fairline.ranks import here
 from fairline.runs import Run
 from fairline.training import TRIAL_IMAGES, choose
@@ -33,12 +34,12 @@ def settle(
     """The arithmetic of a run.
 
     What its folder says already; else, unless one is asked for, what the run that it is built on took on such a
-    processor. ``"auto"`` takes that only where a trial chose it, else what other runs of the same network agreed on.
-    Else what :func:`fairline.training.choose` finds.
+    processor. ``"auto"``, the default of a run built on none, takes that only where a trial chose it, else what other
+    runs of the same network agreed on. Else what :func:`fairline.training.choose` finds.
 
     Args:
         run: Being written.
-        precision: What was asked for; None goes on as before.
+        precision: What was asked for; None goes on as what it is built on, else as FAIRLINE_PRECISION says.
         network: That is trained.
         data: Training part.
         device: Of the training.
@@ -68,6 +69,7 @@ def _settled(
         tried = precision != "auto" or (kept is not None and kept["ratio"] is not None)
         if kept is not None and (each is run or (tried and kept["processor"] == machine)):
             return _keep(run, kept)
+    precision = precision or _default()
     if precision != "auto" or agreed is None:
         return _keep(run, _found(precision, network, data, device))
     name = f"{machine}, {json_digest(run.base().config['model'])}"
@@ -77,6 +79,13 @@ def _settled(
             write_json(agreed, {**choices, name: _found(precision, network, data, device)})
             choices = read_json(agreed)
     return _keep(run, choices[name])
+
+
+def _default() -> Precision:
+    """What the variable FAIRLINE_PRECISION says, else ``"auto"``."""
+    default = os.environ.get("FAIRLINE_PRECISION", "auto")
+    require_precision(default)
+    return cast(Precision, default)
 
 
 def _found(precision: Precision | None, network: nn.Module, data: GroupedData, device: torch.device) -> dict[str, Any]:
@@ -91,6 +100,8 @@ def _kept(file: Path) -> dict[str, Any] | None:
 def _keep(run: Run, choice: dict[str, Any]) -> Arithmetic:
     if _kept(run.folder / FILE) is None:
         write_json(run.folder / FILE, choice)
+    if choice["bf16"]:
+        run.note_device("bf16")
     return Arithmetic(**{key: value for key, value in choice.items() if key != "processor"})
 
 

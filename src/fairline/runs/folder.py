@@ -93,6 +93,13 @@ class Run:
         write_json(self.folder / "status.json", {"status": "running"})
         return False
 
+    def note_device(self, what: str) -> None:
+        """Say more of what the run computes on, for whoever reads where its numbers come from."""
+        file = self.folder / "environment.json"
+        made = read_json(file)
+        if what not in made["device"].split(", "):
+            write_json(file, {**made, "device": f"{made['device']}, {what}"})
+
     def _require_free_or_same(self, wanted: Mapping[str, Any]) -> None:
         """Refuse a folder that holds something else than the run of this config."""
         if self.folder.exists() and not self.folder.is_dir():

@@ -171,7 +171,8 @@ def _task(work: Callable[..., Any], threads: int, arguments: tuple[Any, ...]) ->
 
 def _passed_on() -> dict[str, str]:
     """Settings of this process that its workers need; a cluster's own machines may say otherwise."""
-    return {name: os.environ[name] for name in ("FAIRLINE_DATA", "FAIRLINE_SCRATCH") if name in os.environ}
+    names = ("FAIRLINE_DATA", "FAIRLINE_PRECISION", "FAIRLINE_SCRATCH")
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def _pass_on(done: Future[Any], told: Future[Any], ray: Any = None) -> None:
