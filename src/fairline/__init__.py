@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from fairline.objectives import Objective as Objective
     from fairline.objectives import Reweighting as Reweighting
     from fairline.objectives import retrain_last_layer as retrain_last_layer
+    from fairline.ranks import launch as launch
     from fairline.report.html import write_report as write_report
     from fairline.training import finetune as finetune
     from fairline.training import train as train
@@ -77,6 +78,7 @@ _LAZY = {
     "data": "",
     "finetune": "fairline.training",
     "import_masks": "fairline.weights",
+    "launch": "fairline.ranks",
     "load_masks": "fairline.masking",
     "load_weights": "fairline.weights",
     "mask_relus": "fairline.masking",

@@ -1,6 +1,7 @@
 """Atomic files: every write goes to a temporary name and is renamed, tensors are safetensors only.
 
-Of several processes that do one work (:mod:`fairline.ranks`) the first writes, and the others write nothing.
+Of several processes that do one work (:mod:`fairline.ranks`) the first writes, and the others write nothing, but for
+files that whoever holds their lock writes (``locked``).
 """
 
 from __future__ import annotations
@@ -103,17 +104,17 @@ def reading(path: str | Path) -> Iterator[None]:
         raise FairlineError(f"{path} cannot be read ({error.strerror or error}).") from None
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, *, locked: bool = False) -> None:
     """Write ``text`` to ``path`` atomically."""
-    if not here().is_first:
+    if not (locked or here().is_first):
         return
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: Any, *, locked: bool = False) -> None:
     """Write ``value`` as indented JSON to ``path`` atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", locked=locked)
 
 
 def read_json(path: str | Path) -> Any:
@@ -170,9 +171,11 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise FairlineError(f"{path} is missing or broken ({error}).") from None
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Any = None, *, locked: bool = False
+) -> None:
     """Write named tensors, with ``metadata`` as JSON in the header, atomically."""
-    if not here().is_first:
+    if not (locked or here().is_first):
         return
     # Clones: safetensors refuses tensors that share memory.
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}

@@ -183,17 +183,18 @@ def beyond(folder: Path) -> dict[str, Any]:
     drawn[ranks.rank] = torch.stack([noisy.drawn[0][:4], noisy.drawn[1][:4]])
     messages: list[str] = []
     try:
-        fl.train(nn.Linear(64, 2), data, epochs=1)
+        fl.train(Net(2), data, epochs=1)
     except fl.FairlineError as error:
         messages.append(str(error))
     (folder / f"rank-{ranks.rank}").touch()
-    fl.save_masks(fl.mask_relus(make_net(), data.normalized(slice(2))), folder / f"masks-{ranks.rank}.safetensors")
+    masked = fl.mask_relus(make_net(), data.normalized(slice(2)))
+    fl.save_masks(folder / f"masks-{ranks.rank}.safetensors", masked, method="none", budget=1, seed=0)
     resumed = resume(folder / "begun-by-one.safetensors")
     begin(folder / "begun-by-two.safetensors")
     return {"size": ranks.size, "drawn": ranks.sum(drawn, ranks.size), "refused": messages, "resumed": resumed}
 
 
-def both(folder: Path, progress: ProgressCallback | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def both(folder: Path, device: str, progress: ProgressCallback) -> tuple[dict[str, Any], dict[str, Any]]:
     """All checks in one launch; progress is reported of one more training."""
     common, own = everything(), beyond(folder)
     trained(make_data(), progress=progress)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,13 +75,14 @@ def test_gradients_and_statistics_are_those_of_the_whole_batch(n, checkpointed):
 
     def work(ranks: Group):
         model = models[ranks.rank]
-        with SharedBatchNorm(ranks) if ranks.divides(n) else nullcontext():
+        with ranks.dividing(n, CPU):
             own = forward(model, images[ranks.part(n)])
         logits = ranks.gather(own, n)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         ranks.backward(loss_of(logits, model), optimizer)
 
-    together(3, work)
+    with torch.random.fork_rng():
+        together(3, work)
     for model in models:
         for own, expected in zip(model.parameters(), whole.parameters(), strict=True):
             torch.testing.assert_close(own.grad, expected.grad)

@@ -18,8 +18,10 @@ import fairline as fl
 from fairline.cli.options import STRATEGIES as KNOWN
 from fairline.ranks import STRATEGIES, launch
 from fairline.runs import Run
+from fairline.study import cells
 from tests.commands import ENVIRONMENT, TRAIN, command, fairline, ok
 from tests.ranks import checks
+from tests.test_docs import ROOT, blocks
 
 pytest.importorskip("lightning_fabric")
 
@@ -103,7 +105,7 @@ def test_only_the_first_process_writes_and_reports(two, folder, seen):
 
 def test_what_is_wrong_is_said_as_in_one_process(two):
     with pytest.raises(fl.FairlineError) as told:
-        fl.train(torch.nn.Linear(64, 2), checks.make_data(), epochs=1)
+        fl.train(checks.Net(2), checks.make_data(), epochs=1)
     assert two[1]["refused"] == [str(told.value)]
 
 
@@ -184,3 +186,17 @@ def test_what_cannot_be_sent_to_another_process_is_named():
 
 def test_the_command_line_knows_all_strategies():
     assert KNOWN == STRATEGIES
+
+
+def test_the_code_in_the_guide_runs(capsys):
+    (code,) = (block for block in blocks(ROOT / "docs" / "guide.md", "python") if "fl.launch" in block)
+    exec(compile(code, "guide.md", "exec"), {"__name__": "__main__"})
+    assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["train", "linearize", "finetune", "audit", "last-layer", "compare"])
+def test_a_study_lets_its_devices_work_on_what_can_be_divided(monkeypatch, tmp_path, kind):
+    asked = {}
+    monkeypatch.setattr(cells, "launch", lambda work, *_, devices, **__: asked.update(devices=devices))
+    cells.compute(cells.Cell(kind, {}, (), "digits-0/cell", {}), tmp_path / "cell", [], devices=3)
+    assert asked["devices"] == (1 if kind in ("last-layer", "compare") else 3)

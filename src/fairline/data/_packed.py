@@ -50,9 +50,9 @@ def seal(folder: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
     Raises:
         FairlineError: The folder cannot be written.
     """
-    save_tensors(folder / INDEX, tensors)
+    save_tensors(folder / INDEX, tensors, locked=True)
     header = {"format": FORMAT, **header}
-    write_json(folder / HEADER, {**header, "digest": _digest(folder, header)})
+    write_json(folder / HEADER, {**header, "digest": _digest(folder, header)}, locked=True)
 
 
 def _digest(folder: Path, header: Mapping[str, Any]) -> str:

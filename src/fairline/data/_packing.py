@@ -244,7 +244,7 @@ class Packing:
         """Read the journal of an interrupted packing of the same images, and cut off what it does not count."""
         journal, key = self.partial / _JOURNAL, self.partial / _KEY
         if not journal.exists():
-            write_json(key, self.key)
+            write_json(key, self.key, locked=True)
             journal.touch()
         if read_json(key) != self.key:
             raise FairlineError(f"{self.partial} holds half-packed images of other data; delete it.")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fairline.errors import FairlineError
+from fairline.ranks import here
 
 #: Share of the memory that the images of a data set may take; splitting them takes as much again.
 SHARE = 0.25
@@ -48,14 +49,14 @@ def fits(size: int, device: torch.device) -> bool:
         device: Of CUDA, whose free memory counts; else all memory of the host does.
 
     Returns:
-        Whether they take no more than :func:`share` of it.
+        Whether they take no more than :func:`share` of it; on the host, in each of several processes.
 
     Raises:
         FairlineError: ``FAIRLINE_MEMORY_SHARE`` is no share.
     """
     if device.type == "cuda":
         return size <= share() * torch.cuda.mem_get_info(device)[0]
-    return size <= share() * _host_memory()
+    return size * here().size <= share() * _host_memory()
 
 
 def images_at_once(most: int, shape: torch.Size) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def _measure(run: Run, folders: Mapping[str, Path], reference: Subject, request:
     tables, predictions = [], []
     for position, (name, folder) in enumerate(folders.items()):
         kept = [run.checkpoint / f"{position}.{part}.parquet" for part in ("audit", "predictions")]
-        if not all(path.exists() for path in kept):
+        if not here().first(partial(_all_exist, kept)):
             subject = reference if name == "base" else _student(reference, name, folder)
             chosen = request.measures_of(subject)
             report = audit_subject(subject, list(chosen), split=request.split, options=chosen)
@@ -149,6 +150,10 @@ def _measure(run: Run, folders: Mapping[str, Path], reference: Subject, request:
             reference.progress(Progress("auditing", position + 1, len(folders), name))
     write_table(run.folder / "predictions.parquet", pd.concat(predictions))
     write_table(run.folder / "audit.parquet", pd.concat(tables))
+
+
+def _all_exist(files: Sequence[Path]) -> bool:
+    return all(file.exists() for file in files)
 
 
 def _common_base(runs: Sequence[Run]) -> Run:

@@ -8,7 +8,7 @@ adds to the loss, such as a penalty on masks, counts once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import _engine_run_backward
 from torch.optim import Optimizer
 
 from fairline.errors import FairlineError
@@ -37,6 +38,7 @@ class Group(Ranks):
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size, self.device = rank, size, device
+        self._divided = False
 
     def divides(self, n: int, unit: int = 1) -> bool:
         """Whether there is something to do for each."""
@@ -61,7 +63,8 @@ class Group(Ranks):
     @contextmanager
     def dividing(self, n: int, device: torch.device) -> Iterator[None]:
         """Statistics of the whole batch, and random numbers of this rank's own."""
-        if not self.divides(n):
+        self._divided = self.divides(n)
+        if not self._divided:
             yield
             return
         accelerators = [device] if device.type == "cuda" else []
@@ -79,8 +82,9 @@ class Group(Ranks):
     def backward(self, loss: Tensor, optimizer: Optimizer) -> None:
         """Gradients of the whole batch's loss."""
         # Blocks that are computed again on the way back (activation checkpoints) normalise as they did before.
-        with SharedBatchNorm(self):
-            loss.backward()
+        with SharedBatchNorm(self) if self._divided else nullcontext():
+            # What torch.autograd.backward calls; inside of that itself such a mode is off.
+            _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
         by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for parameter in (each for group in optimizer.param_groups for each in group["params"]):
             if parameter.requires_grad:

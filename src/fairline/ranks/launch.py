@@ -159,7 +159,7 @@ def _supervised(
     listener = _Listener([reader for reader, _ in pipes], settings.get("progress"))
     writers = [writer for _, writer in pipes]
     told = _pickled(work, arguments, settings, max(1, torch.get_num_threads() // devices))
-    before = set(active_children())
+    before, port = set(active_children()), os.environ.get("MASTER_PORT")
     failure: Exception | None = None
     try:
         fabric.launch(_rank, writers, told)
@@ -168,6 +168,9 @@ def _supervised(
     finally:
         for child in set(active_children()) - before:
             child.kill()
+        if port is None:
+            # Fabric leaves it there, and would take it again for others.
+            os.environ.pop("MASTER_PORT", None)
         for writer in writers:
             writer.close()
         listener.join()
