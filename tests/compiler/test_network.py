@@ -11,7 +11,7 @@ import torch
 import fairline as fl
 from fairline.compiler import Block, CompiledNetwork, Regions, file_bytes, multiply_adds
 from fairline.errors import FairlineError
-from fairline.masking import masked_relus
+from fairline.masking import copy_model, mask_relus, masked_relus
 from fairline.private import PlainGraph, estimate, to_graph, write_onnx
 from fairline.private.plan import graph_digest
 from tests.compiler.networks import student
@@ -116,6 +116,8 @@ def test_onnx_computes_the_same(pair, images, tmp_path):
 
 def test_copies_and_states(pair, images):
     _, compiled = pair
+    with torch.no_grad():
+        torch.testing.assert_close(copy_model(compiled)(images), compiled(images), rtol=0, atol=0)
     twin = copy.deepcopy(compiled)
     with torch.no_grad():
         for value in twin.parameters():
@@ -123,6 +125,20 @@ def test_copies_and_states(pair, images):
         assert not torch.allclose(twin(images), compiled(images))
         twin.load_state_dict(compiled.state_dict())
         torch.testing.assert_close(twin(images), compiled(images), rtol=0, atol=0)
+
+
+def test_an_audit_takes_it_like_any_other_network(data, trained):
+    """Accuracies are those of the student; measures that need gradients, copies and pieces run."""
+    model = mask_relus(trained, torch.zeros(1, 1, 8, 8)).eval()
+    for layer in masked_relus(model).values():
+        layer.set_mask(torch.rand(layer.shape, generator=torch.Generator().manual_seed(0)) < 0.2)
+    compiled = fl.compile(model, torch.zeros(1, 1, 8, 8), protocol="semi2k")
+    options = {"measures": ["accuracy", "margin", "gradient_norm", "curvature", "boundary_distance"], "resamples": 10}
+    before, after = (fl.audit(network, data, trained, **options).to_frame() for network in (model, compiled))
+    same = before["measure"].isin(["accuracy", "relative_drop", "gap", "loss"])
+    assert same.any()
+    assert after.loc[same, "value"].tolist() == pytest.approx(before.loc[same, "value"].tolist(), rel=1e-4, nan_ok=True)
+    assert after["measure"].tolist() == before["measure"].tolist()
 
 
 def test_it_is_saved_and_loaded(pair, images, tmp_path):

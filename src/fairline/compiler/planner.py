@@ -61,9 +61,7 @@ class Terms:
         if self.batch_size < 1:
             raise FairlineError("A batch holds at least one image.")
         if self.max_weights < 1:
-            raise FairlineError(
-                f"A compiled network has at least one weight, so max_weights is not {self.max_weights}."
-            )
+            raise FairlineError(f"A network has at least one weight, so max_weights cannot be {self.max_weights}.")
         if self.minimise == "seconds" and math.isnan(self.costs.relu(1).compute_seconds):
             raise FairlineError(f"No source tells how long {self.protocol} takes; minimise bytes or rounds.")
 
