@@ -398,6 +398,9 @@ def test_explaining_leaves_out_what_masks_cannot_reach(caplog):
     with caplog.at_level(logging.WARNING):
         assert "corrections" not in explaining(subject_of(Recurrent().eval(), data))
     assert "model: its corrections are not measured (Recurrent has ReLUs inside 'rnn'" in caplog.text
-    assert "corrections" in explaining(subject_of(linearized(), data))
+    whole = network("perceptron", dtype=torch.float32)
+    assert {"corrections", "parameter_distance"} <= explaining(subject_of(linearized(), data, whole)).keys()
+    other = network("convolutional", dtype=torch.float32)
+    assert not {"parameter_distance", "excess_loss_bound"} & explaining(subject_of(linearized(), data, other)).keys()
     with pytest.raises(FairlineError, match="has ReLUs inside 'rnn'"):
         fl.audit(Recurrent().eval(), data, measures=["corrections"], device="cpu")

@@ -262,14 +262,23 @@ def _check_options(measure: str, call: Callable[..., Any], options: Mapping[str,
 
 
 def explaining(subject: Subject) -> dict[str, dict[str, Any]]:
-    """The measures of :data:`EXPLAIN` that suit the subject, with their options."""
-    from fairline.audit import corrections
+    """The measures of :data:`EXPLAIN` that suit the subject, with their options.
 
+    Args:
+        subject: The model. Weights are compared with the reference's where the two share any.
+
+    Returns:
+        Options by name.
+    """
+    from fairline.audit import corrections, distance
+
+    reference = subject.reference
+    comparable = reference is not None and distance.comparable(subject.model, reference.model)
     binary = subject.data.num_classes == subject.predictions.logits.shape[1] == 2
     return {
         name: dict(options)
         for name, options in EXPLAIN.items()
-        if (subject.reference is not None or not REGISTRY[name].needs_reference)
+        if (comparable or not REGISTRY[name].needs_reference)
         and (binary or not REGISTRY[name].binary)
         and (not REGISTRY[name].masks or corrections.suits(subject))
     }

@@ -12,6 +12,14 @@ from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 
 
+def comparable(model: nn.Module, reference: nn.Module) -> bool:
+    """Whether two networks share parameters; a compiled network shares none with what it was made of."""
+    try:
+        return bool(shared_parameters(model, reference))
+    except FairlineError:
+        return False
+
+
 def shared_parameters(model: nn.Module, reference: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Parameters of equal name and shape in both networks, θ̃ and θ.
 

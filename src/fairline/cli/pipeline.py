@@ -354,7 +354,7 @@ def last_layer(
 @app.command()
 def audit(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of train, linearize or finetune runs.")
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of train, linearize, finetune or compile runs.")
     ],
     out: Out,
     explain: Annotated[

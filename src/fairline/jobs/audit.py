@@ -12,6 +12,7 @@ import pandas as pd
 
 from fairline._io import resolve_device, write_table
 from fairline.audit import REGISTRY, Subject, audit_subject, explaining
+from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.jobs._common import (
     LINEARIZED,
@@ -82,13 +83,17 @@ def audit_job(
 
     def work(run: Run) -> None:
         parts = load_parts(base, root)
-        sizes = {str(name): int(n) for name, n in parts["train"].counts()["n"].items()}
-        reference = Subject(load_base(base)[0], parts[split], None, where, seed, resamples, "base", progress, sizes)
+        reference = Subject(load_base(base)[0], parts[split], None, where, seed, resamples, "base", progress)
+        reference.sizes = parts["train"].counts()["n"].to_dict()
         _measure(run, _networks(base, runs, with_base), reference, request)
-        counts = pd.concat([part.counts().assign(part=name) for name, part in parts.items()]).reset_index()
-        write_table(run.folder / "counts.parquet", counts)
+        write_table(run.folder / "counts.parquet", _counts(parts))
 
     return do_once(out, "audit", config, where, work)
+
+
+def _counts(parts: Mapping[str, GroupedData]) -> pd.DataFrame:
+    """Images of each group in each part."""
+    return pd.concat([part.counts().assign(part=name) for name, part in parts.items()]).reset_index()
 
 
 @dataclass(frozen=True)

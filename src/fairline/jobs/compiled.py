@@ -111,21 +111,27 @@ def compile_job(
     }
 
     def work(run: Run) -> None:
-        data = load_parts(parent, root)[split]
-        rows, plans = [], []
-        for position, (name, folder) in enumerate(found.items(), start=1):
-            kept = run.checkpoint / f"{name}.parquet"
-            if not kept.exists():
-                told = named_stage(progress, f"compiling {position}/{len(found)} ({name})")
-                row = _compile(folder, run.network_folder(name), request.terms(), data, told)
-                write_table(kept, pd.DataFrame([{"network": name, **row}]))
-            rows.append(pd.read_parquet(kept))
-            plan = read_json(run.network_folder(name) / "compiled.json")["plan"]
-            plans.append(pd.DataFrame(plan).assign(network=name))
-        write_table(run.folder / "plan.parquet", pd.concat(plans, ignore_index=True))
-        write_table(run.folder / "compiled.parquet", pd.concat(rows, ignore_index=True))
+        _compile_each(run, found, request.terms(), load_parts(parent, root)[split], progress)
 
     return do_once(out, "compile", config, torch.device("cpu"), work)
+
+
+def _compile_each(
+    run: Run, found: Mapping[str, Path], terms: Terms, data: GroupedData, progress: ProgressCallback | None
+) -> None:
+    """Compile networks, each at most once, and write what was found."""
+    rows, plans = [], []
+    for position, (name, folder) in enumerate(found.items(), start=1):
+        kept = run.checkpoint / f"{name}.parquet"
+        if not kept.exists():
+            told = named_stage(progress, f"compiling {position}/{len(found)} ({name})")
+            row = _compile(folder, run.network_folder(name), terms, data, told)
+            write_table(kept, pd.DataFrame([{"network": name, **row}]))
+        rows.append(pd.read_parquet(kept))
+        plan = read_json(run.network_folder(name) / "compiled.json")["plan"]
+        plans.append(pd.DataFrame(plan).assign(network=name))
+    write_table(run.folder / "plan.parquet", pd.concat(plans, ignore_index=True))
+    write_table(run.folder / "compiled.parquet", pd.concat(rows, ignore_index=True))
 
 
 def _chosen(parent: Run, names: Sequence[str]) -> dict[str, Path]:
