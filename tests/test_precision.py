@@ -226,13 +226,25 @@ print("done")
 
 @pytest.fixture
 def seconds(monkeypatch):
-    """Trials that take what the test says: seconds of float32, bf16, and bf16 with channels last."""
+    """Trials that take what the test says: seconds of float32 and of bf16, step by step."""
 
-    def take(plain, bf16, last=9.0, native=True):
-        times = {FLOAT32: plain, BF16: bf16, LAST: last}
-        monkeypatch.setattr(trial, "_seconds", lambda arithmetic, *_: times[arithmetic])
+    def take(plain, bf16, native=True):
+        times = {False: plain, True: bf16}
+        asked = []
+
+        def stepper(arithmetic, *_):
+            left = iter(times[arithmetic.bf16] if isinstance(times[arithmetic.bf16], list) else [])
+
+            def step():
+                asked.append(arithmetic)
+                return next(left, times[arithmetic.bf16])
+
+            return step
+
+        monkeypatch.setattr(trial, "_stepper", stepper)
         monkeypatch.setattr(trial, "has_bf16", lambda _device: native)
         monkeypatch.setattr(trial, "_warned_of", set())
+        return asked
 
     return take
 
@@ -243,19 +255,30 @@ def chosen(precision, width=16, device=CPU):
 
 def test_auto_takes_bf16_where_a_trial_says_that_it_is_faster(seconds):
     seconds(2.0, 1.0)
-    assert chosen("auto") == Arithmetic(True, False, 2.0)
-    seconds(2.0, 1.0, 0.5)
-    assert chosen("auto") == Arithmetic(True, True, 4.0)
+    assert chosen("auto") == Arithmetic(True, True, 2.0)
     assert chosen("auto", width=8) == Arithmetic(True, False, 2.0)
     seconds(1.05, 1.0)
-    assert chosen("auto") == Arithmetic(ratio=1.05)
+    assert chosen("auto") == Arithmetic(False, True, 1.05)
+    assert chosen("auto", width=8) == Arithmetic(False, False, 1.05)
+
+
+def test_a_trial_goes_on_while_its_outcome_is_in_doubt(seconds):
+    for plain, bf16, ratio, taken in (
+        ([2.0], [1.0], 2.0, 2),
+        ([1.0], [2.0], 0.5, 2),
+        ([1.2, 1.1, 1.0], [1.0, 1.0, 1.0], 1.0, 1 + trial.TRIAL_STEPS),
+        ([1.2, 1.2], [1.0, 0.5], 2.4, 3),
+    ):
+        asked = seconds([9.0, *plain], [9.0, *bf16])
+        assert chosen("auto", width=8).ratio == pytest.approx(ratio)
+        assert sum(each.bf16 for each in asked) == taken
 
 
 def test_auto_takes_fp32_without_units_and_bf16_warns_with_the_ratio(seconds, caplog):
     seconds(1.0, 2.0, native=False)
-    assert chosen("auto") == FLOAT32
+    assert chosen("auto") == Arithmetic(channels_last=True)
     with caplog.at_level(logging.WARNING, "fairline"):
-        assert chosen("bf16") == Arithmetic(True, False, 0.5)
+        assert chosen("bf16") == Arithmetic(True, True, 0.5)
     (record,) = caplog.records
     assert "0.50 times the speed" in record.getMessage()
 
@@ -290,7 +313,7 @@ def test_on_a_gpu_forward_passes_run_under_its_autocast_and_no_other(arithmetic,
 def test_a_trial_leaves_random_numbers_and_the_network_as_they_are():
     model = nn.Sequential(network(), nn.Dropout(0.5))
     before, state = states(model), torch.get_rng_state()
-    assert trial._seconds(BF16, model, torch.randn(4, 1, 8, 8, generator=torch.Generator()), CPU) > 0
+    assert trial._stepper(BF16, model, torch.randn(4, 1, 8, 8, generator=torch.Generator()), CPU)() > 0
     assert_same(before, states(model))
     assert torch.equal(state, torch.get_rng_state())
 
@@ -349,7 +372,44 @@ def test_a_processor_without_units_is_warned_of_once_and_tried_once_a_run(
 def test_what_is_settled_stays(seconds):
     seconds(1.0, 9.0)
     assert chosen(LAST) is LAST
-    assert chosen("fp32") is FLOAT32
+    assert chosen(FLOAT32) is FLOAT32
+
+
+@pytest.mark.parametrize("precision", ["fp32", None])
+def test_float32_lies_channels_last_where_that_is_safe(precision):
+    assert chosen(precision) == Arithmetic(channels_last=True)
+    assert chosen(precision, width=8) == FLOAT32
+
+
+class Viewing(nn.Module):
+    """Cuts its activations in another way than their channels allow where these lie side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 16, 3)
+        self.linear = nn.Linear(16 * 36, 3)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).view(len(x), -1))
+
+
+def test_a_network_that_cannot_run_channels_last_trains_as_it_is():
+    data = make_data(32)
+    assert choose(None, Viewing(), data.normalized(slice(4)), CPU) == FLOAT32
+    (row,) = train(Viewing(), data, epochs=1)
+    assert row["loss"] > 0
+
+
+def test_both_memory_orders_give_the_same_float32_numbers():
+    data, losses, ends = make_data(64), [], []
+    for precision in (FLOAT32, Arithmetic(channels_last=True)):
+        model = network()
+        (row,) = train(model, data, epochs=1, batch_size=32, lr=0.01, precision=precision)
+        losses.append(row["loss"])
+        ends.append(states(model))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("call", [lambda: chosen("fp16"), lambda: SNL(precision="half")])
