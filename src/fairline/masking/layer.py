@@ -35,6 +35,12 @@ def _ordered_as(x: Tensor, mask: Tensor) -> Tensor:
     return mask
 
 
+def _sum_over_batch(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum of values, (B, *shape), over the batch, (*shape), in the memory order of a mask of that shape."""
+    # torch takes a contiguous result, and steps through channels-last values with it: ten times as long.
+    return torch.sum(values, 0, out=torch.empty_like(mask))
+
+
 class _FixedMaskedReLU(Function):
     """max(x, floor) with floor 0 where the ReLU is kept and −∞ where it is not; saves its output alone."""
 
@@ -79,7 +85,7 @@ class _LearnedMaskedReLU(Function):
         # The gradient where x ≥ 0, and a step of m from the identity's towards it: two vectorised passes.
         kept = torch.ops.aten.threshold_backward(grad, negative, -torch.finfo(grad.dtype).tiny)
         grad_x = torch.lerp(grad, kept, mask)
-        grad_mask = (grad * negative).sum(0, dtype=ctx.mask_dtype).neg_()
+        grad_mask = _sum_over_batch(grad * negative, mask).neg_().to(ctx.mask_dtype)
         return grad_x, grad_mask
 
 
@@ -102,12 +108,13 @@ class _LearnedQuadratic(Function):
         # Sums over the batch come first: all that follows is as small as the mask.
         passed = torch.ops.aten.threshold_backward(grad, x, 0)
         times_x = grad * x
-        sums = [grad.sum(0), times_x.sum(0)]
+        sums = [_sum_over_batch(grad, mask), _sum_over_batch(times_x, mask)]
         replaced = 1 - mask
         grad_x = (replaced * linear) * grad
         grad_x.addcmul_(times_x, 2 * replaced * square).addcmul_(passed, mask)
-        sums.append(SQUARE_SCALE * times_x.mul_(x).sum(0))
-        grad_mask = passed.mul_(x).sum(0) - (constant * sums[0] + linear * sums[1] + coefficients[2] * sums[2])
+        sums.append(SQUARE_SCALE * _sum_over_batch(times_x.mul_(x), mask))
+        opened = _sum_over_batch(passed.mul_(x), mask)
+        grad_mask = opened - (constant * sums[0] + linear * sums[1] + coefficients[2] * sums[2])
         axes = tuple(range(1, mask.ndim))
         pieces = [replaced * total for total in sums]
         grad_coefficients = torch.stack([p.sum(axes, keepdim=True) if axes else p for p in pieces])
