@@ -253,6 +253,11 @@ class _Reach(TorchDispatchMode):
         self.memory: dict[int, Tensor] = {}
         self.add(images)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would load its whole compiler to keep it out of here, which takes longer than all that is watched.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         fused = name in _FUSED or ("relu" in name and not any(each in name for each in _NO_FUSED))
