@@ -5,7 +5,7 @@ is run as it runs by default; this one in each ``--precision``. An epoch is the 
 (the choice of the precision, the teacher's logits) is left out and told apart.
 
     git worktree add ../before 01a59ec
-    python benchmarks/engine.py --before ../before [--widths 16,32,64] [--images 1024] [--rounds 3]
+    python benchmarks/engine.py --before ../before [--widths 16,32,64] [--steps base] [--images 1024] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, required=True, help="the other checkout")
     parser.add_argument("--widths", default="16,32,64")
+    parser.add_argument("--steps", default=",".join(STEPS))
     parser.add_argument("--precisions", default="auto,fp32")
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
@@ -80,7 +81,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, ResNet-18, {arguments.images} images of 32×32, batch 128")
     print(f"{'width':>5}  {'epoch of':13}" + "".join(f"  before / {p:4}" for p in precisions) + "  once, in epochs")
     for width in map(int, arguments.widths.split(",")):
-        for step in STEPS:
+        for step in arguments.steps.split(","):
             found: dict[str, list[dict[str, float]]] = {name: [] for name in ("before", *precisions)}
             for _ in range(arguments.rounds):
                 for name, seen in found.items():

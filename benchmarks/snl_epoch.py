@@ -1,11 +1,12 @@
 """An epoch of SNL's mask learning against straightforward loops.
 
 Each straightforward loop recomputes the teacher at every step, reads a DataLoader that normalises image by image, and
-computes m·relu(x) + (1 − m)·x through autograd. "As published" also lets gradients flow into the teacher, as the
-published code does (it never detaches the teacher's output); the other runs the teacher under no_grad. fairline's
-time leaves out the one pass of the teacher over the data before the first epoch; its length is printed beside it.
+computes m·relu(x) + (1 − m)·x through autograd, in float32. "As published" also lets gradients flow into the teacher,
+as the published code does (it never detaches the teacher's output); the other runs the teacher under no_grad.
+fairline's epoch is in the ``--precision`` given; its time leaves out what comes once, before the first epoch: the trial
+of the precision, and the teacher's pass over the data, whose length is printed beside it.
 
-    python benchmarks/snl_epoch.py [--width 16] [--images 2560] [--rounds 3]
+    python benchmarks/snl_epoch.py [--width 16] [--images 2560] [--rounds 3] [--precision auto]
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fairline.data import GroupedData
 from fairline.inference import predict
 from fairline.masking import mask_relus, masked_relus
 from fairline.models import build
+from fairline.precision import PRECISIONS, Precision
 
 
 class OneImage(Dataset):
@@ -67,10 +69,11 @@ def straightforward(teacher: nn.Module, data: GroupedData, device: str, *, teach
     return time.perf_counter() - start
 
 
-def ours(teacher: nn.Module, data: GroupedData, device: str) -> float:
+def ours(teacher: nn.Module, data: GroupedData, device: str, precision: Precision) -> float:
     """Seconds of the second epoch."""
     history: list[dict[str, float]] = []
-    list(SNL(max_epochs=2, batch_size=256).linearize(teacher, data, [0.5], device=device, history=history))
+    method = SNL(max_epochs=2, batch_size=256, precision=precision)
+    list(method.linearize(teacher, data, [0.5], device=device, history=history))
     return history[-1]["seconds"]
 
 
@@ -80,6 +83,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--images", type=int, default=2560)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS, help="of fairline's epoch")
     arguments = parser.parse_args()
     logging.getLogger("fairline").setLevel(logging.ERROR)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,7 +94,7 @@ def main() -> None:
     data = GroupedData(images, labels, labels.clone(), names, names)
     teacher = build("resnet18", 10, width=arguments.width)
     steps = {
-        "fairline": lambda: ours(teacher, data, device),
+        "fairline": lambda: ours(teacher, data, device, arguments.precision),
         "no_grad": lambda: straightforward(teacher, data, device, teacher_gradients=False),
         "published": lambda: straightforward(teacher, data, device, teacher_gradients=True),
     }

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fairline._io import resolve_device
+from fairline._memory import memory_kept
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import group_mean, logits_of, predict, require_classes
@@ -144,7 +145,7 @@ def run_epochs(
     """
     chosen = LOOP_DEFAULTS | settings
     run = _Run(model, train, epochs, optimizer, objective, scheduler, teacher, penalty, stage, stateful, **chosen)
-    with run.randomness(), run.placed():
+    with run.randomness(), memory_kept(), run.placed():
         for epoch in range(run.resume() + 1, epochs + 1):
             began = time.perf_counter()
             means = run.steps(epoch)
