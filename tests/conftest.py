@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 # Before torch: workers that share the cores wait for each other's threads, up to ten times as long.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -21,13 +24,28 @@ from fairline.training import train
 from tests.commands import AUDIT, EXPLAIN, FINETUNE, LINEARIZE, TRAIN, ok
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``--dist loadgroup`` a file's tests stay together, and so do all files that share the run folders."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    sharing = {item.path for item in items if "runs" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("runs" if item.path in sharing else str(item.path)))
+@cache
+def shares_runs(file: Path) -> bool:
+    """Whether a test or fixture of a file asks for the run folders, which take a while to make."""
+    return bool(re.search(r"^def \w+\([^)]*\b(runs|explained|compared)\b", file.read_text(encoding="utf-8"), re.M))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadfile`` a file's tests stay together, and so do all files that share the run folders.
+
+    Not ``--dist loadgroup``, whose groups xdist 3.8 loses under pytest 9.
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "runs" if shares_runs(config.rootpath / file) else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def kill_and_go_on(out: Path, kills: int, seed: int) -> None:
         process.kill()
         process.result()
         killed += 1
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 90
         while any(Path(f"/proc/{worker}").exists() for worker in workers):
             assert time.monotonic() < deadline, "a worker outlives its study"
             time.sleep(0.1)
