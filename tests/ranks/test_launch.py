@@ -111,7 +111,7 @@ def test_what_is_wrong_is_said_as_in_one_process(two):
 
 def shown(*columns: str, of: tuple[str, str]) -> list[str]:
     """Lines of ``ps``."""
-    asked = ["ps", *(word for column in columns for word in ("-o", f"{column}=")), *of]
+    asked = ["ps", "-ww", *(word for column in columns for word in ("-o", f"{column}=")), *of]
     return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.splitlines()
 
 
