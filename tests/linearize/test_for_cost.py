@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import fairline as fl
 from fairline.cli.options import COST_MEASURES
+from fairline.compiler import MEASURES, PredictedCost
 from fairline.data import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
@@ -19,7 +19,6 @@ from fairline.linearize.for_cost import WORTHWHILE, _Search, spread
 from fairline.linearize.structure import blocks_of
 from fairline.masking import masked_relus, relu_count
 from fairline.models import build as build_model
-from fairline.private.mask_cost import MEASURES
 from fairline.runs import load_info
 from tests.commands import LINEARIZE, fairline, ok
 from tests.linearize.test_linearized_start import METHODS, TOTAL
@@ -264,7 +263,7 @@ def test_it_resumes_with_the_same_choice(parts, trained, tmp_path, monkeypatch, 
 
 
 def test_a_folder_of_another_choice_is_refused(parts, trained, tmp_path):
-    costs = fl.private.PredictedCost("semi2k", minimise="rounds")
+    costs = PredictedCost("semi2k", minimise="rounds")
 
     def run(**more):
         given = {"cost": costs, **ANY, **more}
@@ -272,7 +271,7 @@ def test_a_folder_of_another_choice_is_refused(parts, trained, tmp_path):
 
     run()
     run()
-    for more in ({"may_lose": 0.5}, {"cost": fl.private.PredictedCost("semi2k", minimise="bytes")}):
+    for more in ({"may_lose": 0.5}, {"cost": PredictedCost("semi2k", minimise="bytes")}):
         with pytest.raises(FairlineError, match=r"holds checkpoints of another run \(for_cost is"):
             run(**more)
     with pytest.raises(FairlineError, match=r"holds checkpoints of another run \(for_cost is"):
@@ -363,8 +362,8 @@ def test_on_the_command_line(runs, tmp_path):
     for options, message in (
         (["--network", "wan"], "network: options of masks for a cost need a protocol, --for-cost."),
         (["--for-cost", "morse"], "There is no cost model of 'morse'"),
-        (["--for-cost", "delphi"], "No source tells the seconds of 'delphi'"),
-        (["--for-cost", "cheetah", "--minimise", "relus"], "A cost is seconds, bytes, rounds, not 'relus'."),
+        (["--for-cost", "delphi"], "No source tells how long delphi takes"),
+        (["--for-cost", "cheetah", "--minimise", "relus"], "one of seconds, bytes, rounds, not 'relus'."),
         (["--for-cost", "cheetah", "--cost-option", "loss=1"], "unexpected keyword argument 'loss'"),
         (["--for-cost", "cheetah", "--cost-option", "may_lose=some"], "option 'may_lose' is a number, not 'some'"),
         (["--for-cost", "cheetah", "--budgets", "0.99"], "leaves no layer to empty"),

@@ -1,9 +1,11 @@
 """Networks whose ReLUs are mostly cut, compiled: an equal network that costs what its ReLUs cost.
 
 ``compile`` does it all. ``Regions`` cuts a plain graph into blocks, ``planner.plan`` chooses their forms, ``outline``
-gives the public half of what comes out, ``build`` the whole.
+gives the public half of what comes out, ``build`` the whole. ``PredictedCost`` tells methods that place ReLUs what a
+network would cost with other masks.
 """
 
+from fairline.compiler.mask_cost import PredictedCost
 from fairline.compiler.network import CompiledNetwork, compile
 from fairline.compiler.planner import MEASURES, Terms
 from fairline.compiler.regions import FORMS, Block, Plan, Regions, build, outline
@@ -15,6 +17,7 @@ __all__ = [
     "Block",
     "CompiledNetwork",
     "Plan",
+    "PredictedCost",
     "Regions",
     "Terms",
     "build",

@@ -183,13 +183,16 @@ def _memory_weights() -> float:
         return math.inf
 
 
-def priced_blocks(regions: Regions, terms: Terms, progress: ProgressCallback | None = None) -> Iterator[Priced]:
+def priced_blocks(
+    regions: Regions, terms: Terms, progress: ProgressCallback | None = None, *, to_the_end: bool = False
+) -> Iterator[Priced]:
     """All blocks that a plan may have: each step as it stands, and each dense block under its cheapest schedule.
 
     Args:
         regions: Of the graph.
         terms: What is minimised, and what for.
         progress: Told how many frontiers' blocks are priced.
+        to_the_end: Of the others only those that stop at the network's end.
 
     Yields:
         Blocks with their prices.
@@ -199,7 +202,7 @@ def priced_blocks(regions: Regions, terms: Terms, progress: ProgressCallback | N
     for start in range(count):
         cost, weights = steps[start]
         yield Priced(Block(start, start + 1), cost, weights, terms.price(cost, weights))
-        for stop in range(start + 1, count + 1):
+        for stop in range(count if to_the_end else start + 1, count + 1):
             if regions.mergeable(start, stop) and (merged := regions.merged(start, stop)).folded:
                 yield _priced(regions, Block(start, stop, "merged"), merged.piece, terms)
             if _sensible(regions, start, stop):

@@ -12,11 +12,11 @@ from fairline import linearize as linearizers
 from fairline import objectives
 from fairline._io import resolve_device
 from fairline._registry import build_named
+from fairline.compiler.mask_cost import PredictedCost
 from fairline.jobs._common import built_on, do_once, load_base, load_parts
 from fairline.jobs._precision import settle
 from fairline.linearize import ForCost, Linearized
 from fairline.masking import surrogate_of
-from fairline.private.mask_cost import PredictedCost
 from fairline.runs import NetworkInfo, Run, save_network
 from fairline.training import ProgressCallback
 

@@ -57,7 +57,7 @@ class ForCost:
     the cost with all layers; the mean over the budgets. What is left has ReLUs enough for the largest budget.
 
     Attributes:
-        cost: Predicts the cost, such as :class:`fairline.private.PredictedCost`.
+        cost: Predicts the cost, such as :class:`fairline.compiler.PredictedCost`.
         may_lose: Accuracy on the images set aside that the empty layers may cost together, as a share of the images.
         adapt: Part of an epoch that a candidate is finetuned for before it is measured.
         measurements: Candidates to measure, at most.

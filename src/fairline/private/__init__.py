@@ -10,7 +10,6 @@ from fairline.private.export import to_graph
 from fairline.private.fixed_point import agreement
 from fairline.private.frontier import cheapest, frontier
 from fairline.private.graph import OPERATORS, Node, PlainGraph
-from fairline.private.mask_cost import PredictedCost
 from fairline.private.onnx_graph import write_onnx
 from fairline.private.plan import CAVEATS, PROTOCOLS
 from fairline.private.spu import Measured, PrivateRun, measure, run
@@ -28,7 +27,6 @@ __all__ = [
     "Network",
     "Node",
     "PlainGraph",
-    "PredictedCost",
     "PrivateRun",
     "ProtocolCost",
     "agreement",

@@ -1,24 +1,26 @@
-"""What a network would cost with other masks, as methods that place ReLUs ask it."""
+"""What a network would cost with other masks, as methods that place ReLUs ask it.
+
+They ask for many masks, and a whole plan (:func:`fairline.compiler.planner.plan`) takes long. So of its blocks only
+those are priced that stand as they are and those that are dense to the end: where the nonlinear part ends early, and
+where few ReLUs are left, these are the ones that count, and what they cost is never below what a whole plan costs.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fairline.errors import FairlineError
+from fairline.compiler.planner import Measure, Terms, cheapest, priced_blocks
+from fairline.compiler.regions import Regions, weights_of
 from fairline.masking import copy_model, masked_relus
-from fairline.private.cost import PROTOCOL_COSTS, Estimate, estimate, require_cost_model
+from fairline.private.cost import Cost, layer_costs
 from fairline.private.export import to_graph
 from fairline.private.graph import Node, PlainGraph
 from fairline.private.wire import network as find_network
-
-Measure = Literal["seconds", "bytes", "rounds"]
-MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
 @dataclass(frozen=True)
@@ -29,24 +31,22 @@ class PredictedCost:
         protocol: A key of :data:`fairline.private.PROTOCOL_COSTS`.
         network: Between the parties, as for :func:`fairline.private.estimate`.
         minimise: What a cost is: ``"seconds"`` or ``"bytes"`` of a call, or the ``"rounds"`` that must be waited for.
+        compiled: Whether the network will be compiled (:func:`fairline.compile`).
     """
 
     protocol: str = "cheetah"
     network: str = "lan"
     minimise: Measure = "seconds"
+    compiled: bool = True
 
     def __post_init__(self) -> None:
-        """Check the settings.
+        """Check the settings."""
+        self.terms.check()
 
-        Raises:
-            FairlineError: There is no such protocol, network or measure, or nobody has told it of the protocol.
-        """
-        require_cost_model(self.protocol)
-        find_network(self.network)
-        if self.minimise not in MEASURES:
-            raise FairlineError(f"A cost is {', '.join(MEASURES)}, not '{self.minimise}'.")
-        if self.minimise == "seconds" and math.isnan(PROTOCOL_COSTS[self.protocol]().relu(1).compute_seconds):
-            raise FairlineError(f"No source tells the seconds of '{self.protocol}'; take bytes or rounds.")
+    @property
+    def terms(self) -> Terms:
+        """What the network is compiled for."""
+        return Terms(self.protocol, find_network(self.network), minimise=self.minimise)
 
     def __call__(self, model: nn.Module, example: Tensor) -> Callable[[Mapping[str, int]], float]:
         """Prepare to predict the costs of a network under other masks.
@@ -57,9 +57,6 @@ class PredictedCost:
 
         Returns:
             A function of how many units each masked layer keeps, which are drawn at random: seconds, bytes or rounds.
-
-        Raises:
-            FairlineError: The network cannot be exported.
         """
         partly = copy_model(model)
         for layer in masked_relus(partly).values():
@@ -67,18 +64,20 @@ class PredictedCost:
             units = layer.kept.numel()
             layer.set_mask(torch.arange(units).view(layer.shape) >= min(1, units - 1))
         graph = to_graph(partly, example).public()
-        return lambda kept: self._of(with_kept(graph, kept))
+        return lambda kept: self.of(with_kept(graph, kept))
 
-    def _of(self, graph: PlainGraph) -> float:
-        told = estimate(graph, protocol=self.protocol, network=self.network)
-        return _COSTS[self.minimise](told)
-
-
-_COSTS: dict[Measure, Callable[[Estimate], float]] = {
-    "seconds": lambda told: told.seconds,
-    "bytes": lambda told: told.bytes + told.offline_bytes,
-    "rounds": lambda told: told.rounds,
-}
+    def of(self, graph: PlainGraph) -> float:
+        """What a private inference of a graph costs: seconds, bytes or rounds."""
+        terms = self.terms
+        if self.compiled:
+            regions = Regions(graph)
+            limit = max(terms.max_weights, weights_of(graph))
+            ways = list(priced_blocks(regions, terms, to_the_end=True))
+            parts = [each.cost for each in cheapest(ways, len(regions.frontiers) - 1, limit)]
+            parts.append(terms.costs.open(graph.outputs))
+        else:
+            parts = [cost for _, cost in layer_costs(graph, terms.costs)]
+        return terms.price(sum(parts, Cost()), 0)[0]
 
 
 def with_kept(graph: PlainGraph, kept: Mapping[str, int], seed: int = 0) -> PlainGraph:
