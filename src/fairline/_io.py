@@ -6,6 +6,7 @@ files that whoever holds their lock writes (``locked``).
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -102,6 +103,15 @@ def reading(path: str | Path) -> Iterator[None]:
         raise FairlineError(f"{path} does not exist.") from None
     except OSError as error:
         raise FairlineError(f"{path} cannot be read ({error.strerror or error}).") from None
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process holds a lock file, and keep them waiting; the kernel drops it with the process."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 def write_text(path: str | Path, text: str, *, locked: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from fairline.compiler.regions import weights_of
 from fairline.private.graph import PlainGraph
 
 
@@ -31,5 +32,4 @@ def multiply_adds(graph: PlainGraph) -> int:
 
 def file_bytes(graph: PlainGraph) -> int:
     """Bytes of the weights, four each, and of the public masks and indices."""
-    weights = 4 * sum(math.prod(shape) for shape in graph.shapes.values())
-    return weights + sum(mask.numel() * mask.element_size() for mask in graph.masks.values())
+    return 4 * weights_of(graph) + sum(mask.numel() * mask.element_size() for mask in graph.masks.values())

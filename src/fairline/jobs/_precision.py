@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from fairline._io import json_digest, read_json, write_json
+from fairline._io import alone, json_digest, read_json, write_json
 from fairline.data.grouped import GroupedData
 from fairline.precision import Arithmetic, Precision, processor, require_precision
 from fairline.ranks import here
@@ -73,7 +70,8 @@ def _settled(
     if precision != "auto" or agreed is None:
         return _keep(run, _found(precision, network, data, device))
     name = f"{machine}, {json_digest(run.base().config['model'])}"
-    with _alone(agreed):
+    # Who comes second finds what the first one found.
+    with alone(agreed.with_name(f".{agreed.name}.lock")):
         choices = read_json(agreed) if agreed.exists() else {}
         if name not in choices:
             write_json(agreed, {**choices, name: _found(precision, network, data, device)})
@@ -103,12 +101,3 @@ def _keep(run: Run, choice: dict[str, Any]) -> Arithmetic:
     if choice["bf16"]:
         run.note_device("bf16")
     return Arithmetic(**{key: value for key, value in choice.items() if key != "processor"})
-
-
-@contextlib.contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Keep other processes from the file meanwhile: who comes second finds what the first one found."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_name(f".{file.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

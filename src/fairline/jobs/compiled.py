@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
 
 from fairline._io import read_json, write_table
-from fairline.compiler import MEASURES, CompiledNetwork, Terms, compile, file_bytes, multiply_adds
-from fairline.compiler.planner import MAX_WEIGHTS
+from fairline.compiler import CompiledNetwork, Terms, compile, file_bytes, multiply_adds
+from fairline.compiler.planner import MAX_WEIGHTS, Measure
+from fairline.compiler.regions import weights_of
 from fairline.data import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
 from fairline.jobs._common import STUDENTS, built_on, do_once, load_parts, require_split
 from fairline.private.export import to_graph
+from fairline.private.graph import PlainGraph
 from fairline.private.wire import network as find_network
 from fairline.runs import NetworkInfo, Run, load_info, load_network, save_compiled
 from fairline.training import ProgressCallback, named_stage
@@ -27,37 +29,6 @@ logger = logging.getLogger(__name__)
 
 #: Largest error of a logit in float32, as a part of the largest logit, that is taken for rounding.
 ROUNDING = 1e-3
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What networks are compiled for; see :func:`compile_job`."""
-
-    protocol: str
-    network: str
-    batch_size: int
-    minimise: str
-    max_weights: int
-
-    def terms(self) -> Terms:
-        """The same, checked."""
-        if self.minimise not in MEASURES:
-            raise FairlineError(f"What is minimised is one of {', '.join(MEASURES)}, not '{self.minimise}'.")
-        found = find_network(self.network)
-        terms = Terms(self.protocol, found, self.batch_size, self.minimise, self.max_weights)
-        terms.check()
-        return terms
-
-    def config(self) -> dict[str, Any]:
-        """Its part of the run's config."""
-        wire = self.terms().network
-        return {
-            "protocol": self.protocol,
-            "network": {"name": wire.name, "rtt": wire.rtt, "bandwidth": str(wire.bandwidth)},
-            "batch_size": self.batch_size,
-            "minimise": self.minimise,
-            "max_weights": self.max_weights,
-        }
 
 
 def compile_job(
@@ -100,20 +71,28 @@ def compile_job(
         FairlineError: The input is wrong, or a compiled network does not compute what its original does.
     """
     require_split(split)
-    request = _Request(protocol, network, batch_size, minimise, max_weights)
+    terms = Terms(protocol, find_network(network), batch_size, cast(Measure, minimise), max_weights)
+    terms.check()
     parent = Run.read(source, *STUDENTS)
     found = _chosen(parent, networks)
     config = {
         **built_on(parent),
         **({"networks": list(networks)} if networks else {}),
-        **request.config(),
+        **_described(terms),
         "split": split,
     }
 
     def work(run: Run) -> None:
-        _compile_each(run, found, request.terms(), load_parts(parent, root)[split], progress)
+        _compile_each(run, found, terms, load_parts(parent, root)[split], progress)
 
     return do_once(out, "compile", config, torch.device("cpu"), work)
+
+
+def _described(terms: Terms) -> dict[str, Any]:
+    """Their part of the run's config."""
+    # JSON has no infinity.
+    network = {**asdict(terms.network), "bandwidth": str(terms.network.bandwidth)}
+    return {**asdict(terms), "network": network}
 
 
 def _compile_each(
@@ -152,10 +131,9 @@ def _compile(
 ) -> dict[str, Any]:
     """Compile one network, compare it, save it; returns its row of ``compiled.parquet``."""
     student, info = load_network(source)
-    example = info.model.example()
+    graph = to_graph(student, info.model.example())
     compiled = compile(
-        student,
-        example,
+        graph,
         protocol=terms.protocol,
         network=terms.network,
         batch_size=terms.batch_size,
@@ -166,7 +144,7 @@ def _compile(
     agreement = _agreement(student, compiled, data)
     after = replace(info, relus=int(compiled.plan["relus"].sum()), compiled=True)
     save_compiled(target, compiled, after)
-    return {**agreement, **_sizes(student, compiled, example, info), "left_out": " ".join(compiled.left_out)}
+    return {**agreement, **_sizes(graph, compiled, info), "left_out": " ".join(compiled.left_out)}
 
 
 def _agreement(student: torch.nn.Module, compiled: CompiledNetwork, data: GroupedData) -> dict[str, Any]:
@@ -193,18 +171,16 @@ def _agreement(student: torch.nn.Module, compiled: CompiledNetwork, data: Groupe
     return {"images": len(data), "same": same, "difference": difference, "largest_logit": largest}
 
 
-def _sizes(
-    student: torch.nn.Module, compiled: CompiledNetwork, example: torch.Tensor, info: NetworkInfo
-) -> dict[str, Any]:
+def _sizes(before: PlainGraph, compiled: CompiledNetwork, info: NetworkInfo) -> dict[str, Any]:
     """What both cost: in the clear exactly, private as predicted."""
-    before, after, plan = to_graph(student, example), compiled.graph(), compiled.plan
+    after, plan = compiled.graph(), compiled.plan
     totals: Mapping[str, float] = plan[[f"{key}{end}" for key in PRICES for end in ("", "_before")]].sum().to_dict()
     return {
         "relus": int(plan["relus"].sum()),
         "relus_before": info.relus,
         "levels": int(plan["levels"].sum()),
-        "weights": sum(value.numel() for value in after.weights.values()),
-        "weights_before": sum(value.numel() for value in before.weights.values()),
+        "weights": weights_of(after),
+        "weights_before": weights_of(before),
         "multiply_adds": multiply_adds(after),
         "multiply_adds_before": multiply_adds(before),
         "file_bytes": file_bytes(after),

@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fairline._io import read_json, write_json, write_text
+from fairline._io import alone, read_json, write_json, write_text
 from fairline.errors import FairlineError
 from fairline.runs import Run
 from fairline.study.cells import Cell
@@ -76,7 +76,7 @@ class Storage:
                 folder = self.folder(one)
                 if Run(folder).finished or not self.finished(one):
                     continue
-                with self._scratch_lock(one.key):
+                with alone(self.local / "cells" / f".{one.key}.lock"):
                     if not Run(folder).finished:
                         arriving = folder.with_name(f".{one.key}.{uuid.uuid4().hex}")
                         self._system.get(self._at(f"cells/{one.key}"), str(arriving), recursive=True)
@@ -213,11 +213,3 @@ class Storage:
         # Other machines write; what was listed a while ago does not count.
         self._system.invalidate_cache()
         return bool(self._system.exists(self._at(name)))
-
-    @contextlib.contextmanager
-    def _scratch_lock(self, key: str) -> Any:
-        file = self.local / "cells" / f".{key}.lock"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
