@@ -108,7 +108,7 @@ def plan_chart(plan: pd.DataFrame, price: str) -> Any:
         .mark_bar(stroke="white", strokeWidth=1)
         .encode(
             y=alt.Y("which:N", sort=[BEFORE, AFTER], title=None),
-            x=alt.X("value:Q", title=f"{title} a call, predicted"),
+            x=alt.X("value:Q", title=f"{title} a call, predicted", axis=alt.Axis(tickCount=6)),
             color=alt.Color(
                 "form:N",
                 title="what became of the part",
