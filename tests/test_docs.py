@@ -141,3 +141,9 @@ def test_the_new_method_in_the_documents_works(parts, trained, monkeypatch):
     kept = torch.cat([layer.kept.flatten() for layer in masked_relus(cuts[1].model).values()])
     balance = shares * (1 - shares)
     assert balance[kept].min() >= balance[~kept].max() - 1e-3
+
+
+def test_the_architecture_names_files_that_are_there():
+    rooms = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Rules of the house")[0]
+    there = {file.name for folder in ("src", "benchmarks", "tests") for file in (ROOT / folder).rglob("*.py")}
+    assert set(re.findall(r"\w+\.py\b", rooms)) <= there
