@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import SGD
 
 from fairline import finetune, train
+from fairline.errors import FairlineError
 from fairline.linearize import Random
 from fairline.masking import masked_relus
 from fairline.models import build
@@ -118,6 +119,17 @@ def test_a_resumed_run_captures_again_and_gives_the_same_bits(capture, tmp_path)
     train(resumed, DATA, epochs=3, cuda_graphs=True, checkpoint=file, **SETTINGS)
     assert len(capture.captured) == 3
     assert_same(whole, resumed)
+
+
+def test_the_variable_decides_where_the_caller_does_not(capture, monkeypatch):
+    for told, asked, expected in (("1", None, 1), ("1", False, 0), ("0", True, 1), ("0", None, 0)):
+        monkeypatch.setenv(graphs.VARIABLE, told)
+        capture.captured.clear()
+        train(network(), DATA, epochs=1, cuda_graphs=asked, **SETTINGS)
+        assert len(capture.captured) == expected
+    monkeypatch.setenv(graphs.VARIABLE, "yes")
+    with pytest.raises(FairlineError, match="FAIRLINE_CUDA_GRAPHS is 1 or 0, not 'yes'"):
+        train(network(), DATA, epochs=1, **SETTINGS)
 
 
 def test_what_cannot_be_captured_is_computed_as_ever_after_one_warning(monkeypatch, capture, caplog):

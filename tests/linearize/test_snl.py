@@ -83,6 +83,61 @@ def test_largest_masks_are_kept(parts, trained):
     assert not cut.info["reached"]
 
 
+#: Masks close within a few epochs.
+QUICK = {"lr": 0.05, "lam": 3e-3, "batch_size": 32, "max_epochs": 8}
+
+
+def test_the_control_is_trained_as_long_as_the_masks_with_nothing_to_pay(parts, trained):
+    data = parts[0]
+    rows: list[dict[str, float]] = []
+    cuts = list(SNL(control=True, **QUICK).linearize(trained, data, [1.0, 0.5, 0.1], history=rows))
+    assert [cut.relus for cut in cuts] == [TOTAL // 2, round(0.1 * TOTAL), TOTAL]
+    assert cuts[-1].info["epoch"] == len(rows) == cuts[1].info["epoch"]
+    # Nobody has ever paid so little.
+    free = {**QUICK, "lam": 1e-30, "max_epochs": len(rows)}
+    (other,) = SNL(**free).linearize(trained, data, [0])
+    theirs = dict(other.model.named_parameters())
+    for name, parameter in cuts[-1].model.named_parameters():
+        assert torch.equal(parameter, theirs[name])
+    # What is asked for beside it is what it is without.
+    alone = list(SNL(**QUICK).linearize(trained, data, [0.5, 0.1]))
+    for cut, other in zip(cuts, alone, strict=False):
+        assert torch.equal(predict(cut.model, parts[2]), predict(other.model, parts[2]))
+
+
+def test_a_control_resumes_wherever_the_run_was_broken_off(parts, trained, tmp_path):
+    def run(updates: float, folder=None, rows=None):
+        """Its networks, unless it is interrupted after so many batches."""
+        seen = 0
+
+        def stop(_update):
+            nonlocal seen
+            seen += 1
+            if seen > updates:
+                raise KeyboardInterrupt
+
+        method = SNL(control=True, **QUICK)
+        return list(
+            method.linearize(trained, parts[0], [1.0, 0.5], checkpoint=folder, history=rows, progress=stop)
+        ), seen
+
+    (half, whole), batches = run(float("inf"))
+    for broken_off in (batches // 4, batches // 2 + 1, batches - 2):
+        folder = tmp_path / str(broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            run(broken_off, folder)
+        rows: list[dict[str, float]] = []
+        again, _ = run(float("inf"), folder, rows)
+        assert [cut.info["epoch"] for cut in again] == [half.info["epoch"]] * 2 == [len(rows)] * 2
+        for cut, other in zip(again, (half, whole), strict=True):
+            assert torch.equal(predict(cut.model, parts[2]), predict(other.model, parts[2]))
+
+
+def test_a_control_needs_masks_to_go_by(parts, trained):
+    with pytest.raises(FairlineError, match="as long as masks are learned: give a smaller budget"):
+        cuts_of(trained, parts[0], [1.0], control=True)
+
+
 def test_a_sweep_gives_what_single_runs_give(parts, trained):
     sweep = cuts_of(trained, parts[0], [0.5, 0.1])
     for cut in sweep:

@@ -207,6 +207,18 @@ class Linearizer(ABC):
             One network a budget, from the largest budget to the smallest.
         """
 
+    def untouched(self, run: Linearization) -> Iterator[Cut]:
+        """Take budgets that the student meets as it is off the list.
+
+        Args:
+            run: What there is to work with.
+
+        Yields:
+            The student itself for each of them.
+        """
+        while run.budgets and run.budgets[0] >= run.open:
+            yield Cut(run.budgets.pop(0), copy_model(run.student))
+
     def linearize(
         self,
         model: nn.Module,
@@ -293,10 +305,10 @@ class Linearizer(ABC):
 
     def _all_cuts(self, run: Linearization) -> Iterator[Cut]:
         """What the network meets as it is, what an interrupted run has met, then what the method finds."""
-        yield from _met(run)
+        yield from self.untouched(run)
         if self.for_cost is not None and run.budgets:
             self.for_cost.choose(run, self.seed)
-            yield from _met(run)
+            yield from self.untouched(run)
         if self.keeps_snapshots:
             yield from run.saved()
             # What is saved from here on is not what another process looks for.
@@ -307,12 +319,6 @@ class Linearizer(ABC):
             if self.keeps_snapshots:
                 run.save(cut)
             yield cut
-
-
-def _met(run: Linearization) -> Iterator[Cut]:
-    """Take budgets that the student meets as it is off the list."""
-    while run.budgets and run.budgets[0] >= run.open:
-        yield Cut(run.budgets.pop(0), copy_model(run.student))
 
 
 def set_aside(train: GroupedData, share: float, seed: int) -> tuple[GroupedData, GroupedData]:

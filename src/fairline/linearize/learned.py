@@ -65,6 +65,9 @@ class MaskLearning(Linearizer):
         empty_layers: In [0, 1]: deployment-aware; after each epoch a layer is emptied for good if the share of its
             ReLUs that is open is less than ``empty_layers`` times the share over all layers still in use. Each empty
             layer saves protocol rounds. 0 is as published.
+        control: Give a budget that keeps every ReLU, as the last of all, a network that was trained for as many epochs
+            as the masks took, with λ = 0: what the further training does by itself. False is as published: the
+            network as it is.
         surrogate: What stands in a ReLU's place: ``"identity"`` or ``"quadratic"``, fitted and learned.
         seed: Of the whole run.
     """
@@ -87,6 +90,7 @@ class MaskLearning(Linearizer):
     protect: float = 0.0
     protect_samples: int = 200
     empty_layers: float = 0.0
+    control: bool = False
     surrogate: Surrogate = "identity"
     seed: int = 0
 
@@ -109,6 +113,8 @@ class MaskLearning(Linearizer):
             )
         if not 0 <= self.empty_layers <= 1:
             raise FairlineError(f"{self.title} needs empty_layers in [0, 1], not {self.empty_layers}.")
+        if self.control and self.for_cost is not None:
+            raise FairlineError("A control keeps every ReLU, and for_cost empties layers: give one of them.")
 
     def prepare(self, student: nn.Module) -> None:
         """Make the masks of a student learnable."""
@@ -149,6 +155,26 @@ class MaskLearning(Linearizer):
     def settle(self, optimizer: Optimizer, epochs: int) -> None:
         """Change learning rates, ``epochs`` epochs after a budget was reached (0: it is not); by default do nothing."""
 
+    def untouched(self, run: Linearization) -> Iterator[Cut]:
+        """As for every method, but that a control waits for the last.
+
+        Args:
+            run: What there is to work with.
+
+        Yields:
+            The student itself for each budget that it meets.
+
+        Raises:
+            FairlineError: There is no budget that says how long a control is trained.
+        """
+        if not self.control:
+            yield from super().untouched(run)
+            return
+        waiting = [budget for budget in run.budgets if budget >= run.open]
+        run.budgets[:] = [budget for budget in run.budgets if budget < run.open] + waiting
+        if len(waiting) == len(run.asked):
+            raise FairlineError("A control is trained for as long as masks are learned: give a smaller budget as well.")
+
     def cuts(self, run: Linearization) -> Iterator[Cut]:
         """Learn until the last budget is crossed; what is not crossed takes the largest masks as they are.
 
@@ -156,8 +182,44 @@ class MaskLearning(Linearizer):
             run: What there is to work with.
 
         Yields:
-            A network for each budget, as it is crossed.
+            A network for each budget, as it is crossed; a control last.
         """
+        controls = [budget for budget in run.budgets if budget >= run.open]
+        run.budgets[:] = [budget for budget in run.budgets if budget < run.open]
+        network = copy_model(run.student) if controls else None
+        if run.budgets:
+            yield from self._learned(run)
+        if network is not None:
+            self._train_control(run, network)
+            for budget in controls:
+                yield Cut(budget, copy_model(network), {"epoch": len(run.rows), "control": True})
+
+    def _train_control(self, run: Linearization, network: nn.Module) -> None:
+        """Train a network on as the masks' network was, for as many epochs, with nothing to pay for a ReLU."""
+        kept = {name: layer.kept.clone() for name, layer in masked_relus(network).items()}
+        self.prepare(network)
+        for _ in run_epochs(
+            network,
+            run.train,
+            epochs=len(run.rows),
+            optimizer=self.optimizer(network),
+            objective=self.objective or ERM(self.temperature),
+            teacher=run.teacher,
+            batch_size=self.batch_size,
+            augment=self.augment,
+            seed=self.seed,
+            device=run.device,
+            precision=run.arithmetic,
+            stage=f"{self.title} control",
+            progress=run.progress,
+            checkpoint=run.file(f"{self.name}-control"),
+        ):
+            pass
+        for name, layer in masked_relus(network).items():
+            layer.set_mask(kept[name])
+
+    def _learned(self, run: Linearization) -> Iterator[Cut]:
+        """A network for each budget below what is open."""
         self.prepare(run.student)
         learning = _Learning(self, run)
         for epoch in learning.epochs():

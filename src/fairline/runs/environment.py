@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
@@ -70,7 +71,7 @@ def provenance(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree that this package runs from, if it is one."""
+    """Commit of the source tree that this package runs from; of a copy without history, what FAIRLINE_COMMIT says."""
     here = Path(__file__).resolve().parents[1]
     try:
         answers = [
@@ -78,5 +79,5 @@ def _commit() -> str | None:
             for query in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", str(here)])
         ]
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("FAIRLINE_COMMIT")
     return answers[0] + ("-dirty" if answers[1] else "")

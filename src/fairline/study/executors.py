@@ -171,7 +171,7 @@ def _task(work: Callable[..., Any], threads: int, arguments: tuple[Any, ...]) ->
 
 def _passed_on() -> dict[str, str]:
     """Settings of this process that its workers need; a cluster's own machines may say otherwise."""
-    names = ("FAIRLINE_DATA", "FAIRLINE_PRECISION", "FAIRLINE_SCRATCH")
+    names = ("FAIRLINE_DATA", "FAIRLINE_PRECISION", "FAIRLINE_CUDA_GRAPHS", "FAIRLINE_SCRATCH")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 

@@ -7,16 +7,40 @@ the network is captured. Objectives and penalties change between epochs and stay
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from fairline.errors import FairlineError
 from fairline.inference import logits_of
 
 logger = logging.getLogger(__name__)
 
 Compute = Callable[[Tensor], Tensor]
+#: Says whether networks are captured where the caller does not.
+VARIABLE = "FAIRLINE_CUDA_GRAPHS"
+
+
+def wanted(asked: bool | None) -> bool:
+    """Whether networks are to be captured.
+
+    Args:
+        asked: By the caller; None leaves it to :data:`VARIABLE`.
+
+    Returns:
+        False where neither says so.
+
+    Raises:
+        FairlineError: The variable is neither 0 nor 1.
+    """
+    if asked is not None:
+        return asked
+    told = os.environ.get(VARIABLE, "0")
+    if told not in ("0", "1"):
+        raise FairlineError(f"{VARIABLE} is 1 or 0, not '{told}'.")
+    return told == "1"
 
 
 class Replay:

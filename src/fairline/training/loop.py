@@ -78,7 +78,8 @@ class LoopSettings(TypedDict, total=False):
             resumed run goes on in what it began in.
         cuda_graphs: Whether a network on a GPU is captured and replayed, see
             :class:`~fairline.training.graphs.Replay`; it is meant for narrow ones, whose kernels end before the next
-            is launched. Elsewhere it changes nothing.
+            is launched. Elsewhere it changes nothing. By default what the variable ``FAIRLINE_CUDA_GRAPHS`` says (1 or
+            0), else not.
     """
 
     batch_size: int
@@ -88,7 +89,7 @@ class LoopSettings(TypedDict, total=False):
     progress: ProgressCallback | None
     checkpoint: str | Path | None
     precision: Precision | Arithmetic | None
-    cuda_graphs: bool
+    cuda_graphs: bool | None
 
 
 LOOP_DEFAULTS = LoopSettings(
@@ -99,7 +100,7 @@ LOOP_DEFAULTS = LoopSettings(
     progress=None,
     checkpoint=None,
     precision=None,
-    cuda_graphs=False,
+    cuda_graphs=None,
 )
 
 
@@ -186,7 +187,7 @@ class _Run:
     progress: ProgressCallback | None
     checkpoint: str | Path | None
     precision: Precision | Arithmetic | None
-    cuda_graphs: bool
+    cuda_graphs: bool | None
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
@@ -225,7 +226,7 @@ class _Run:
         for network in networks:
             self.arithmetic.place(network, self.where)
         # A graph holds no statistics of other processes' images.
-        captured = self.cuda_graphs and self.ranks.size == 1 and graphs.can_capture(self.where)
+        captured = graphs.wanted(self.cuda_graphs) and self.ranks.size == 1 and graphs.can_capture(self.where)
         self.replay = graphs.Replay(self.model) if captured else None
         try:
             yield
