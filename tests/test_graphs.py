@@ -132,6 +132,23 @@ def test_the_variable_decides_where_the_caller_does_not(capture, monkeypatch):
         train(network(), DATA, epochs=1, **SETTINGS)
 
 
+def test_by_default_only_networks_are_captured_whose_code_is_known(capture, monkeypatch):
+    monkeypatch.delenv(graphs.VARIABLE, raising=False)
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.inner(images)
+
+    for model, expected in ((network(), 1), (Own(), 0)):
+        capture.captured.clear()
+        train(model, DATA, epochs=1, **SETTINGS)
+        assert len(capture.captured) == expected
+
+
 def test_what_cannot_be_captured_is_computed_as_ever_after_one_warning(monkeypatch, capture, caplog):
     def refuse(network, images):
         capture(network, images)
@@ -139,7 +156,7 @@ def test_what_cannot_be_captured_is_computed_as_ever_after_one_warning(monkeypat
 
     monkeypatch.setattr(graphs, "capture", refuse)
     plain, refused = network(), network()
-    train(plain, DATA, epochs=2, **SETTINGS)
+    train(plain, DATA, epochs=2, cuda_graphs=False, **SETTINGS)
     with caplog.at_level(logging.WARNING, "fairline"):
         train(refused, DATA, epochs=2, cuda_graphs=True, **SETTINGS)
     assert_same(plain, refused)
@@ -170,8 +187,8 @@ def test_a_network_that_is_changed_between_epochs_is_computed_as_it_is_now(captu
     assert "its weights or buffers were replaced" in record.getMessage()
 
 
-def test_nothing_is_captured_on_a_cpu_or_unless_it_is_asked_for(monkeypatch, capture):
-    train(network(), DATA, epochs=1, **SETTINGS)
+def test_nothing_is_captured_on_a_cpu_or_against_the_callers_word(monkeypatch, capture):
+    train(network(), DATA, epochs=1, cuda_graphs=False, **SETTINGS)
     monkeypatch.undo()
     monkeypatch.setattr(graphs, "capture", capture)
     plain, asked = network(), network()

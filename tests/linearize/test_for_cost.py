@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -103,6 +105,21 @@ def test_what_does_nothing_is_emptied_and_what_bends_stays():
     assert [row["relus"] for row in history] == [32, 16, 8, 8]
     assert [row["cost[8]"] for row in history] == [row["cost[4]"] for row in history] == [4, 2, 1, 1]
     assert [row["cost"] for row in history] == [1, 0.5, 0.25, 0.25]
+
+
+def test_candidates_are_measured_on_the_validation_part_where_there_is_one():
+    model, data = bent()
+    # The same images, all of them told wrongly: what is right there is wrong here.
+    mean, std = data.normalization()
+    val = replace(data.select(torch.arange(90)), mean=mean, std=std)
+    val = replace(val, labels=1 - val.labels)
+    history: list[dict[str, object]] = []
+    method = Magnitude(for_cost=ForCost(count_layers, may_lose=0.0, lr=1e-9))
+    (cut,) = method.linearize(model, data, [8], val=val, history=history)
+    assert history[0]["accuracy"] == 0.0
+    # Emptied layers lose nothing there.
+    assert cut.info["emptied"] == ["4", "6", "8"]
+    assert max(row["lost"] for row in history) <= 0
 
 
 def test_a_record_says_who_pays():

@@ -79,8 +79,10 @@ def linearize_job(
 
     def work(run: Run) -> None:
         rows: list[dict[str, float]] = []
-        data = load_parts(parent, root)["train"]
+        parts = load_parts(parent, root)
+        data = parts["train"]
         watched: dict[str, Any] = {"progress": progress, "checkpoint": run.checkpoint, "history": rows, "device": where}
+        watched["val"] = parts["val"]
         in_it = replace(linearizer, precision=settle(run, settings.get("precision"), teacher, data, where, agreed))
         for cut in in_it.linearize(teacher, data, budgets, **watched):
             save_network(run.network_folder(f"budget-{cut.budget}"), cut.model, _described(cut, common))

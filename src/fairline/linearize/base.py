@@ -85,6 +85,7 @@ class Linearization:
         student: A masked copy on ``device``, its surrogates fitted; the method may change it. It keeps the ReLUs that
             the network has: all, or what an earlier linearization left.
         train: Training part on ``device``.
+        val: Validation part on ``device``, if there is one.
         total: ReLUs of the network, cut ones counted.
         open: Those of them that it has still.
         asked: All budgets as counts, from the largest to the smallest.
@@ -107,6 +108,7 @@ class Linearization:
     asked: tuple[int, ...]
     budgets: list[int]
     device: torch.device
+    val: GroupedData | None = None
     precision: Precision | Arithmetic | None = None
     progress: ProgressCallback | None = None
     folder: Path | None = None
@@ -225,6 +227,7 @@ class Linearizer(ABC):
         train: GroupedData,
         budgets: Sequence[float],
         *,
+        val: GroupedData | None = None,
         device: str | torch.device | None = None,
         progress: ProgressCallback | None = None,
         checkpoint: str | Path | None = None,
@@ -236,6 +239,7 @@ class Linearizer(ABC):
             model: The trained network, linearized already or not; not changed.
             train: Training part.
             budgets: Fractions (float, up to 1.0) or counts (int) of ReLUs to keep.
+            val: Validation part, on which ``for_cost`` measures what may be emptied.
             device: The accelerator if there is one, by default.
             progress: Called after every batch.
             checkpoint: Folder to resume from and to save to. It is this run's: other settings, budgets, data or another
@@ -249,7 +253,7 @@ class Linearizer(ABC):
             FairlineError: A budget is impossible, the model has no ReLU, the method cannot act on the model or data, or
                 the checkpoint folder is another run's.
         """
-        run = self._start(model, train, budgets, resolve_device(device), progress, checkpoint)
+        run = self._start(model, train, budgets, val, resolve_device(device), progress, checkpoint)
         for cut in self._all_cuts(run):
             if history is not None:
                 history[:] = [*run.choice, *run.rows]
@@ -276,6 +280,7 @@ class Linearizer(ABC):
         model: nn.Module,
         train: GroupedData,
         budgets: Sequence[float],
+        val: GroupedData | None,
         device: torch.device,
         progress: ProgressCallback | None,
         checkpoint: str | Path | None,
@@ -288,6 +293,8 @@ class Linearizer(ABC):
             settings = {each.name: described(getattr(self, each.name)) for each in fields(self)}
             images, network = data_digest(train), network_digest(model)
             own = {"method": self.name, "budgets": counts, **settings, "training images": images, "network": network}
+            if val is not None and self.for_cost is not None:
+                own["validation images"] = data_digest(val)
             claim(folder, own)
         return Linearization(
             teacher=copy_model(self.teacher or model).to(device).eval(),
@@ -298,6 +305,7 @@ class Linearizer(ABC):
             asked=tuple(counts),
             budgets=counts,
             device=device,
+            val=None if val is None else val.to(device),
             precision=self.precision,
             progress=progress,
             folder=folder,

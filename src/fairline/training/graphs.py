@@ -23,24 +23,31 @@ Compute = Callable[[Tensor], Tensor]
 VARIABLE = "FAIRLINE_CUDA_GRAPHS"
 
 
-def wanted(asked: bool | None) -> bool:
-    """Whether networks are to be captured.
+#: Where modules come from whose Python code decides nothing that a graph would freeze.
+KNOWN = ("torch.nn.", "fairline.")
+
+
+def wanted(asked: bool | None, network: nn.Module) -> bool:
+    """Whether a network on a GPU is to be captured.
 
     Args:
         asked: By the caller; None leaves it to :data:`VARIABLE`.
+        network: Where neither says so, one of modules of torch and fairline alone is.
 
     Returns:
-        False where neither says so.
+        The answer.
 
     Raises:
         FairlineError: The variable is neither 0 nor 1.
     """
     if asked is not None:
         return asked
-    told = os.environ.get(VARIABLE, "0")
-    if told not in ("0", "1"):
+    told = os.environ.get(VARIABLE)
+    if told not in (None, "0", "1"):
         raise FairlineError(f"{VARIABLE} is 1 or 0, not '{told}'.")
-    return told == "1"
+    if told is not None:
+        return told == "1"
+    return all(type(module).__module__.startswith(KNOWN) for module in network.modules())
 
 
 class Replay:
@@ -120,6 +127,9 @@ def capture(network: nn.Module, images: Tensor) -> Compute:
         RuntimeError: The network cannot be captured, say because its Python code reads a value from the device.
     """
     kind = images.device.type
+    if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+        # What is captured runs on a stream of its own, as torch.cuda.make_graphed_callables means it to.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     # Weights that autocast has converted and keeps would not be converted again when the graph is replayed.
     with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
         return torch.cuda.make_graphed_callables(network, (images,), allow_unused_input=True)  # type: ignore[return-value]

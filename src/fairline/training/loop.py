@@ -77,9 +77,9 @@ class LoopSettings(TypedDict, total=False):
         precision: What to compute in, see :func:`~fairline.training.choose`; float32 on a CPU by default. A
             resumed run goes on in what it began in.
         cuda_graphs: Whether a network on a GPU is captured and replayed, see
-            :class:`~fairline.training.graphs.Replay`; it is meant for narrow ones, whose kernels end before the next
-            is launched. Elsewhere it changes nothing. By default what the variable ``FAIRLINE_CUDA_GRAPHS`` says (1 or
-            0), else not.
+            :class:`~fairline.training.graphs.Replay`. Elsewhere it changes nothing. By default what the variable
+            ``FAIRLINE_CUDA_GRAPHS`` says (1 or 0), else whether it is made of modules of torch and fairline alone:
+            other Python code may decide anew at each batch.
     """
 
     batch_size: int
@@ -226,7 +226,8 @@ class _Run:
         for network in networks:
             self.arithmetic.place(network, self.where)
         # A graph holds no statistics of other processes' images.
-        captured = graphs.wanted(self.cuda_graphs) and self.ranks.size == 1 and graphs.can_capture(self.where)
+        captured = self.ranks.size == 1 and graphs.can_capture(self.where)
+        captured = captured and graphs.wanted(self.cuda_graphs, self.model)
         self.replay = graphs.Replay(self.model) if captured else None
         try:
             yield
