@@ -18,7 +18,7 @@ from fairline.linearize import Random
 from fairline.masking import MaskedReLU, masked_relus
 from fairline.models import build
 from fairline.objectives.erm import ERM
-from fairline.precision import FLOAT32, Arithmetic, has_bf16
+from fairline.precision import FLOAT32, Arithmetic, has_bf16, suits_channels_last
 from fairline.runs import DataSpec
 from fairline.training import choose, run_epochs, trial
 from tests.commands import ENVIRONMENT, fairline, ok
@@ -188,7 +188,8 @@ def test_a_finetune_in_bf16_leaves_teacher_and_data_as_they_are():
 def test_predictions_are_float32_unless_the_training_asks():
     data, model = make_data(32), network().eval()
     exact = model(data.normalized(slice(None)))
-    assert torch.equal(predict(model, data, batch_size=32), exact)
+    torch.testing.assert_close(predict(model, data, batch_size=32), exact, rtol=1e-5, atol=1e-5)
+    assert all(weight.is_contiguous() for weight in model.parameters())
     rough = predict(model, data, batch_size=32, arithmetic=BF16)
     assert rough.dtype == torch.float32
     assert not torch.equal(rough, exact)
@@ -197,12 +198,12 @@ def test_predictions_are_float32_unless_the_training_asks():
 
 @pytest.mark.parametrize(("width", "suits"), [(8, False), (16, True), (24, True)])
 def test_narrow_convolutions_never_lie_channels_last(width, suits):
-    assert trial.suits_channels_last(network(width)) is suits
+    assert suits_channels_last(network(width)) is suits
 
 
 def test_grouped_convolutions_never_lie_channels_last():
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, groups=32))
-    assert not trial.suits_channels_last(model)
+    assert not suits_channels_last(model)
 
 
 def test_auto_on_two_threads_with_eight_channels_comes_to_an_end():

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
@@ -114,11 +114,13 @@ def test_terms_of_proposition_4_5_by_the_full_matrices(kind, dtype, tolerance):
 
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 1000), kind=st.sampled_from(["perceptron", "masked", "linear"]))
+@example(seed=151, kind="masked")
 def test_proposition_4_5_holds(seed, kind):
     data = small_data(30, classes=2, groups=2, seed=seed)
     if (data.counts()["n"] == 0).any():
         return
-    options = {"binary_curvature_bound": {"tolerance": 1e-3}}
+    # A residual tells of the nearest eigenvalue alone; only a small one finds the largest of close ones (seed 151).
+    options = {"binary_curvature_bound": {"tolerance": 1e-5}, "curvature": {"tolerance": 1e-5}}
     report = fl.audit(
         network(kind, 2, seed, torch.float32), data, measures=["binary_curvature_bound", "curvature"], options=options
     )

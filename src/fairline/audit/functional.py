@@ -12,7 +12,7 @@ from torch.func import functional_call
 from fairline.data.grouped import GroupedData
 from fairline.data.memory import images_at_once
 from fairline.errors import FairlineError
-from fairline.inference import logits_of
+from fairline.inference import float32, logits_of
 from fairline.masking import copy_model, masked_relus
 from fairline.ranks import here
 
@@ -31,14 +31,14 @@ class Functional:
         model: The network; left as it is. Every parameter counts, also those that are frozen in training.
         data: What it is measured on.
         device: Where to compute; where the model is by default.
-        batch_size: Samples at a time; fewer where images have more than 64×64 pixels.
+        batch_size: Samples at a time, by default 250, and 64 on a CPU; fewer where images have more than 64×64 pixels.
 
     Raises:
         FairlineError: The network has no parameter, or masks that are still being learned.
     """
 
     def __init__(
-        self, model: nn.Module, data: GroupedData, device: torch.device | None = None, batch_size: int = 250
+        self, model: nn.Module, data: GroupedData, device: torch.device | None = None, batch_size: int | None = None
     ) -> None:
         if any(layer.weight is not None for layer in masked_relus(model).values()):
             raise FairlineError("The masks are still being learned; fix them (keep_largest) before an audit.")
@@ -47,7 +47,6 @@ class Functional:
             self.model.to(device)
         self.model.requires_grad_(False)
         self.data = data
-        self.batch_size = images_at_once(batch_size, data.images.shape)
         self.parameters = {
             name: parameter.detach().clone().requires_grad_() for name, parameter in self.model.named_parameters()
         }
@@ -55,6 +54,8 @@ class Functional:
             raise FairlineError(f"{type(model).__name__} has no parameters, so its loss has no gradient.")
         first = next(iter(self.parameters.values()))
         self.device, self.dtype = first.device, first.dtype
+        self.batch_size = images_at_once(batch_size or (64 if self.device.type == "cpu" else 250), data.images.shape)
+        self.arithmetic = float32(self.model, data.normalized(slice(1)).to(self.dtype), self.device)
         self.ranks = here()
         self.size = sum(parameter.numel() for parameter in self.parameters.values())
 
@@ -65,7 +66,7 @@ class Functional:
     def batches(self, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images (B, C, H, W) and labels (B,) of the samples in ``index``."""
         for chunk, images in self.data.batches(index, self.batch_size):
-            yield images.to(self.device, self.dtype), self.data.labels[chunk].to(self.device)
+            yield self.arithmetic.order(images.to(self.device, self.dtype)), self.data.labels[chunk].to(self.device)
 
     def own(self, index: Tensor) -> Tensor:
         """Those of the samples in ``index`` that are this process's, whole batches of them."""

@@ -253,7 +253,7 @@ class Linearizer(ABC):
             FairlineError: A budget is impossible, the model has no ReLU, the method cannot act on the model or data, or
                 the checkpoint folder is another run's.
         """
-        run = self._start(model, train, budgets, val, resolve_device(device), progress, checkpoint)
+        run = self._start(model, train, budgets, resolve_device(device), progress, checkpoint, val)
         for cut in self._all_cuts(run):
             if history is not None:
                 history[:] = [*run.choice, *run.rows]
@@ -280,10 +280,10 @@ class Linearizer(ABC):
         model: nn.Module,
         train: GroupedData,
         budgets: Sequence[float],
-        val: GroupedData | None,
         device: torch.device,
         progress: ProgressCallback | None,
         checkpoint: str | Path | None,
+        val: GroupedData | None = None,
     ) -> Linearization:
         student = self.start(model, train, device)
         total = sum(layer.kept.numel() for layer in masked_relus(student).values())
