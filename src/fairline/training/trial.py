@@ -19,7 +19,7 @@ from fairline.precision import Arithmetic, Precision, has_bf16, require_precisio
 logger = logging.getLogger(__name__)
 
 #: bfloat16 costs digits; it must win at least this much.
-WORTHWHILE = 1.1
+WORTHWHILE = 1.2
 #: Images of a trial's step, and timed steps of each candidate at most.
 TRIAL_IMAGES, TRIAL_STEPS = 64, 3
 #: A trial ends when the ratio is this many times over or under what is worthwhile.
