@@ -25,6 +25,7 @@ from fairline.cli import app, main
 from fairline.cli.options import AUDIT_MEASURES, LINEARIZERS, OBJECTIVES, parse_budgets, parse_options
 from fairline.errors import FairlineError
 from fairline.runs import Run
+from fairline.runs.environment import environment
 from fairline.theory import toy
 from tests.commands import AUDIT, ENVIRONMENT, EXPLAIN, FINETUNE, LINEARIZE, TRAIN, Started, command, fairline, ok
 
@@ -48,6 +49,17 @@ def test_run_folders_hold_what_they_promise(runs):
     assert info["method"] == "snl"
     assert info["budget"] == 20
     assert len(info["layers"]) == 3
+
+
+def test_a_copy_without_history_says_which_commit_it_is(monkeypatch):
+    def no_git(*_arguments, **_options):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "run", no_git)
+    monkeypatch.delenv("FAIRLINE_COMMIT", raising=False)
+    assert environment(torch.device("cpu"))["commit"] is None
+    monkeypatch.setenv("FAIRLINE_COMMIT", "0123abc")
+    assert environment(torch.device("cpu"))["commit"] == "0123abc"
 
 
 def test_audit_table_has_every_network_and_group(runs):

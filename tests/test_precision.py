@@ -196,6 +196,25 @@ def test_predictions_are_float32_unless_the_training_asks():
     assert (rough - exact).norm() < 0.05 * exact.norm()
 
 
+def test_predictions_of_a_network_that_cannot_lie_channels_last():
+    class Viewed(nn.Module):
+        """Its convolution suits; ``view`` needs the channels apart."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(1, 16, 3), nn.Linear(16 * 36, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.conv(images).view(len(images), -1))
+
+    torch.manual_seed(0)
+    data, model = make_data(10), Viewed()
+    assert suits_channels_last(model)
+    with torch.no_grad():
+        exact = model(data.normalized(slice(None)))
+    assert torch.equal(predict(model, data), exact)
+
+
 @pytest.mark.parametrize(("width", "suits"), [(8, False), (16, True), (24, True)])
 def test_narrow_convolutions_never_lie_channels_last(width, suits):
     assert suits_channels_last(network(width)) is suits

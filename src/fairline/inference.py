@@ -49,8 +49,7 @@ def predict(
     model.to(device).eval()
     try:
         if arithmetic is None:
-            arithmetic = float32(model, data.normalized(slice(1)), device)
-            arithmetic.place(model, device)
+            arithmetic = float32(model, data.normalized(slice(2)).to(device), device)
             placed = arithmetic.channels_last
         with torch.inference_mode(), arithmetic.autocast(device):
             chunks = []
@@ -65,11 +64,11 @@ def predict(
 
 
 def float32(model: nn.Module, images: Tensor, device: torch.device) -> Arithmetic:
-    """Float32, channels last on a CPU where a network is made for it and an image runs through in this order.
+    """Float32, channels last on a CPU where a network is made for it and images run through in this order.
 
     Args:
-        model: In evaluation mode.
-        images: One is enough, (B, C, H, W), of the model's type.
+        model: In evaluation mode; its weights are left in the order of the answer.
+        images: Two are enough, (B, C, H, W), of the model's type.
         device: Where the model is.
 
     Returns:
@@ -79,10 +78,12 @@ def float32(model: nn.Module, images: Tensor, device: torch.device) -> Arithmeti
         return FLOAT32
     ordered = Arithmetic(channels_last=True)
     try:
+        ordered.place(model, device)
         with torch.inference_mode():
-            model(ordered.order(images.to(device)))
+            model(ordered.order(images))
     except Exception:
         # What else is wrong with the network, the pass itself says.
+        FLOAT32.place(model, device)
         return FLOAT32
     return ordered
 

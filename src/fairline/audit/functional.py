@@ -47,15 +47,15 @@ class Functional:
             self.model.to(device)
         self.model.requires_grad_(False)
         self.data = data
+        first = next(self.model.parameters(), None)
+        if first is None:
+            raise FairlineError(f"{type(model).__name__} has no parameters, so its loss has no gradient.")
+        self.device, self.dtype = first.device, first.dtype
+        self.arithmetic = float32(self.model, data.normalized(slice(2)).to(self.device, self.dtype), self.device)
         self.parameters = {
             name: parameter.detach().clone().requires_grad_() for name, parameter in self.model.named_parameters()
         }
-        if not self.parameters:
-            raise FairlineError(f"{type(model).__name__} has no parameters, so its loss has no gradient.")
-        first = next(iter(self.parameters.values()))
-        self.device, self.dtype = first.device, first.dtype
         self.batch_size = images_at_once(batch_size or (64 if self.device.type == "cpu" else 250), data.images.shape)
-        self.arithmetic = float32(self.model, data.normalized(slice(1)).to(self.dtype), self.device)
         self.ranks = here()
         self.size = sum(parameter.numel() for parameter in self.parameters.values())
 
