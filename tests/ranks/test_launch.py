@@ -172,6 +172,23 @@ def test_bad_input_is_one_sentence(tmp_path, options, sentence):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("launcher", ["fabric", "torchrun"])
+def test_processes_that_a_launcher_has_started_work_together(tmp_path, launcher):
+    options = {
+        "fabric": ["run", "--accelerator", "cpu", "--devices", "2", "--"],
+        "torchrun": ["--standalone", "--nproc-per-node", "2", "--no-python"],
+    }[launcher]
+    scripts = Path(sys.executable).parent
+    run = [scripts / "fairline", *TRAIN, "--out", tmp_path / "two", "--device", "cpu", "--devices", "2"]
+    done = subprocess.run(
+        [*map(str, [scripts / launcher, *options, *run])], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    ok(*TRAIN, "--out", tmp_path / "one", "--device", "cpu")
+    losses = [Run.read(tmp_path / name, "train").table("metrics.parquet")["loss"] for name in ("two", "one")]
+    assert losses[0].tolist() == pytest.approx(losses[1].tolist(), abs=1e-5)
+
+
 def test_without_fabric_one_sentence_names_the_extra_and_one_device_needs_none(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     with pytest.raises(fl.FairlineError, match=r"install fairline\[multi\]"):

@@ -7,6 +7,7 @@ them reports, and ends them all when one is lost.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -137,10 +138,18 @@ def _refused() -> Iterator[None]:
 def _join(fabric: Any, work: Callable[..., Any], arguments: Sequence[Any], settings: Mapping[str, Any]) -> Any:
     """Do the work as one of the ranks."""
     become(Group(fabric.global_rank, fabric.world_size, fabric.device))
+    # A process that ends with threads of gloo at work aborts.
+    atexit.unregister(_leave)
+    atexit.register(_leave)
     if not here().is_first:
         logging.getLogger("fairline").setLevel(logging.CRITICAL)
         settings = {**settings, **({"progress": None} if "progress" in settings else {})}
     return work(*arguments, **settings)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _supervised(
