@@ -103,6 +103,24 @@ def test_a_compiled_run_is_audited_estimated_and_exported(runs, folder, tmp_path
     assert [checkpoint.name for checkpoint in find_networks([place])[0]] == ["compiled/budget-20"]
 
 
+def test_a_frontier_of_compiled_networks_is_written_with_its_provenance(runs, folder, tmp_path):
+    ok("audit", runs / "students", folder[0], "--out", tmp_path / "audit")
+    ok(
+        "frontier",
+        tmp_path / "audit",
+        "--protocol",
+        "semi2k",
+        "--out",
+        tmp_path / "f",
+        "--results",
+        tmp_path / "results",
+    )
+    table = pd.read_csv(tmp_path / "results" / "frontier.csv")
+    assert set(table["model"]) >= {f"compiled/{name}" for name in Run.read(folder[0]).networks()}
+    origin = json.loads((tmp_path / "results" / "provenance.json").read_text(encoding="utf-8"))
+    assert origin["seeds"] == [0]
+
+
 def test_an_interrupted_job_goes_on_at_the_next_network(runs, tmp_path, monkeypatch):
     done: list[str] = []
     original = compiled.compile

@@ -93,7 +93,7 @@ def write_frontier_results(folder: str | Path, target: str | Path) -> Path:
     studies = _studies(lineage)
     content = {
         "studies": [{"name": s.name, "spec_hash": s.digest, "scale": s.scale, "seeds": s.seeds} for s in studies],
-        "seeds": sorted({int(config["seed"]) for config in run.config["lineage"].values()}),
+        "seeds": sorted({int(each["seed"]) for each in run.config["lineage"].values() if "seed" in each}),
         "measured": [{**each.config, "networks": len(each.config["networks"])} for each in measured],
         **provenance(machines),
     }
