@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -79,12 +80,10 @@ def linearize_job(
 
     def work(run: Run) -> None:
         rows: list[dict[str, float]] = []
-        parts = load_parts(parent, root)
-        data = parts["train"]
+        data, val = operator.itemgetter("train", "val")(load_parts(parent, root))
         watched: dict[str, Any] = {"progress": progress, "checkpoint": run.checkpoint, "history": rows, "device": where}
-        watched["val"] = parts["val"]
         in_it = replace(linearizer, precision=settle(run, settings.get("precision"), teacher, data, where, agreed))
-        for cut in in_it.linearize(teacher, data, budgets, **watched):
+        for cut in in_it.linearize(teacher, data, budgets, val=val, **watched):
             save_network(run.network_folder(f"budget-{cut.budget}"), cut.model, _described(cut, common))
             logger.info("budget %d: kept %d of %d ReLUs; %s", cut.budget, cut.relus, cut.total, cut.info)
         run.write_metrics(rows)
