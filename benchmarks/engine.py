@@ -1,4 +1,4 @@
-"""Epochs of base training, mask learning and finetuning: this checkout against another one, in one run.
+"""Epochs of base training, mask learning and finetuning, and an audit: this checkout against another one, in one run.
 
 Each measurement is a process of its own on the same synthetic images; the two checkouts take turns. The other checkout
 is run as it runs by default; this one in each ``--precision``. An epoch is the second of two: what is done once a run
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent.parent
-STEPS = ("base", "mask learning", "finetune")
+STEPS = ("base", "mask learning", "finetune", "audit")
 
 #: Runs in either checkout, so it uses what both have.
 WORKER = """
@@ -44,6 +44,12 @@ if step == "base":
     rows = fl.train(network, data, epochs=2, batch_size=128, **more)
 elif step == "mask learning":
     list(fl.SNL(max_epochs=2, batch_size=128, **more).linearize(network, data, [0.5], history=rows))
+elif step == "audit":
+    (cut,) = fl.Random().linearize(network, data, [0.1])
+    for _ in range(2):
+        start = time.perf_counter()
+        fl.audit(cut.model, data, measures=["accuracy"], resamples=100)
+        rows.append({"seconds": time.perf_counter() - start})
 else:
     (cut,) = fl.Random().linearize(network, data, [0.1])
     fl.finetune(cut.model, network, data, epochs=2, batch_size=128, history=rows, **more)

@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from fairline import SNL, DeepReDuce, FairlineError, audit, finetune, train
+from fairline.audit.base import predictions
+from fairline.audit.functional import Functional
 from fairline.inference import predict
 from fairline.jobs import finetune_job, linearize_job, train_job
 from fairline.linearize import Random
 from fairline.masking import MaskedReLU, masked_relus
 from fairline.models import build
 from fairline.objectives.erm import ERM
-from fairline.precision import FLOAT32, Arithmetic, has_bf16, suits_channels_last
+from fairline.precision import FLOAT32, Arithmetic, has_bf16
 from fairline.runs import DataSpec
 from fairline.training import choose, run_epochs, trial
 from tests.commands import ENVIRONMENT, fairline, ok
@@ -188,15 +190,23 @@ def test_a_finetune_in_bf16_leaves_teacher_and_data_as_they_are():
 def test_predictions_are_float32_unless_the_training_asks():
     data, model = make_data(32), network().eval()
     exact = model(data.normalized(slice(None)))
-    torch.testing.assert_close(predict(model, data, batch_size=32), exact, rtol=1e-5, atol=1e-5)
-    assert all(weight.is_contiguous() for weight in model.parameters())
+    assert torch.equal(predict(model, data, batch_size=32), exact)
     rough = predict(model, data, batch_size=32, arithmetic=BF16)
     assert rough.dtype == torch.float32
     assert not torch.equal(rough, exact)
     assert (rough - exact).norm() < 0.05 * exact.norm()
 
 
-def test_predictions_of_a_network_that_cannot_lie_channels_last():
+@pytest.mark.parametrize("width", [8, 16])
+def test_each_image_is_seen_once(width):
+    """Whoever adds up what passes through a network (hooks) would count others twice."""
+    data, model, seen = make_data(150), network(width).eval(), []
+    model.register_forward_hook(lambda module, images, output: seen.append(len(output)))
+    predict(model, data)
+    assert sum(seen) == 150
+
+
+def test_audits_of_a_network_that_cannot_lie_channels_last():
     class Viewed(nn.Module):
         """Its convolution suits; ``view`` needs the channels apart."""
 
@@ -209,20 +219,30 @@ def test_predictions_of_a_network_that_cannot_lie_channels_last():
 
     torch.manual_seed(0)
     data, model = make_data(10), Viewed()
-    assert suits_channels_last(model)
+    assert trial.suits_channels_last(model)
     with torch.no_grad():
         exact = model(data.normalized(slice(None)))
-    assert torch.equal(predict(model, data), exact)
+    assert torch.equal(predictions(model, data, CPU).logits, exact)
+    assert Functional(model, data).gradient(torch.arange(10)).isfinite().all()
+
+
+def test_audits_in_either_order_agree():
+    data, model = make_data(150), network(16).eval()
+    before = states(model)
+    found = predictions(model, data, CPU).logits
+    torch.testing.assert_close(found, predict(model, data), rtol=1e-5, atol=1e-5)
+    # The caller's network lies as it lay.
+    assert all(value.stride() == before[name].stride() for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(("width", "suits"), [(8, False), (16, True), (24, True)])
 def test_narrow_convolutions_never_lie_channels_last(width, suits):
-    assert suits_channels_last(network(width)) is suits
+    assert trial.suits_channels_last(network(width)) is suits
 
 
 def test_grouped_convolutions_never_lie_channels_last():
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, groups=32))
-    assert not suits_channels_last(model)
+    assert not trial.suits_channels_last(model)
 
 
 def test_auto_on_two_threads_with_eight_channels_comes_to_an_end():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fairline.data.grouped import GroupedData
 from fairline.data.memory import images_at_once
 from fairline.errors import FairlineError
-from fairline.precision import FLOAT32, Arithmetic, suits_channels_last
+from fairline.precision import FLOAT32, Arithmetic
 from fairline.ranks import Ranks
 
 
@@ -20,7 +20,7 @@ def predict(
     *,
     batch_size: int | None = None,
     device: torch.device | None = None,
-    arithmetic: Arithmetic | None = None,
+    arithmetic: Arithmetic = FLOAT32,
     ranks: Ranks | None = None,
 ) -> Tensor:
     """Logits of every sample, in evaluation mode and without augmentation.
@@ -31,8 +31,7 @@ def predict(
         batch_size: Samples at a time; 1000 by default, and 64 on a CPU, whose caches then hold the activations;
             fewer where images have more than 64×64 pixels.
         device: Where to compute; where the model is by default.
-        arithmetic: What to compute in: passes within a training take what the training takes; by default float32, and
-            on a CPU channels last where the network can.
+        arithmetic: What to compute in: passes within a training take what the training takes, audits float32.
         ranks: Who shares the work; this process does all of it by default.
 
     Returns:
@@ -45,47 +44,17 @@ def predict(
     batch_size = batch_size or images_at_once(64 if device.type == "cpu" else 1000, data.images.shape)
     ranks = ranks or Ranks()
     part = ranks.part(len(data), batch_size)
-    was_training, placed = model.training, False
+    was_training = model.training
     model.to(device).eval()
     try:
-        if arithmetic is None:
-            arithmetic = float32(model, data.normalized(slice(2)).to(device), device)
-            placed = arithmetic.channels_last
         with torch.inference_mode(), arithmetic.autocast(device):
             chunks = []
             for _, batch in data.batches(torch.arange(len(data))[part], batch_size):
                 images = arithmetic.order(batch.to(device))
                 chunks.append(logits_of(model(images), model, images).float())
     finally:
-        if placed:
-            FLOAT32.place(model, device)
         model.train(was_training)
     return require_classes(ranks.gather(torch.cat(chunks).clone(), len(data), batch_size), data)
-
-
-def float32(model: nn.Module, images: Tensor, device: torch.device) -> Arithmetic:
-    """Float32, channels last on a CPU where a network is made for it and images run through in this order.
-
-    Args:
-        model: In evaluation mode; its weights are left in the order of the answer.
-        images: Two are enough, (B, C, H, W), of the model's type.
-        device: Where the model is.
-
-    Returns:
-        The arithmetic.
-    """
-    if device.type != "cpu" or not suits_channels_last(model):
-        return FLOAT32
-    ordered = Arithmetic(channels_last=True)
-    try:
-        ordered.place(model, device)
-        with torch.inference_mode():
-            model(ordered.order(images))
-    except Exception:
-        # What else is wrong with the network, the pass itself says.
-        FLOAT32.place(model, device)
-        return FLOAT32
-    return ordered
 
 
 def require_classes(logits: Tensor, data: GroupedData) -> Tensor:

@@ -18,8 +18,6 @@ from fairline.errors import FairlineError
 
 Precision = Literal["auto", "fp32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-#: In torch 2.13 convolutions of 8 channels in channels-last order corrupt memory on two threads of a CPU with AMX.
-NARROWEST = 16
 
 
 @dataclass(frozen=True)
@@ -95,15 +93,3 @@ def processor(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return f"{capabilities.get('cpu_name', device.type)}, {torch.get_num_threads()} threads"
-
-
-def suits_channels_last(model: nn.Module) -> bool:
-    """Whether every convolution is wide enough for the channels-last order on a CPU; see :data:`NARROWEST`."""
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    # The images' own three channels or fewer do no harm.
-    return bool(convolutions) and all(
-        layer.groups == 1
-        and layer.out_channels >= NARROWEST
-        and (layer.in_channels >= NARROWEST or layer.in_channels <= 4)
-        for layer in convolutions
-    )

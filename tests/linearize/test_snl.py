@@ -133,6 +133,21 @@ def test_a_control_resumes_wherever_the_run_was_broken_off(parts, trained, tmp_p
             assert torch.equal(predict(cut.model, parts[2]), predict(other.model, parts[2]))
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("snl", {**QUICK, "granularity": "channel"}),
+        ("snl", {**QUICK, "surrogate": "quadratic"}),
+        ("autorep", {"mask_lr": 0.02, "hold": 1, "batch_size": 32, "max_epochs": 6}),
+    ],
+)
+def test_a_control_keeps_every_relu_whatever_a_mask_is(parts, trained, method, settings):
+    whole = list(build(method, control=True, **settings).linearize(trained, parts[0], [1.0, 0.5]))[-1]
+    assert whole.relus == relu_count(whole.model) == TOTAL
+    assert all(layer.weight is None for layer in masked_relus(whole.model).values())
+    assert not torch.equal(predict(whole.model, parts[2]), predict(trained, parts[2]))
+
+
 def test_a_control_needs_masks_to_go_by(parts, trained):
     with pytest.raises(FairlineError, match="as long as masks are learned: give a smaller budget"):
         cuts_of(trained, parts[0], [1.0], control=True)

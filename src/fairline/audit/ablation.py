@@ -29,6 +29,7 @@ from fairline.masking import MaskedReLU, copy_model, mask_relus, masked_relus
 from fairline.masking.equal import same_random
 from fairline.masking.watch import Seen, watch
 from fairline.ranks import here
+from fairline.training import choose
 
 #: Given a layer's name, the layer, its input and its output; returns another output, or None to leave it.
 Hook = Callable[[str, MaskedReLU, Tensor, Tensor], Tensor | None]
@@ -59,6 +60,7 @@ class Ablation:
         example = data.normalized(slice(2)).to(device)
         if not masked_relus(network) and _has_relus(_seen(network, example)):
             network = mask_relus(network, example).eval()
+        self.arithmetic = choose("fp32", network, example, device)
         self.network = network.requires_grad_(False)
         self.device = device
         masks = masked_relus(network)
@@ -86,7 +88,7 @@ class Ablation:
         Raises:
             FairlineError: One of them is not finite.
         """
-        logits = predict(self.network, data, device=self.device, ranks=here()).cpu()
+        logits = predict(self.network, data, device=self.device, arithmetic=self.arithmetic, ranks=here()).cpu()
         broken = int((~logits.isfinite()).any(1).sum())
         if broken:
             raise FairlineError(
@@ -142,7 +144,7 @@ class Ablation:
         with self._hooked(add):
             for index in groups:
                 share = 1 / (len(index) * len(groups))
-                predict(self.network, part_of(data, index), device=self.device)
+                predict(self.network, part_of(data, index), device=self.device, arithmetic=self.arithmetic)
         return sums
 
     @contextmanager

@@ -18,7 +18,7 @@ from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
 from fairline.ranks import here
-from fairline.training import Progress, ProgressCallback
+from fairline.training import Progress, ProgressCallback, choose
 
 T = TypeVar("T")
 
@@ -73,7 +73,8 @@ def predictions(model: nn.Module, data: GroupedData, device: torch.device) -> Pr
     Raises:
         FairlineError: A logit is not finite.
     """
-    logits = predict(model, data, device=device, ranks=here()).cpu()
+    arithmetic = choose("fp32", model, data.normalized(slice(2)), device)
+    logits = predict(model, data, device=device, arithmetic=arithmetic, ranks=here()).cpu()
     broken = ~logits.isfinite().all(1)
     if broken.any():
         first = int(broken.nonzero()[0])

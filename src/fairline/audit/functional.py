@@ -12,9 +12,10 @@ from torch.func import functional_call
 from fairline.data.grouped import GroupedData
 from fairline.data.memory import images_at_once
 from fairline.errors import FairlineError
-from fairline.inference import float32, logits_of
+from fairline.inference import logits_of
 from fairline.masking import copy_model, masked_relus
 from fairline.ranks import here
+from fairline.training import choose
 
 Product = Callable[[Tensor], Tensor]
 
@@ -45,13 +46,14 @@ class Functional:
         self.model = copy_model(model).eval()
         if device is not None:
             self.model.to(device)
-        self.model.requires_grad_(False)
         self.data = data
         first = next(self.model.parameters(), None)
         if first is None:
             raise FairlineError(f"{type(model).__name__} has no parameters, so its loss has no gradient.")
         self.device, self.dtype = first.device, first.dtype
-        self.arithmetic = float32(self.model, data.normalized(slice(2)).to(self.device, self.dtype), self.device)
+        self.arithmetic = choose("fp32", self.model, data.normalized(slice(2)).to(self.dtype), self.device)
+        self.arithmetic.place(self.model, self.device)
+        self.model.requires_grad_(False)
         self.parameters = {
             name: parameter.detach().clone().requires_grad_() for name, parameter in self.model.named_parameters()
         }

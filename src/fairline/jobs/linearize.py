@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -80,7 +79,7 @@ def linearize_job(
 
     def work(run: Run) -> None:
         rows: list[dict[str, float]] = []
-        data, val = operator.itemgetter("train", "val")(load_parts(parent, root))
+        data, val = (parts := load_parts(parent, root))["train"], parts["val"]
         watched: dict[str, Any] = {"progress": progress, "checkpoint": run.checkpoint, "history": rows, "device": where}
         in_it = replace(linearizer, precision=settle(run, settings.get("precision"), teacher, data, where, agreed))
         for cut in in_it.linearize(teacher, data, budgets, val=val, **watched):

@@ -66,8 +66,8 @@ class MaskLearning(Linearizer):
             ReLUs that is open is less than ``empty_layers`` times the share over all layers still in use. Each empty
             layer saves protocol rounds. 0 is as published.
         control: Give a budget that keeps every ReLU, as the last of all, a network that was trained for as many epochs
-            as the masks took, with λ = 0: what the further training does by itself. False is as published: the
-            network as it is.
+            as the masks took, with λ = 0 and the learning rate of the beginning: what the further training does by
+            itself. False is as published: the network as it is.
         surrogate: What stands in a ReLU's place: ``"identity"`` or ``"quadratic"``, fitted and learned.
         seed: Of the whole run.
     """
@@ -198,11 +198,34 @@ class MaskLearning(Linearizer):
         """Train a network on as the masks' network was, for as many epochs, with nothing to pay for a ReLU."""
         kept = {name: layer.kept.clone() for name, layer in masked_relus(network).items()}
         self.prepare(network)
-        for _ in run_epochs(
+        epochs = self.train(
+            run,
             network,
-            run.train,
             epochs=len(run.rows),
             optimizer=self.optimizer(network),
+            stage=f"{self.title} control",
+            progress=run.progress,
+            checkpoint=run.file(f"{self.name}-control"),
+        )
+        for _ in epochs:
+            pass
+        for name, layer in masked_relus(network).items():
+            layer.set_mask(kept[name])
+
+    def train(self, run: Linearization, network: nn.Module, **settings: Any) -> Iterator[Epoch]:
+        """Train a network of the run under the objective and the settings that masks are learned under.
+
+        Args:
+            run: What there is to work with.
+            network: Trained in place.
+            settings: Others, see :func:`~fairline.training.run_epochs`.
+
+        Returns:
+            The epochs, as they are done.
+        """
+        return run_epochs(
+            network,
+            run.train,
             objective=self.objective or ERM(self.temperature),
             teacher=run.teacher,
             batch_size=self.batch_size,
@@ -210,13 +233,8 @@ class MaskLearning(Linearizer):
             seed=self.seed,
             device=run.device,
             precision=run.arithmetic,
-            stage=f"{self.title} control",
-            progress=run.progress,
-            checkpoint=run.file(f"{self.name}-control"),
-        ):
-            pass
-        for name, layer in masked_relus(network).items():
-            layer.set_mask(kept[name])
+            **settings,
+        )
 
     def _learned(self, run: Linearization) -> Iterator[Cut]:
         """A network for each budget below what is open."""
@@ -294,19 +312,12 @@ class _Learning:
     def epochs(self) -> Iterator[Epoch]:
         """The training loop."""
         method, run = self.method, self.run
-        return run_epochs(
+        return method.train(
+            run,
             run.student,
-            run.train,
             epochs=method.max_epochs,
             optimizer=self.optimizer,
-            objective=method.objective or ERM(method.temperature),
-            teacher=run.teacher,
-            batch_size=method.batch_size,
-            augment=method.augment,
             penalty=self.penalty,
-            seed=method.seed,
-            device=run.device,
-            precision=run.arithmetic,
             stage=f"{method.title} mask learning",
             progress=None if run.progress is None else self.report,
             checkpoint=run.file(method.name),

@@ -21,8 +21,6 @@ logger = logging.getLogger(__name__)
 Compute = Callable[[Tensor], Tensor]
 #: Says whether networks are captured where the caller does not.
 VARIABLE = "FAIRLINE_CUDA_GRAPHS"
-
-
 #: Where modules come from whose Python code decides nothing that a graph would freeze.
 KNOWN = ("torch.nn.", "fairline.")
 
@@ -32,7 +30,7 @@ def wanted(asked: bool | None, network: nn.Module) -> bool:
 
     Args:
         asked: By the caller; None leaves it to :data:`VARIABLE`.
-        network: Where neither says so, one of modules of torch and fairline alone is.
+        network: Where neither says so, one of modules of torch and fairline alone is, unless it has hooks.
 
     Returns:
         The answer.
@@ -47,7 +45,10 @@ def wanted(asked: bool | None, network: nn.Module) -> bool:
         raise FairlineError(f"{VARIABLE} is 1 or 0, not '{told}'.")
     if told is not None:
         return told == "1"
-    return all(type(module).__module__.startswith(KNOWN) for module in network.modules())
+    return all(
+        type(module).__module__.startswith(KNOWN) and not (module._forward_hooks or module._forward_pre_hooks)
+        for module in network.modules()
+    )
 
 
 class Replay:

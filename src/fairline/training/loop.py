@@ -226,9 +226,8 @@ class _Run:
         for network in networks:
             self.arithmetic.place(network, self.where)
         # A graph holds no statistics of other processes' images.
-        captured = self.ranks.size == 1 and graphs.can_capture(self.where)
-        captured = captured and graphs.wanted(self.cuda_graphs, self.model)
-        self.replay = graphs.Replay(self.model) if captured else None
+        usable = self.ranks.size == 1 and graphs.can_capture(self.where)
+        self.replay = graphs.Replay(self.model) if usable and graphs.wanted(self.cuda_graphs, self.model) else None
         try:
             yield
         finally:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fairline._memory import memory_kept
 from fairline.inference import logits_of
 from fairline.masking import copy_model
-from fairline.precision import Arithmetic, Precision, has_bf16, require_precision, suits_channels_last
+from fairline.precision import Arithmetic, Precision, has_bf16, require_precision
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,8 @@ WORTHWHILE = 1.2
 TRIAL_IMAGES, TRIAL_STEPS = 64, 3
 #: A trial ends when the ratio is this many times over or under what is worthwhile.
 CLEAR = 1.25
+#: In torch 2.13 convolutions of 8 channels in this memory order corrupt memory on two threads of a CPU with AMX.
+NARROWEST = 16
 #: Kinds of devices of which this process has said that they lack bfloat16 units; once is enough for many stages.
 _warned_of: set[str] = set()
 
@@ -35,7 +37,7 @@ def choose(
 
     ``"auto"`` is bfloat16 where the device multiplies it natively and, on a CPU, a trial of a few training steps of
     this very network says that it is at least :data:`WORTHWHILE` times as fast. Activations lie channels last on a GPU,
-    and on a CPU where :func:`~fairline.precision.suits_channels_last` says so and a step of this network runs through.
+    and on a CPU where :func:`suits_channels_last` says so and a step of this network runs through in this order.
 
     Args:
         precision: What was asked for; what is settled already stays. By default float32 on a CPU, and on a GPU bfloat16
@@ -70,6 +72,18 @@ def choose(
         _warned_of.add(device.type)
         logger.warning("this processor has no bfloat16 units: bf16 runs at %.2f times the speed of fp32", ratio)
     return replace(plain, bf16=precision == "bf16" or ratio >= WORTHWHILE, ratio=ratio)
+
+
+def suits_channels_last(model: nn.Module) -> bool:
+    """Whether every convolution is wide enough for the channels-last order on a CPU; see :data:`NARROWEST`."""
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    # The images' own three channels or fewer do no harm.
+    return bool(convolutions) and all(
+        layer.groups == 1
+        and layer.out_channels >= NARROWEST
+        and (layer.in_channels >= NARROWEST or layer.in_channels <= 4)
+        for layer in convolutions
+    )
 
 
 def _runs_channels_last(model: nn.Module, images: Tensor) -> bool:
