@@ -40,6 +40,7 @@ class Measure:
 
 REGISTRY: dict[str, Measure] = {
     "accuracy": Measure("fairline.audit.accuracy:measure"),
+    "recall": Measure("fairline.audit.recall:measure"),
     "gradient_norm": Measure("fairline.audit.gradients:measure"),
     "curvature": Measure("fairline.audit.curvature:measure"),
     "margin": Measure("fairline.audit.boundary:margin"),
@@ -55,6 +56,7 @@ REGISTRY: dict[str, Measure] = {
 #: All with which the paper explains the disparity, with the options that ``fairline audit --explain`` gives them.
 EXPLAIN: dict[str, dict[str, Any]] = {
     "accuracy": {},
+    "recall": {},
     "gradient_norm": {"per_sample": True},
     "curvature": {"matrices": ["hessian", "ggn"]},
     "margin": {},
@@ -67,7 +69,7 @@ EXPLAIN: dict[str, dict[str, Any]] = {
     "corrections": {},
 }
 
-COLUMNS = ["model", "split", "group", "measure", "value", "low", "high", "n"]
+COLUMNS = ["model", "split", "group", "class", "measure", "value", "low", "high", "n"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +77,10 @@ class AuditReport:
     """The numbers of one model on one split.
 
     Attributes:
-        frame: Tidy: one row a (model, split, group, measure), columns ``value``, ``low``, ``high`` (95 % limits,
-            NaN where a measure has none) and ``n``. What compares groups, and what a network has one of, is in rows
-            of the group ``overall``; a layer's own number in rows of the measure ``name/layer``.
+        frame: Tidy: one row a (model, split, group, class, measure), columns ``value``, ``low``, ``high`` (95 % limits,
+            NaN where a measure has none) and ``n``; ``class`` is empty for all classes. What compares groups, and what
+            a network has one of, is in rows of the group ``overall``; a layer's own number in rows of the measure
+            ``name/layer``.
         predictions: One row a sample: ``index``, ``label``, ``group``, ``prediction``, ``correct``, ``loss``,
             ``reference_correct`` where there is a reference, and the columns that measures add, such as ``margin``.
     """
@@ -88,15 +91,29 @@ class AuditReport:
     @property
     def by_group(self) -> pd.DataFrame:
         """One row a group; columns ``n`` and the measures, with ``_low`` and ``_high`` where they have limits."""
-        names = self.frame["measure"]
-        return _wide(self.frame[(self.frame["group"] != OVERALL) & ~names.str.contains("/")])
+        rows = self._of_all_classes()
+        return _wide(rows[(rows["group"] != OVERALL) & ~rows["measure"].str.contains("/")])
+
+    @property
+    def by_class(self) -> pd.DataFrame:
+        """One row a class: ``n``, ``recall`` and, with a reference, ``recall_change`` in points, with their limits."""
+        rows = self.frame[(self.frame["class"] != "") & (self.frame["group"] == OVERALL)]
+        return _wide(rows, "class")
+
+    @property
+    def by_group_and_class(self) -> pd.DataFrame:
+        """The same, one row a group and class that have images in common."""
+        rows = self.frame[(self.frame["class"] != "") & (self.frame["group"] != OVERALL)]
+        return _wide(rows, "group", "class")
 
     @property
     def overall(self) -> pd.Series[Any]:
         """The same for all samples together, and what a network has one of, such as ``parameter_distance``."""
-        names = self.frame["measure"]
-        rows = self.frame[(self.frame["group"] == OVERALL) & ~names.map(compares_groups) & ~names.str.contains("/")]
-        return _wide(rows).loc[OVERALL]
+        rows = self._of_all_classes()
+        names = rows["measure"]
+        return _wide(rows[(rows["group"] == OVERALL) & ~names.map(compares_groups) & ~names.str.contains("/")]).loc[
+            OVERALL
+        ]
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -109,6 +126,9 @@ class AuditReport:
         """The same for groups: one row a layer, or a unit where a measure has numbers for units, and group."""
         rows = self._of_layers()
         return _pivoted(rows[rows["group"] != OVERALL], "layer", "group")
+
+    def _of_all_classes(self) -> pd.DataFrame:
+        return self.frame[self.frame["class"] == ""]
 
     def _of_layers(self) -> pd.DataFrame:
         rows = self.frame[self.frame["measure"].str.contains("/")]
@@ -162,11 +182,11 @@ def _pivoted(rows: pd.DataFrame, *index: str) -> pd.DataFrame:
     return table.rename_axis(columns=None)
 
 
-def _wide(rows: pd.DataFrame) -> pd.DataFrame:
-    order = list(dict.fromkeys(rows["group"]))
-    wide = pd.DataFrame({"n": rows.groupby("group", sort=False)["n"].max()}, index=pd.Index(order, name="group"))
+def _wide(rows: pd.DataFrame, *index: str) -> pd.DataFrame:
+    keys = list(index or ("group",))
+    wide = rows.groupby(keys, sort=False)[["n"]].max()
     for name, part in rows.groupby("measure", sort=False):
-        indexed = part.set_index("group")
+        indexed = part.set_index(keys)
         wide[str(name)] = indexed["value"]
         if indexed[["low", "high"]].notna().any(axis=None):
             wide[f"{name}_low"] = indexed["low"]
@@ -179,7 +199,7 @@ def audit(
     data: GroupedData,
     reference: nn.Module | None = None,
     *,
-    measures: Sequence[str] = ("accuracy",),
+    measures: Sequence[str] = ("accuracy", "recall"),
     name: str = "model",
     split: str = "test",
     seed: int = 0,
@@ -220,7 +240,7 @@ def audit(
 
 def audit_subject(
     subject: Subject,
-    measures: Sequence[str] = ("accuracy",),
+    measures: Sequence[str] = ("accuracy", "recall"),
     *,
     split: str = "test",
     options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -245,7 +265,8 @@ def audit_subject(
         call: Callable[..., list[Row]] = getattr(importlib.import_module(module), function)
         _check_options(measure, call, own)
         subject.rows += call(subject, **own)
-    frame = pd.DataFrame([vars(row) for row in subject.rows]).assign(model=subject.name, split=split)[COLUMNS]
+    frame = pd.DataFrame([vars(row) for row in subject.rows]).rename(columns={"label": "class"})
+    frame = frame.assign(model=subject.name, split=split)[COLUMNS]
     return AuditReport(frame, _per_sample(subject))
 
 

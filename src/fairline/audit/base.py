@@ -34,6 +34,7 @@ class Row:
         low: Lower 95 % limit; NaN where the measure has none.
         high: Upper 95 % limit, likewise.
         n: Samples behind it.
+        label: Name of the class whose samples they are; empty for all classes.
     """
 
     group: str
@@ -42,6 +43,7 @@ class Row:
     low: float = float("nan")
     high: float = float("nan")
     n: int = 0
+    label: str = ""
 
 
 @dataclass(frozen=True)

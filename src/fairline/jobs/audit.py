@@ -123,7 +123,7 @@ class _Request:
         has_reference = subject.reference is not None
         chosen: dict[str, dict[str, Any]] = {
             name: {}
-            for name in ("accuracy", *self.measures)  # the report stands on accuracy
+            for name in ("accuracy", "recall", *self.measures)  # the report stands on them
             # An unknown name is refused by the audit.
             if has_reference or name not in REGISTRY or not REGISTRY[name].needs_reference
         }
