@@ -135,7 +135,7 @@ def test_the_table_is_tidy_and_survives_parquet(parts, trained, tmp_path):
     report = fl.audit(trained, parts[2], trained, name="m", split="test", resamples=50)
     frame = report.to_frame()
     assert list(frame.columns) == ["model", "split", "group", "class", "measure", "value", "low", "high", "n"]
-    assert not frame.duplicated(["model", "split", "group", "measure"]).any()
+    assert not frame.duplicated(["model", "split", "group", "class", "measure"]).any()
     assert set(frame["group"]) == {*parts[2].group_names, "overall"}
     report.to_parquet(tmp_path / "a.parquet")
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "a.parquet"), frame)
