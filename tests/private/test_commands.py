@@ -67,7 +67,7 @@ def test_the_frontier_predicts_what_was_not_measured(predicted, runs):
     audit = pd.read_parquet(runs / "audit" / "audit.parquet")
     assert set(table["model"]) == set(audit["model"])
     assert set(table["protocol"]) == {"cheetah", "delphi"}
-    assert (table["source"] == "predicted").all()
+    assert (table["basis"] == "predicted").all()
     assert (table["seconds"].isna() == (table["protocol"] == "delphi")).all()
     for _, part in table.groupby("protocol"):
         ordered = part.sort_values("relus")
@@ -116,10 +116,14 @@ def test_a_run_is_told_kept_and_put_on_the_frontier(measured, runs, tmp_path):
     )
     assert "Costs predicted, not measured: base." in said
     front = pd.read_parquet(tmp_path / "frontier" / "frontier.parquet").set_index("model")
-    assert front["source"].to_dict() == {
+    assert front["basis"].to_dict() == {
         "base": "predicted",
         # The same masks before the finetune cost the same.
-        **{f"{run}/budget-{n}": "measured" for run in ("snl", "students") for n in (224, 45, 20)},
+        **{
+            f"{run}/budget-{n}": "loopback measured, LAN added by the model"
+            for run in ("snl", "students")
+            for n in (224, 45, 20)
+        },
     }
     assert (front["seconds"] > 0).all()
 

@@ -367,6 +367,9 @@ def audit(
     ] = None,
     split: Annotated[str, typer.Option(help="Part to measure on: train, val or test.")] = "test",
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
+    costs: Annotated[
+        bool, typer.Option("--costs/--no-costs", help="Also predict what private inference of each network costs.")
+    ] = True,
     root: Root = None,
     seed: Seed = 0,
     device: Device = None,
@@ -385,6 +388,7 @@ def audit(
         explain=explain,
         split=split,
         resamples=resamples,
+        costs=costs,
         root=None if root is None else str(root),
         seed=seed,
         device=device,
@@ -551,7 +555,7 @@ def frontier(
         )
     table = run.table("frontier.parquet")
     print_frontier(table, network)
-    predicted = list(dict.fromkeys(table.loc[table["source"] == "predicted", "model"]))
+    predicted = list(dict.fromkeys(table.loc[table["basis"] == "predicted", "model"]))
     if predicted:
         out_console.print(f"Costs predicted, not measured: {', '.join(predicted)}.", soft_wrap=True, highlight=False)
     for sentence in answers(table, within):

@@ -24,6 +24,7 @@ from fairline.jobs._common import (
     open_runs,
     require_bootstrap,
 )
+from fairline.jobs.costs import predicted_costs
 from fairline.ranks import here
 from fairline.runs import NetworkInfo, Run, load_info, load_network
 from fairline.training import Progress, ProgressCallback
@@ -39,6 +40,7 @@ def audit_job(
     split: str = "test",
     resamples: int = 2000,
     with_base: bool = True,
+    costs: bool = True,
     root: str | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -57,6 +59,8 @@ def audit_job(
         split: Part to measure on.
         resamples: Bootstrap resamples.
         with_base: Whether the base network has rows of its own; it is what the others are compared with anyway.
+        costs: Whether to predict what private inference of each network costs: ``costs.parquet``, see
+            :func:`fairline.jobs.costs.predicted_costs`, the base network always among them.
         root: Where the data are now, if they have moved.
         seed: Of the bootstrap and of every other random choice.
         device: The accelerator if there is one, by default.
@@ -78,6 +82,7 @@ def audit_job(
         "sources": [run.parent_entry() for run in runs],
         **request.config(),
         **({} if with_base else {"with_base": False}),
+        **({} if costs else {"costs": False}),
         "lineage": lineage_of(runs),
     }
 
@@ -87,6 +92,9 @@ def audit_job(
         reference.sizes = parts["train"].counts()["n"].to_dict()
         _measure(run, _networks(base, runs, with_base), reference, request)
         write_table(run.folder / "counts.parquet", _counts(parts))
+        if costs:
+            networks = _networks(base, runs, with_base=True)
+            write_table(run.folder / "costs.parquet", here().first(lambda: predicted_costs(networks)))
 
     return do_once(out, "audit", config, where, work)
 

@@ -11,10 +11,12 @@ import torch
 
 from fairline._io import write_table
 from fairline.jobs._checkpoints import Checkpoint, find_networks, identities
-from fairline.private.cost import Estimate, estimate, require_cost_model
+from fairline.jobs.costs import priced
+from fairline.private.basis import PREDICTED, basis, same_wire
+from fairline.private.cost import require_cost_model
 from fairline.private.frontier import frontier
 from fairline.private.plan import graph_digest
-from fairline.private.wire import NETWORKS, Network
+from fairline.private.wire import Network
 from fairline.private.wire import network as find_network
 from fairline.runs import Run, digest
 from fairline.training import Progress, ProgressCallback
@@ -105,7 +107,8 @@ def _costs(
                     "wire": wire.name,
                     "relus": checkpoint.info.relus,
                     "total_relus": checkpoint.info.total,
-                    **_cost(estimate(graph, protocol=protocol, network=wire), known.get((name, protocol))),
+                    "compiled": checkpoint.info.compiled,
+                    **_cost(priced(graph, protocol, wire), wire, known.get((name, protocol))),
                 }
             )
         if progress is not None:
@@ -113,15 +116,16 @@ def _costs(
     return pd.DataFrame(rows)
 
 
-def _cost(told: Estimate, measured: Mapping[str, Any] | None) -> dict[str, Any]:
+def _cost(told: dict[str, Any], wire: Network, measured: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A prediction, in whose place a measurement stands where there is one; the parts are predicted in any case."""
     if measured is None:
-        total = told.bytes + told.offline_bytes
-        return {"bytes": total, "rounds": told.rounds, "seconds": told.seconds, "source": "predicted"}
-    seconds = measured["seconds"]
-    if measured["wire"] != told.network.name:
+        return {**told, "basis": PREDICTED}
+    seconds, on = measured["seconds"], find_network(measured["wire"])
+    if not same_wire(on, wire):
         # Not the messages that were counted: some need not wait for others.
-        seconds += told.network.seconds(measured["bytes"], told.rounds)
-    return {"bytes": measured["bytes"], "rounds": measured["rounds"], "seconds": seconds, "source": "measured"}
+        seconds += wire.seconds(measured["bytes"], told["rounds"])
+    found = {"bytes": measured["bytes"], "rounds": measured["rounds"], "seconds": seconds}
+    return {**told, **found, "basis": basis(wire, on)}
 
 
 def _write_tables(run: Run, source: Run, bits: Run | None, costs: pd.DataFrame) -> None:
@@ -142,7 +146,8 @@ def _measurements(runs: Sequence[Run], wire: Network) -> dict[tuple[str, str], d
         table = pd.read_parquet(run.folder / "private.parquet")
         for row in table[table["batch_size"] == 1].to_dict("records"):
             key = row["graph"], row["protocol"]
+            on = find_network(row["wire"])
             # What was measured over this network is worth more than what must be reckoned.
-            if row["wire"] == wire.name or (row["wire"] == NETWORKS["loopback"].name and key not in known):
+            if same_wire(on, wire) or (basis(wire, on) is not None and key not in known):
                 known[key] = {name: row[name] for name in ("bytes", "rounds", "seconds", "wire")}
     return known

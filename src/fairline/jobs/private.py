@@ -21,6 +21,7 @@ from fairline.private.fixed_point import IN_THE_CLEAR, agreement, check_request
 from fairline.private.graph import PlainGraph
 from fairline.private.onnx_graph import write_onnx
 from fairline.private.plan import graph_digest
+from fairline.private.replacement import replacement
 from fairline.private.serve import Preprocessing
 from fairline.private.spu import Measured, check_options, measure, require_spu
 from fairline.private.wire import Network
@@ -157,8 +158,8 @@ def estimate_networks(
         progress: Told of every network.
 
     Returns:
-        A row for each network, protocol and network between the parties; and a row for each layer of each network on
-        each protocol.
+        A row for each network, protocol and network between the parties, with ``Estimate.row()``, the bytes that are
+        sent ahead of time, and what to replace first; and a row for each layer of each network on each protocol.
 
     Raises:
         FairlineError: The input is wrong.
@@ -170,21 +171,9 @@ def estimate_networks(
         for protocol in protocols:
             for wire in wires:
                 told = estimate(graph, protocol=protocol, network=wire, batch_size=batch_size)
-                totals.append(
-                    {
-                        "network": name,
-                        "relus": told.relus,
-                        "protocol": protocol,
-                        "wire": wire.name,
-                        "bytes": told.bytes,
-                        "relu_bytes": told.relu_bytes,
-                        "linear_bytes": told.linear_bytes,
-                        "offline_bytes": told.offline_bytes,
-                        "rounds": told.rounds,
-                        "compute_seconds": told.compute_seconds,
-                        "seconds": told.seconds,
-                    }
-                )
+                about = {"network": name, "relus": told.relus, "protocol": protocol, "wire": wire.name}
+                parts = {"offline_bytes": told.offline_bytes, **told.row(), **replacement(graph, told)}
+                totals.append({**about, **parts})
             layers.append(told.layers.assign(network=name, protocol=protocol))
     return pd.DataFrame(totals), pd.concat(layers, ignore_index=True)
 

@@ -1,8 +1,9 @@
 """What a private inference costs, predicted: bytes, rounds and seconds of a network on a protocol.
 
-A cost has four parts: bytes for each ReLU that is kept, rounds for each layer that keeps any, bytes and work of the
-linear layers, and what a session costs before its first image. So it is never "ReLUs × constant": linear layers are a
-floor, and masks that empty whole layers save rounds that masks which thin them do not.
+A cost has parts (:data:`PARTS`): ReLUs, by the value and by the layer that keeps any; max pooling, which is comparisons
+as ReLUs are and which no mask touches; quadratics; linear layers; opening the result; and what a session costs before
+its first image. So it is never "ReLUs × constant": linear layers and pooling are a floor, and masks that empty whole
+layers save rounds that masks which thin them do not.
 
 Two protocols are calibrated on SPU 0.9.5, the engine that :mod:`fairline.private.spu` runs: ``cheetah`` and ``semi2k``.
 Two are from their papers, and predict only what those state: ``delphi`` and ``cryptflow2``.
@@ -14,6 +15,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import pandas as pd
@@ -51,6 +54,23 @@ class Cost:
             self.rounds + other.rounds,
             self.compute_seconds + other.compute_seconds,
         )
+
+
+#: The parts of a cost, as people call them. All but the setup add up to what a call costs.
+PARTS = {
+    "relu": "ReLUs",
+    "max_pool": "max pooling",
+    "quadratic": "quadratics",
+    "linear": "linear layers",
+    "open": "opening",
+    "setup": "setup",
+}
+
+#: The parts of a call.
+CALL_PARTS = tuple(part for part in PARTS if part != "setup")
+
+#: What a private inference is paid in.
+COSTS = ("bytes", "rounds", "seconds")
 
 
 class ProtocolCost(ABC):
@@ -322,8 +342,9 @@ class Estimate:
         rounds: One-way trips of a call that must be waited for.
         compute_seconds: On two CPU cores; NaN where no source tells.
         network_seconds: Bytes and rounds on this network.
-        setup_bytes: Once a session.
-        layers: A row for each operator: layer, op, relus, bytes, offline_bytes, rounds, compute_seconds.
+        setup: Once a session; no part of the numbers above.
+        layers: A row for each operator, two where quadratics stand beside ReLUs: layer, op, part (see :data:`PARTS`),
+            relus, bytes, offline_bytes, rounds, compute_seconds.
         source: Where the constants come from.
     """
 
@@ -336,7 +357,7 @@ class Estimate:
     rounds: float
     compute_seconds: float
     network_seconds: float
-    setup_bytes: float
+    setup: Cost
     layers: pd.DataFrame
     source: str
 
@@ -347,13 +368,42 @@ class Estimate:
 
     @property
     def relu_bytes(self) -> float:
-        """Of the bytes, those that kept ReLUs cost; with squares in place of ReLUs, those too."""
-        return float(self.layers.loc[self.layers["op"].isin(["relu", "quadratic"]), "bytes"].sum())
+        """Of the bytes of a call, those that kept ReLUs cost."""
+        return float(self.parts.loc["relu", "bytes"])
 
     @property
     def linear_bytes(self) -> float:
-        """All other bytes: the floor that no mask goes below."""
-        return self.bytes - self.relu_bytes
+        """Of the bytes of a call, those of linear layers: a floor that no mask goes below."""
+        return float(self.parts.loc["linear", "bytes"])
+
+    @property
+    def setup_bytes(self) -> float:
+        """Once a session."""
+        return self.setup.bytes
+
+    @property
+    def parts(self) -> pd.DataFrame:
+        """A row for each of :data:`PARTS`, with the columns bytes, offline_bytes, rounds, compute_seconds, seconds.
+
+        All rows but ``setup`` add up to what a call costs.
+        """
+        columns = [f.name for f in fields(Cost)]
+        # What is unknown of a layer is unknown of its part.
+        table = self.layers.groupby("part")[columns].agg(lambda values: values.sum(skipna=False))
+        table = table.reindex(CALL_PARTS, fill_value=0.0)
+        table.loc["setup"] = [getattr(self.setup, column) for column in columns]
+        added = [self.network.seconds(row.bytes, row.rounds) for row in table.itertuples()]
+        return table.assign(seconds=table["compute_seconds"] + added).rename_axis("part")
+
+    def row(self) -> dict[str, float]:
+        """What a call costs and what its parts do, for tables.
+
+        Returns:
+            ``bytes`` (ahead of time included), ``rounds`` and ``seconds``, and each of a part: ``bytes_relu``, ….
+        """
+        table = self.parts.assign(bytes=lambda parts: parts["bytes"] + parts["offline_bytes"])
+        total = {"bytes": self.bytes + self.offline_bytes, "rounds": self.rounds, "seconds": self.seconds}
+        return total | {f"{cost}_{part}": float(table.loc[part, cost]) for cost in COSTS for part in PARTS}
 
     def __str__(self) -> str:
         total = self.bytes + self.offline_bytes
@@ -406,8 +456,8 @@ def estimate(
         graph = to_graph(model, example)
     wire = find_network(network)
     costs = PROTOCOL_COSTS[protocol]()
-    layers = list(layer_costs(graph, costs, batch_size))
-    total = sum((cost for _, cost in layers), Cost())
+    layers = list(part_costs(graph, costs, batch_size))
+    total = sum((cost for *_, cost in layers), Cost())
     return Estimate(
         protocol=protocol,
         network=wire,
@@ -418,24 +468,33 @@ def estimate(
         rounds=total.rounds,
         compute_seconds=total.compute_seconds,
         network_seconds=wire.seconds(total.bytes, total.rounds),
-        setup_bytes=costs.setup.bytes,
-        layers=pd.DataFrame([_row(graph, node, cost) for node, cost in layers]),
+        setup=costs.setup,
+        layers=pd.DataFrame([_row(graph, *each) for each in layers]),
         source=costs.source,
     )
 
 
-def _row(graph: PlainGraph, node: Node | None, cost: Cost) -> dict[str, Any]:
-    described: dict[str, Any] = {"layer": "output", "op": "open", "relus": 0}
+def _row(graph: PlainGraph, node: Node | None, part: str, cost: Cost) -> dict[str, Any]:
+    described: dict[str, Any] = {"layer": "output", "op": "open", "part": part, "relus": 0}
     if node is not None:
-        described = {"layer": node.layer, "op": node.op, "relus": kept_relus(graph, node)}
+        relus = kept_relus(graph, node) if part == "relu" else 0
+        described = {"layer": node.layer, "op": node.op, "part": part, "relus": relus}
     return {**described, **{f.name: getattr(cost, f.name) for f in fields(cost)}}
+
+
+def part_costs(graph: PlainGraph, costs: ProtocolCost, batch: int = 1) -> Iterator[tuple[Node | None, str, Cost]]:
+    """Cost of each node of a graph, by part, and of opening its output (None)."""
+    for node in graph.nodes:
+        if node.op == "quadratic" and (kept := kept_relus(graph, node)):
+            yield node, "relu", costs.relu(batch * kept)
+        yield node, _PART_OF.get(node.op, "linear"), OPERATORS[node.op](graph, node, costs, batch)
+    yield None, "open", costs.open(batch * graph.outputs)
 
 
 def layer_costs(graph: PlainGraph, costs: ProtocolCost, batch: int = 1) -> Iterator[tuple[Node | None, Cost]]:
     """Cost of each node of a graph, and of opening its output (None)."""
-    for node in graph.nodes:
-        yield node, OPERATORS[node.op](graph, node, costs, batch)
-    yield None, costs.open(batch * graph.outputs)
+    for node, parts in groupby(part_costs(graph, costs, batch), key=itemgetter(0)):
+        yield node, sum((cost for *_, cost in parts), Cost())
 
 
 def _conv2d(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
@@ -489,8 +548,7 @@ def _relu(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cos
 def _quadratic(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
     kept, units = kept_relus(graph, node), math.prod(node.shape)
     squares = batch * (units - kept)
-    total = costs.product_with_private(squares) + costs.product(squares) + costs.pick(2 * batch * units)
-    return total + costs.relu(batch * kept) if kept else total
+    return costs.product_with_private(squares) + costs.product(squares) + costs.pick(2 * batch * units)
 
 
 def _max_pool(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
@@ -500,7 +558,10 @@ def _max_pool(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) ->
     return Cost(one.bytes, one.offline_bytes, one.rounds * math.ceil(math.log2(window)), one.compute_seconds)
 
 
-#: What each operator of :data:`fairline.private.graph.OPERATORS` costs.
+#: Operators whose cost is no linear layer's.
+_PART_OF = {"relu": "relu", "quadratic": "quadratic", "max_pool": "max_pool"}
+
+#: What each operator of :data:`fairline.private.graph.OPERATORS` costs; a quadratic without the ReLUs beside it.
 OPERATORS: dict[str, Callable[[PlainGraph, Node, ProtocolCost, int], Cost]] = {
     "conv2d": _conv2d,
     "linear": _linear,

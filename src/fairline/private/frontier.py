@@ -11,9 +11,7 @@ import pandas as pd
 
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
-
-#: What a private inference is paid in.
-COSTS = ("bytes", "rounds", "seconds")
+from fairline.private.cost import COSTS
 
 
 def pareto(cost: Sequence[float], score: Sequence[float]) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pandas as pd
 from fairline.charts import PALETTE, save_charts, themed
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
-from fairline.private.cost import PROTOCOL_COSTS
+from fairline.jobs.costs import COLUMNS
+from fairline.private.basis import PREDICTED
+from fairline.private.cost import CALL_PARTS, COSTS, PROTOCOL_COSTS
 from fairline.private.frontier import cheapest
 from fairline.private.plan import CAVEATS
 from fairline.report import figures
@@ -31,9 +34,65 @@ def prepare(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
     """
     scores = figures.prepare(run.table("accuracy.parquet"), run.table("counts.parquet"))
     named = scores[["model", "variant", "percent", "budget", "stage"]].drop_duplicates("model")
-    table = run.table("frontier.parquet").merge(named, on="model")
-    keys = ["model", "protocol", "bytes", "rounds", "seconds", "source"]
+    table = _priced(run).merge(named, on="model")
+    keys = ["model", "protocol", "bytes", "rounds", "seconds", "basis"]
     return table, scores.merge(table[keys], on="model")
+
+
+def _priced(run: Run) -> pd.DataFrame:
+    """Rows of ``frontier.parquet``; one of an earlier version gets the columns that it lacks."""
+    table = run.table("frontier.parquet")
+    if "basis" not in table:
+        # On which wire a measurement was made was not written down then, nor what the model says of its parts.
+        words = {"measured": "measured, on a wire not written down"}
+        table["basis"] = table["source"].replace(words)
+        lacking = {name: math.nan for name in COLUMNS if name not in table and name not in ("model", "network")}
+        table = table.assign(**lacking | {"compiled": False, "replace": "", "replace_in": ""})
+    return table
+
+
+#: Columns of :func:`savings`.
+SAVINGS = (
+    *("model", "compiled", "protocol", "network", *COSTS),
+    *(f"{cost}_saved_percent" for cost in COSTS),
+    *("basis", "saved_basis"),
+)
+
+
+def savings(run: Run, costs_run: Run | None = None) -> pd.DataFrame:
+    """What private inference of each network of an audit costs, and what that saves against the base network.
+
+    Args:
+        run: The audit, whose ``costs.parquet`` predicts them; it may lack that.
+        costs_run: A frontier run of this audit, if any; what it says wins.
+
+    Returns:
+        A row for each network, protocol and network between the parties, with :data:`SAVINGS`. ``rounds`` are those
+        that the model counts, also where messages were measured, as these need not wait for each other. ``…_percent``
+        are of the base network's cost, below 0 where the network is dearer, and NaN where that cost is not known.
+        ``basis`` says what ``bytes`` and ``seconds`` stand on, ``saved_basis`` what the percentages of them do: both
+        networks were measured alike, or both are predicted. Empty where nothing is known.
+    """
+    tables = []
+    if costs_run is not None:
+        tables.append(_priced(costs_run).rename(columns={"wire": "network"}))
+    if (run.folder / "costs.parquet").exists():
+        tables.append(run.table("costs.parquet"))
+    if not tables:
+        return pd.DataFrame(columns=list(SAVINGS))
+    keys = ["model", "protocol", "network"]
+    table = pd.concat([each[[*COLUMNS]] for each in tables], ignore_index=True).drop_duplicates(keys)
+    for cost in COSTS:
+        known = table[[f"{cost}_{part}" for part in CALL_PARTS]].sum(axis=1, skipna=False)
+        table[f"{cost}_told"] = known.where(table["basis"] != PREDICTED, table[cost])
+    table["rounds"] = table["rounds_told"]
+    base = table[table["model"] == "base"].drop(columns=["model", "compiled"])
+    both = table.merge(base, on=keys[1:], how="left", suffixes=("", "_base"))
+    alike = both["basis"] == both["basis_base"]
+    for cost in COSTS:
+        left = (both[cost] / both[f"{cost}_base"]).where(alike, both[f"{cost}_told"] / both[f"{cost}_told_base"])
+        both[f"{cost}_saved_percent"] = 100 * (1 - left)
+    return both.assign(saved_basis=both["basis"].where(alike, PREDICTED))[[*SAVINGS]]
 
 
 def frontier_chart(table: pd.DataFrame) -> Any:
@@ -72,7 +131,7 @@ def frontier_chart(table: pd.DataFrame) -> Any:
                 alt.Tooltip("variant:N"),
                 alt.Tooltip("budget:N", title="ReLUs kept"),
                 alt.Tooltip("x:Q", format=",.4~g", title=unit),
-                alt.Tooltip("source:N", title="cost"),
+                alt.Tooltip("basis:N", title="cost"),
                 alt.Tooltip("overall:Q", format=".1%"),
                 alt.Tooltip("worst:Q", format=".1%", title="worst group"),
                 alt.Tooltip("worst_group:N", title="which is"),
@@ -180,7 +239,7 @@ def answers(table: pd.DataFrame, within: float) -> list[str]:
 
 def _price(row: dict[str, Any]) -> str:
     seconds = "" if pd.isna(row["seconds"]) else f", {row['seconds']:.2f} s over {row['wire']}"
-    return f"{row['bytes'] / 1e6:.1f} MB, {row['rounds']:.0f} rounds{seconds} ({row['source']})"
+    return f"{row['bytes'] / 1e6:.1f} MB, {row['rounds']:.0f} rounds{seconds} ({row['basis']})"
 
 
 def cost_table(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -197,7 +256,7 @@ def cost_table(table: pd.DataFrame) -> list[dict[str, Any]]:
                 "megabytes": f"{row['bytes'] / 1e6:.2f}",
                 "rounds": f"{row['rounds']:.0f}",
                 "seconds": seconds,
-                "source": row["source"],
+                "basis": row["basis"],
                 "overall": f"{row['overall']:.1%}",
                 "worst": f"{row['worst']:.1%} ({row['worst_group']})",
                 "drop": f"{row['largest_drop']:+.1f} % ({row['drop_group']})" if row["drop_group"] else "",
@@ -258,7 +317,7 @@ def panel(folder: str | Path, within: float, audit: Run | None = None) -> tuple[
         "charts": list(charts),
         "table": cost_table(table),
         "wire": table["wire"].iloc[0],
-        "sources": list(dict.fromkeys(table["source"])),
+        "bases": list(dict.fromkeys(table["basis"])),
         "caveats": _caveats(table["protocol"].unique().tolist()),
     }
     return charts, content
