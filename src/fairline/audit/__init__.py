@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -19,6 +19,9 @@ from fairline.data.grouped import OVERALL, GroupedData
 from fairline.errors import FairlineError
 from fairline.masking import unwrap
 from fairline.training import ProgressCallback
+
+if TYPE_CHECKING:
+    from fairline.audit.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,26 @@ class AuditReport:
             text = f"{largest} to {', '.join(small)}"
             named |= {f"{prefix}minority_correction_share_gap": text for prefix in ("", "centred_")}
         return table.assign(group=[named.get(str(name), "") for name in table.index])
+
+    def verdict(self, within: float = 5.0, critical: Sequence[str] = ()) -> Verdict:
+        """Whether the network may ship in place of its reference; see :mod:`fairline.audit.verdict`.
+
+        Args:
+            within: Loss that is tolerated, in percentage points.
+            critical: Classes whose recall may not fall.
+
+        Returns:
+            The verdict.
+
+        Raises:
+            FairlineError: There is no reference, the tolerance is no percentage, or there is no such class.
+        """
+        from fairline.audit.cells import cells
+        from fairline.audit.verdict import verdict
+
+        if "reference_correct" not in self.predictions:
+            raise FairlineError("A verdict compares with a reference network, and the audit had none.")
+        return verdict([cells(self.predictions)], within, critical)
 
     def to_frame(self) -> pd.DataFrame:
         """The tidy table."""
