@@ -150,6 +150,7 @@ def say_best(run: Run) -> None:
     rows = run.table("metrics.parquet")
     if rows.empty:
         out_console.print(f"The weights are taken as they are. Written to {run.folder}", soft_wrap=True)
+        _print_first_look(run)
         return
     best = rows.sort_values(["val_accuracy", "val_loss"], ascending=[False, True]).iloc[0]
     out_console.print(
@@ -157,6 +158,31 @@ def say_best(run: Run) -> None:
         f"worst group {best['val_worst_group_accuracy']:.1%}. Written to {run.folder}",
         soft_wrap=True,
     )
+
+
+def _print_first_look(run: Run) -> None:
+    """What weights that were taken as they are do on the validation part, and whether they can be exported."""
+    import pandas as pd
+
+    from fairline._io import read_json
+
+    file = run.folder / "first_look.json"
+    if not file.exists():
+        return
+    found = read_json(file)
+    size = "×".join(map(str, found["image_size"]))
+    mean, std = (", ".join(f"{value:.3f}" for value in found[key]) for key in ("mean", "std"))
+    part = {"val": "validation"}.get(found["part"], found["part"])
+    out_console.print(f"Images of {size} pixels, normalised by mean {mean} and deviation {std}.", soft_wrap=True)
+    for key, index, column in (("accuracy", "group", "accuracy"), ("recall", "class", "recall")):
+        frame = pd.DataFrame(found[key]).T[["value", "n"]].astype(float).set_axis([column, "n"], axis=1)
+        frame.index.name = index
+        print_frame(frame, f"{column} by {index}, {part} part", {column: ".1%", "n": ",.0f"})
+    for sentence in found["warnings"]:
+        err_console.print(f"Warning: {sentence}", style="yellow", highlight=False, soft_wrap=True)
+    if found["order"]:
+        out_console.print(f"That order stands in {run.folder / 'classes.txt'}", soft_wrap=True)
+    out_console.print(found["export"], highlight=False, soft_wrap=True)
 
 
 def list_networks(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,6 +71,27 @@ ModelOption = Annotated[
     list[str] | None,
     typer.Option("--model-option", metavar="KEY=VALUE", help="Further option of the model, e.g. stem_relu=true."),
 ]
+Classes = Annotated[
+    Path | None,
+    typer.Option(
+        "--classes", metavar="FILE", help="The classes in the order of the network's outputs: a line each, or JSON."
+    ),
+]
+#: Kept here so that help need not load torch; a test compares it with what there is.
+NORMALIZATIONS = ("imagenet", "data", "none")
+Normalization = Annotated[
+    str | None,
+    typer.Option(
+        "--normalization",
+        help=f"Scale of the pixels: {', '.join(NORMALIZATIONS)} (data: the training part's mean and deviation; "
+        "none: from 0 to 1).",
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option("--mean", metavar="R,G,B", help="Of each channel, of pixels from 0 to 1, instead; with --std."),
+]
+Std = Annotated[str | None, typer.Option("--std", metavar="R,G,B", help="Deviation of each channel, likewise.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of every random choice; for train, also of the split.")]
 Devices = Annotated[
     int, typer.Option("--devices", help="GPUs, or processes on a CPU, that work together; on each host as many.")
@@ -267,6 +289,60 @@ def data_spec(
     folder = None if name in WITHOUT_ROOT else root or os.environ.get("FAIRLINE_DATA")
     # Absolute: a later command may run from elsewhere.
     return DataSpec(name, None if folder is None else str(Path(folder).expanduser().resolve()), merged, seed)
+
+
+def network_view(
+    spec: DataSpec, classes: Path | None, normalization: str | None, mean: str | None, std: str | None
+) -> DataSpec:
+    """The data as a network from elsewhere sees them: its order of classes, and its scale of pixels.
+
+    Args:
+        spec: The data.
+        classes: File with the order of classes.
+        normalization: Name of the scale.
+        mean: Of each channel, instead.
+        std: Likewise.
+
+    Returns:
+        The data with what was given among their options.
+
+    Raises:
+        FairlineError: The file cannot be read, or a scale is given in two ways, or twice.
+    """
+    from fairline.data import read_classes
+
+    if normalization is not None and (mean is not None or std is not None):
+        raise FairlineError("The scale of the pixels is given twice: take --normalization, or --mean and --std.")
+    if (mean is None) != (std is None):
+        raise FairlineError(f"--{'mean' if mean else 'std'} needs --{'std' if mean else 'mean'} beside it.")
+    given = drop_none(
+        classes=None if classes is None else read_classes(classes),
+        normalization=normalization,
+        mean=None if mean is None else parse_numbers(mean, "mean"),
+        std=None if std is None else parse_numbers(std, "std"),
+    )
+    for option in given:
+        if option in spec.options:
+            raise FairlineError(f"'{option}' is given twice: as --{option}, and as --data-option {option}=….")
+    return replace(spec, options={**spec.options, **given})
+
+
+def parse_numbers(text: str, what: str) -> list[float]:
+    """Read numbers, comma-separated.
+
+    >>> parse_numbers("0.485, 0.456,0.406", "mean")
+    [0.485, 0.456, 0.406]
+
+    Returns:
+        The numbers.
+
+    Raises:
+        FairlineError: An entry is none; ``what`` names them.
+    """
+    try:
+        return [float(entry) for entry in parse_names(text, "number")]
+    except ValueError:
+        raise FairlineError(f"--{what} '{text}' is not a number for each channel, separated by commas.") from None
 
 
 def drop_none(**options: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from fairline.cli.options import (
     Baseline,
     BatchSize,
     Budgets,
+    Classes,
     CostProtocols,
     Data,
     DataOption,
@@ -37,9 +38,11 @@ from fairline.cli.options import (
     Epochs,
     Groups,
     LearningRate,
+    Mean,
     Model,
     ModelOption,
     Mu,
+    Normalization,
     ObjectiveName,
     ObjectiveOption,
     Out,
@@ -47,12 +50,14 @@ from fairline.cli.options import (
     Root,
     Seed,
     Select,
+    Std,
     Strategy,
     Unbalanced,
     Width,
     Wire,
     data_spec,
     drop_none,
+    network_view,
     parse_budgets,
     parse_measure_options,
     parse_names,
@@ -115,6 +120,10 @@ def train(
     groups: Groups = None,
     unbalanced: Unbalanced = None,
     data_option: DataOption = None,
+    classes: Classes = None,
+    normalization: Normalization = None,
+    mean: Mean = None,
+    std: Std = None,
     model: Model = "resnet18",
     width: Width = None,
     model_option: ModelOption = None,
@@ -141,6 +150,7 @@ def train(
     from fairline.jobs import train_job
 
     spec = data_spec(data, root, groups, unbalanced, data_option, seed)
+    spec = network_view(spec, classes, normalization, mean, std)
     options = {**parse_options(model_option), **drop_none(width=width)}
     run = work_together(
         train_job,

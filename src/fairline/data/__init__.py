@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fairline.data._order import ordered, read_classes
 from fairline.data._packed import PackedImages
+from fairline.data._scale import IMAGENET, NORMALIZATIONS, scaled
 from fairline.data.grouped import OVERALL, GroupedData, Skipped
 from fairline.errors import FairlineError
 
@@ -26,7 +29,17 @@ REGISTRY: dict[str, str] = {
 WITHOUT_ROOT = frozenset({"digits"})
 
 
-def load(name: str, root: str | Path | None = None, *, pack: bool = False, **options: Any) -> GroupedData:
+def load(
+    name: str,
+    root: str | Path | None = None,
+    *,
+    pack: bool = False,
+    classes: Sequence[str] | None = None,
+    normalization: str | None = "data",
+    mean: Sequence[float] | float | str | None = None,
+    std: Sequence[float] | float | str | None = None,
+    **options: Any,
+) -> GroupedData:
     """Load a data set by name.
 
     Images that would take more than a quarter of the memory (the variable ``FAIRLINE_MEMORY_SHARE`` says another share)
@@ -37,14 +50,19 @@ def load(name: str, root: str | Path | None = None, *, pack: bool = False, **opt
             ``"svhn"``, ``"celeba:Smiling"``, ``"folder"`` or ``"packed"``; what follows the colon is the task.
         root: Where the files are; the environment variable ``FAIRLINE_DATA`` by default.
         pack: Do so whatever they take.
+        classes: All classes, in the order of the labels that they get: that of a trained network's outputs.
+        normalization: What a network sees: ``"data"``, pixels normalised by the training part's mean and deviation;
+            ``"imagenet"``, by those of ImageNet; ``"none"``, pixels from 0 to 1.
+        mean: Of each channel, or one for all, of pixels from 0 to 1; with ``std``, instead of ``normalization``.
+        std: Standard deviation, likewise.
         options: Passed to the data set's own ``load``.
 
     Returns:
         The whole data set; call :meth:`GroupedData.split` next.
 
     Raises:
-        FairlineError: The name is unknown, an option is empty, the files are missing or unusable, or there is no
-            room to pack the images.
+        FairlineError: The name is unknown, an option is empty or of no such form, the files are missing or unusable, or
+            there is no room to pack the images.
 
     >>> load("digits").split(seed=0)[2].counts()["n"].tolist()
     [71, 73, 71, 73, 72, 73, 72, 72, 70, 72]
@@ -59,7 +77,19 @@ def load(name: str, root: str | Path | None = None, *, pack: bool = False, **opt
         options["pack"] = True
     module = importlib.import_module(REGISTRY[family])
     data: GroupedData = module.load(root or os.environ.get("FAIRLINE_DATA"), task=task or None, **options)
-    return data
+    data = scaled(data, normalization, mean, std)
+    return data if classes is None else ordered(data, classes)
 
 
-__all__ = ["OVERALL", "REGISTRY", "WITHOUT_ROOT", "GroupedData", "PackedImages", "Skipped", "load"]
+__all__ = [
+    "IMAGENET",
+    "NORMALIZATIONS",
+    "OVERALL",
+    "REGISTRY",
+    "WITHOUT_ROOT",
+    "GroupedData",
+    "PackedImages",
+    "Skipped",
+    "load",
+    "read_classes",
+]

@@ -40,6 +40,10 @@ _START_OF_DATA, _END_OF_CODE = b"\xff\x93", b"\xff\xd9"
 _VISIBLE = 1 / 16
 
 
+#: The Exif tag of how the camera was held; from 5 on the sides change places.
+_ORIENTATION = 0x0112
+
+
 class UnusableImage(ValueError):
     """The picture cannot be read as it is meant; the text says why."""
 
@@ -82,6 +86,27 @@ def decode_image(
         # Pillow's readers raise almost anything for broken files.
         raise UnusableImage(f"not a readable image ({first_line(error)})") from None
     return np.asarray(picture).reshape(picture.height, picture.width, channels)
+
+
+def picture_size(source: bytes | Path | Pixels) -> Size | None:
+    """Height and width of a picture, from its header and upright.
+
+    Args:
+        source: As for :func:`decode_image`.
+
+    Returns:
+        Both in pixels; None where it cannot be read.
+    """
+    if isinstance(source, np.ndarray):
+        return source.shape[0], source.shape[1]
+    try:
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(_ORIENTATION, 1) > 4
+    except Exception:
+        # Whatever a broken header raises; decoding says what it is.
+        return None
+    return (width, height) if turned else (height, width)
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fairline.data._images import IMAGE_SUFFIXES, Decoded, Source, Undecoded, de
 from fairline.data._names import encode
 from fairline.data._options import parse_size, refuse_unknown, require_flag, require_root
 from fairline.data._tables import CsvTable, ParquetTable, Table, image_column, require_columns
-from fairline.data.decoding import UnusableImage
+from fairline.data.decoding import Size, UnusableImage, picture_size, quiet_pillow
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 
@@ -76,6 +77,55 @@ def load(
     listed = {file for file in source.files if file.exists()}.difference(*(table.files for table in tables))
     _warn_of_unlisted(listed, {file.parent for file in listed}, tables)
     return rows.grouped(decoded, path.resolve().name, flip)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What is known of a folder before its images are decoded.
+
+    Attributes:
+        num_classes: Distinct labels.
+        sizes: Heights and widths of the images: one if all have it, else two of them.
+    """
+
+    num_classes: int
+    sizes: list[Size]
+
+
+def preview(
+    root: str | Path | None = None,
+    *,
+    label: str = "label",
+    metadata: str = "metadata.csv",
+    test_metadata: str | None = None,
+    **_: Any,
+) -> Preview:
+    """Look at labels, and at the headers of images until two differ.
+
+    Args:
+        root: As for :func:`load`.
+        label: Column of the label.
+        metadata: The table.
+        test_metadata: The second one.
+
+    Returns:
+        What is there.
+
+    Raises:
+        FairlineError: The folder, the table or the column is missing.
+    """
+    path = require_root(root or os.environ.get("FAIRLINE_DATA"), "folder")
+    tables = [_find(path, str(name)) for name in (metadata, test_metadata) if name is not None]
+    rows = _Rows(tables, str(label), str(label), None)
+    sizes: list[Size] = []
+    with quiet_pillow():
+        for image in rows.images():
+            size = None if isinstance(image.content, UnusableImage) else picture_size(image.content)
+            if size is not None and size not in sizes:
+                sizes.append(size)
+                if len(sizes) > 1:
+                    break
+    return Preview(len({text for text in rows.labels if text is not None}), sizes)
 
 
 class _Rows:

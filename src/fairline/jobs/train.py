@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fairline import models
 from fairline._io import resolve_device
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.jobs._common import do_once
+from fairline.jobs._image_size import settle_image_size
 from fairline.jobs._precision import settle
+from fairline.jobs.first_look import first_look, write_first_look
 from fairline.masking import copy_model, mask_relus, masked_relus
 from fairline.masking.published import take_over_published
 from fairline.precision import Precision
@@ -68,14 +71,14 @@ def train_job(
         FairlineError: The input is wrong; the sentence says where.
     """
     where = resolve_device(device)
-    spec, parts = data.load()
+    spec, parts = settle_image_size(data, model, model_options, weights).load()
     model_spec = _model_for(parts["train"], model, model_options)
     network = _started(model_spec, weights, seed)
     trains = settings.get("epochs") != 0
     if weights is None and not trains:
         raise FairlineError("A network that is not trained (epochs 0) needs weights.")
     info = _described(network, model_spec, seed)
-    config: dict[str, Any] = {"data": asdict(spec), "model": asdict(model_spec), "settings": settings, "seed": seed}
+    config: dict[str, Any] = {"data": asdict(spec), "model": model_spec.to_json(), "settings": settings, "seed": seed}
     if precision is not None:
         config["precision"] = precision
     if weights is not None:
@@ -89,14 +92,22 @@ def train_job(
             rows = train(network, parts["train"], parts["val"], seed=seed, device=where, **own)
         run.write_metrics(rows)
         save_network(run.network_folder("base"), network, info)
+        if not trains:
+            found = first_look(network, parts["val"], where, measured=_measured(parts["train"]))
+            write_first_look(run.folder, found)
 
     return do_once(out, "train", config, where, work)
+
+
+def _measured(train_part: GroupedData) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the training part, whatever it is normalised by."""
+    return replace(train_part, mean=None, std=None).normalization()
 
 
 def _model_for(data: GroupedData, model: str, options: Mapping[str, Any] | None) -> ModelSpec:
     """The architecture for images and classes of these data."""
     _, channels, height, width = data.images.shape
-    return ModelSpec(model, data.num_classes, channels, (height, width), dict(options or {}))
+    return ModelSpec(model, data.num_classes, channels, (height, width), dict(options or {}), models.files(model))
 
 
 def _started(spec: ModelSpec, weights: str | Path | None, seed: int) -> nn.Module:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -49,33 +50,56 @@ def build(
     >>> network(torch.zeros(2, 3, 16, 16)).shape
     torch.Size([2, 5])
     """
-    if name in REGISTRY:
-        module, function = REGISTRY[name]
-        make: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    elif ":" in name:
-        make = own.find(name)
-    else:
-        raise FairlineError(
-            f"There is no model '{name}'; choose one of {', '.join(REGISTRY)}, or name your own as module:function or "
-            "file.py:function."
-        )
     sides = image_sides(image_size)
     size = sides[0] if sides[0] == sides[1] else sides
     arguments = {"num_classes": num_classes, "in_channels": in_channels, "image_size": size}
     source = name.rpartition(":")[0]
     failed = f"Model '{name}' cannot be built" + ("" if isinstance(size, int) else f" with image_size={size}")
-    with own.told(failed, source):
-        known = inspect.signature(make).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        for option in options:
-            if option not in known:
-                raise FairlineError(f"Model '{name}' knows no option '{option}'; it takes {', '.join(known)}.")
-        arguments = {key: value for key, value in arguments.items() if key in known}
-    with own.told(failed, source):
-        model = make(**arguments, **options)
+    with _found(name) as make:
+        with own.told(failed, source):
+            known = inspect.signature(make).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+            for option in options:
+                if option not in known:
+                    raise FairlineError(f"Model '{name}' knows no option '{option}'; it takes {', '.join(known)}.")
+            arguments = {key: value for key, value in arguments.items() if key in known}
+        with own.told(failed, source):
+            model = make(**arguments, **options)
     if not isinstance(model, nn.Module):
         raise FairlineError(f"'{name}' returned a {type(model).__name__}, not an nn.Module.")
     return model
+
+
+@contextmanager
+def _found(name: str) -> Iterator[Callable[..., Any]]:
+    """The function that builds a network, while the block runs."""
+    if name in REGISTRY:
+        module, function = REGISTRY[name]
+        yield getattr(importlib.import_module(module), function)
+    elif own.is_own(name):
+        with own.found(name) as make:
+            yield make
+    else:
+        raise FairlineError(
+            f"There is no model '{name}'; choose one of {', '.join(REGISTRY)}, or name your own as module:function or "
+            "file.py:function."
+        )
+
+
+def files(name: str) -> dict[str, str]:
+    """The user's files that decide which network a name stands for.
+
+    Args:
+        name: As for :func:`build`.
+
+    Returns:
+        A digest of each by its path: the file or module that the name says, and what it imports from beside it; none of
+        an architecture of this package.
+
+    Raises:
+        FairlineError: A file cannot be read, or the module cannot be imported.
+    """
+    return own.files(name) if own.is_own(name) else {}
 
 
 def image_sides(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -125,4 +149,4 @@ def rescaled(model: nn.Module, alpha: float, rho: float) -> tuple[nn.Module, dic
     return type(model)(**{**arguments, **changed}), changed
 
 
-__all__ = ["REGISTRY", "build", "image_sides", "rescaled"]
+__all__ = ["REGISTRY", "build", "files", "image_sides", "rescaled"]

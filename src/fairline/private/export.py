@@ -88,13 +88,14 @@ def to_graph(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float
     # Two different samples: export takes a batch of one for a constant.
     batch = torch.randn((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0), dtype=dtype)
     with torch.no_grad():
-        expected = _run(model, batch)
-        take_over_published(model, batch)
+        # A copy: a network may normalise its input in place.
+        expected = _run(model, batch.clone())
+        take_over_published(model, batch.clone())
         for name, layer in masked_relus(model).items():
             # Where all ReLUs are kept, no polynomial is left.
             coefficients = None if layer.num_kept == layer.kept.numel() else layer.coefficients
             model.set_submodule(name, _Leaf(layer.kept, coefficients))
-        program = _export(model, batch)
+        program = _export(model, batch.clone())
         graph = _Reader(program, tuple(batch.shape[1:]), dtype).read()
         found = graph(batch)
     error_size = float((found - expected).abs().max() / expected.abs().max().clamp_min(1))
@@ -392,7 +393,8 @@ def _read_add(reader: _Reader, traced: fx.Node) -> None:
     left, right = traced.args[:2]
     if traced.target in _REVERSED:
         left, right = right, left
-    alpha = float(cast(float, traced.kwargs.get("alpha", 1)))
+    # Beside a number it stands in a place of its own.
+    alpha = float(cast(float, traced.kwargs.get("alpha", traced.args[2] if len(traced.args) > 2 else 1)))
     if traced.target in _SUBTRACTIONS:
         alpha = -alpha
     before, after = (_constant(reader, traced, each) for each in (left, right))
@@ -422,6 +424,46 @@ def _read_scale(reader: _Reader, traced: fx.Node) -> None:
         reader.emit("scale", traced, (left,), factor=float(factor))
     else:
         _scale_and_shift(reader, traced, left, factor, torch.zeros_like(factor))
+
+
+def _read_scale_and_shift(reader: _Reader, traced: fx.Node) -> None:
+    """``a + value·b·c`` or ``a + value·b/c``, of which one is computed from the image."""
+    value = float(cast(float, traced.kwargs.get("value", 1)))
+    left, right = traced.args[1:3]
+    if traced.target in _PRODUCTS and reader.tensor(left) is not None:
+        left, right = right, left
+    base, source, factor = (_constant(reader, traced, each) for each in (traced.args[0], left, right))
+    if factor is None or (base is None) == (source is None):
+        raise _refuse(traced, "inputs of which not just one comes from the image")
+    factor = value * (factor if traced.target in _PRODUCTS else 1 / factor)
+    if base is None:
+        shift = cast(Tensor, source) * factor
+        _scale_and_shift(reader, traced, traced.args[0], torch.ones_like(shift), shift)
+        return
+    if _sample_shape(cast(fx.Node, left)) != _sample_shape(traced):
+        raise _refuse(traced, "inputs of different shapes")
+    _scale_and_shift(reader, traced, left, factor, base)
+
+
+def _read_like(reader: _Reader, traced: fx.Node) -> None:
+    """A constant of the shape of what comes from the image."""
+    template = torch.empty((1, *_sample_shape(cast(fx.Node, traced.args[0]))), dtype=reader.dtype)
+    options = {key: value for key, value in traced.kwargs.items() if key != "memory_format"}
+    reader.constants[traced.name] = traced.target(template, *traced.args[1:], **options)  # type: ignore[operator]
+
+
+def _read_form(reader: _Reader, traced: fx.Node) -> None:
+    """Another shape of equal numbers, or another kind of number, as what comes from the image has."""
+    value, form = reader.tensor(traced.args[0]), traced.meta["val"]
+    if not form.dtype.is_floating_point:
+        raise _refuse(traced, f"numbers of kind {form.dtype}")
+    if value is not None:
+        # Whoever reads it repeats it as often.
+        reader.constants[traced.name] = value
+    elif _sample_shape(cast(fx.Node, traced.args[0])) == _sample_shape(traced):
+        reader.same(traced, traced.args[0])
+    else:
+        raise _refuse(traced, "inputs of different shapes")
 
 
 def _read_negative(reader: _Reader, traced: fx.Node) -> None:
@@ -525,8 +567,17 @@ def _read_dropout(reader: _Reader, traced: fx.Node) -> None:
 
 _aten = torch.ops.aten
 _REVERSED = {_aten.rsub.Scalar, _aten.rsub.Tensor}
-_SUBTRACTIONS = {_aten.sub.Tensor, _aten.sub_.Tensor, *_REVERSED}
-_DIVISIONS = {_aten.div.Tensor, _aten.div_.Tensor, _aten.div.Scalar}
+
+
+def _forms(*names: str) -> set[Any]:
+    """Operators of these names on two tensors, or a tensor and a number, in place or not."""
+    packets = [getattr(_aten, name + place) for name in names for place in ("", "_")]
+    return {getattr(packet, form) for packet in packets for form in ("Tensor", "Scalar") if form in packet.overloads()}
+
+
+_SUBTRACTIONS = {*_forms("sub", "subtract"), *_REVERSED}
+_DIVISIONS = _forms("div", "divide", "true_divide")
+_PRODUCTS = {_aten.addcmul.default, _aten.addcmul_.default}
 
 #: The operators of PyTorch that a network may use.
 _HANDLERS: dict[Any, Callable[[_Reader, fx.Node], None]] = {
@@ -534,8 +585,23 @@ _HANDLERS: dict[Any, Callable[[_Reader, fx.Node], None]] = {
     _aten.conv2d.padding: _read_conv2d,
     _aten.linear.default: _read_linear,
     _aten.batch_norm.default: _read_batch_norm,
-    **dict.fromkeys((_aten.add.Tensor, _aten.add_.Tensor, *_SUBTRACTIONS), _read_add),
-    **dict.fromkeys((_aten.mul.Tensor, _aten.mul_.Tensor, _aten.mul.Scalar, *_DIVISIONS), _read_scale),
+    **dict.fromkeys((*_forms("add"), *_SUBTRACTIONS), _read_add),
+    **dict.fromkeys((*_forms("mul", "multiply"), *_DIVISIONS), _read_scale),
+    **dict.fromkeys((*_PRODUCTS, _aten.addcdiv.default, _aten.addcdiv_.default), _read_scale_and_shift),
+    **dict.fromkeys((_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default), _read_like),
+    **dict.fromkeys(
+        (
+            _aten.expand_as.default,
+            _aten.expand.default,
+            _aten.type_as.default,
+            _aten.to.dtype,
+            _aten.to.dtype_layout,
+            _aten.to.device,
+            _aten.to.other,
+            _aten._to_copy.default,
+        ),
+        _read_form,
+    ),
     _aten.neg.default: _read_negative,
     _aten.cat.default: _read_concat,
     _aten.relu.default: _read_relu,

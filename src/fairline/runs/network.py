@@ -30,6 +30,7 @@ class ModelSpec:
         in_channels: Channels of the image.
         image_size: Side of a square image, or height and width.
         options: Of the architecture.
+        files: Digests of the user's files that build it, by path; see :func:`fairline.models.files`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ModelSpec:
     in_channels: int
     image_size: int | tuple[int, int]
     options: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """One form for each size, also when it comes from JSON: an int for a square image."""
@@ -44,8 +46,31 @@ class ModelSpec:
         object.__setattr__(self, "image_size", height if height == width else (height, width))
 
     def build(self) -> nn.Module:
-        """The untrained network."""
+        """The untrained network.
+
+        Returns:
+            It, in training mode.
+
+        Raises:
+            FairlineError: It cannot be built, or the user's files are not those that it was built from before.
+        """
+        if self.files:
+            found = models.files(self.name)
+            changed = [file for file in {**self.files, **found} if found.get(file) != self.files.get(file)]
+            if changed:
+                raise FairlineError(
+                    f"{changed[0]} is not what it was when the network of '{self.name}' was made; put that back, or "
+                    "train again into another folder."
+                )
         return models.build(self.name, self.num_classes, self.in_channels, self.image_size, **self.options)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a run's config and ``network.json`` hold it."""
+        content = asdict(self)
+        if not self.files:
+            # Networks of this package keep the form under which their runs are known.
+            del content["files"]
+        return content
 
     def example(self) -> torch.Tensor:
         """An input of the right shape."""
@@ -96,13 +121,13 @@ def save_network(folder: Path, model: nn.Module, info: NetworkInfo) -> None:
     save_tensors(folder / "model.safetensors", {k: v for k, v in model.state_dict().items() if k not in masks})
     if masks:
         save_masks(folder / "masks.safetensors", model, method=info.method, budget=info.budget, seed=info.seed)
-    write_json(folder / "network.json", asdict(info))
+    write_json(folder / "network.json", {**asdict(info), "model": info.model.to_json()})
 
 
 def save_compiled(folder: Path, model: CompiledNetwork, info: NetworkInfo) -> None:
     """Write a compiled network and ``network.json``, last."""
     model.save(folder)
-    write_json(folder / "network.json", asdict(info))
+    write_json(folder / "network.json", {**asdict(info), "model": info.model.to_json()})
 
 
 def _mask_keys(model: nn.Module) -> set[str]:

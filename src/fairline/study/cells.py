@@ -150,6 +150,8 @@ def _base(spec: StudySpec, name: str, seed: int) -> Cell:
         "settings": {"augment": False, **spec.train},
         "seed": seed,
     }
+    if model_files := models.files(spec.model.name):
+        arguments["model_files"] = model_files
     about = {
         "data_label": name,
         "data": source.name,
