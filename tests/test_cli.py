@@ -17,12 +17,12 @@ import pytest
 import torch
 import typer
 
-from fairline import linearize, objectives
+from fairline import data, linearize, objectives
 from fairline._io import load_tensors, save_tensors
 from fairline.audit import EXPLAIN as EXPLAINING_MEASURES
 from fairline.audit import REGISTRY
 from fairline.cli import app, main
-from fairline.cli.options import AUDIT_MEASURES, LINEARIZERS, OBJECTIVES, parse_budgets, parse_options
+from fairline.cli.options import AUDIT_MEASURES, LINEARIZERS, NORMALIZATIONS, OBJECTIVES, parse_budgets, parse_options
 from fairline.errors import FairlineError
 from fairline.runs import Run
 from fairline.runs.environment import environment
@@ -482,6 +482,7 @@ def test_measures_named_in_the_help_are_those_that_exist():
     assert set(EXPLAINING_MEASURES) <= set(REGISTRY)
     assert tuple(objectives.REGISTRY) == OBJECTIVES
     assert tuple(linearize.REGISTRY) == LINEARIZERS
+    assert data.NORMALIZATIONS == NORMALIZATIONS
 
 
 def test_explain_takes_every_measure_that_suits(explained):

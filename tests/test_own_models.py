@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
 from fairline.errors import FairlineError
-from fairline.models import build
+from fairline.models import build, files
+from fairline.runs import ModelSpec, NetworkInfo, load_info, load_network, save_network
 
 GOOD = """
 from torch import nn
@@ -115,3 +118,88 @@ def test_a_file_may_import_what_lies_beside_it(write):
     write(GOOD, "beside.py")
     file = write("from beside import net as inner\ndef net(num_classes):\n    return inner(num_classes, 1)\n")
     assert isinstance(build(f"{file}:net", 3), nn.Module)
+
+
+def test_files_of_one_name_beside_two_models_do_not_meet(write, tmp_path):
+    before = dict(sys.modules), list(sys.path)
+    made = []
+    for channels in (3, 5):
+        folder = tmp_path / str(channels)
+        folder.mkdir()
+        (folder / "blocks.py").write_text(f"CHANNELS = {channels}\n")
+        (folder / "own.py").write_text(
+            "from torch import nn\nimport blocks\n"
+            "def net(num_classes):\n    from parts.deep import add\n"
+            "    return nn.Conv2d(1, add(blocks.CHANNELS), 1)\n"
+        )
+        (folder / "parts").mkdir()
+        (folder / "parts" / "deep.py").write_text("from blocks import CHANNELS\ndef add(n):\n    return n + CHANNELS\n")
+        made.append(build(f"{folder}/own.py:net", 3).out_channels)
+    assert made == [6, 10]
+    assert sys.path == before[1]
+    assert not {"own", "blocks", "parts", "parts.deep"} & (set(sys.modules) - set(before[0]))
+
+
+def test_a_neighbour_hides_a_module_from_elsewhere_only_while_the_file_is_imported(write, tmp_path, monkeypatch):
+    elsewhere = ModuleType("blocks")
+    elsewhere.__file__ = "/elsewhere/blocks.py"
+    monkeypatch.setitem(sys.modules, "blocks", elsewhere)
+    write("CHANNELS = 7\n", "blocks.py")
+    # The standard library's names stay its own.
+    write("raise ValueError\n", "json.py")
+    file = write("import blocks, json\nfrom torch import nn\ndef net():\n    return nn.Conv2d(1, blocks.CHANNELS, 1)\n")
+    assert build(f"{file}:net", 3).out_channels == 7
+    assert sys.modules["blocks"] is elsewhere
+
+
+def test_a_changed_neighbour_is_read_anew(write):
+    file = write("from beside import net\n")
+    for channels in (4, 5):
+        write(GOOD.replace("4", str(channels)), "beside.py")
+        assert build(f"{file}:net", 3, 1)[0].out_channels == channels
+
+
+def test_what_decides_is_the_file_and_what_it_imports_from_beside_it(write, tmp_path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "__init__.py").write_text("from .first import x\n")
+    (tmp_path / "parts" / "first.py").write_text("from ..unrelated import x\nfrom . import second\n")
+    write("def late():\n    import broken_beside\n", "parts/second.py")
+    write("x = 1\n", "unrelated.py")
+    write("x = 1\n", "never.py")
+    file = write("import torch, parts\nfrom torch import nn\ndef net(): ...\n")
+    name = f"{file}:net"
+    found = files(name)
+    inside = ["parts/__init__.py", "parts/first.py", "parts/second.py"]
+    assert set(found) == {"own.py", "broken_beside.py", "unrelated.py", *inside}
+    write("x = 2\n", "never.py")
+    assert files(name) == found
+    for changed in found:
+        text = (tmp_path / changed).read_text()
+        write(f"{text}# more\n", changed)
+        assert {each for each, digest in files(name).items() if digest != found[each]} == {changed}
+        write(text, changed)
+    shutil.copytree(tmp_path, tmp_path / "moved", ignore=lambda folder, names: ["moved"])
+    assert files(f"{tmp_path}/moved/own.py:net") == found
+
+
+def test_models_of_packages_have_no_files():
+    assert files("cnn") == files("torch.nn:Linear") == files("math:sqrt") == {}
+
+
+def test_a_module_is_known_by_its_files_as_well():
+    assert set(files("tests.architectures:any_name")) >= {"tests/architectures.py", "tests/__init__.py"}
+
+
+def test_a_network_of_a_changed_file_is_refused(write, tmp_path):
+    write(GOOD, "beside.py")
+    name = f"{write('from beside import net')}:net"
+    spec = ModelSpec(name, 3, 1, 8, {}, files(name))
+    save_network(tmp_path / "run", spec.build(), NetworkInfo(spec, "base", 1, 1, 1))
+    assert load_info(tmp_path / "run").model == spec
+    load_network(tmp_path / "run")
+    write(GOOD.replace("Flatten()", "Flatten(1)"), "beside.py")
+    with pytest.raises(FairlineError, match=r"beside\.py is not what it was"):
+        load_network(tmp_path / "run")
+    (tmp_path / "beside.py").unlink()
+    with pytest.raises(FairlineError, match=r"beside\.py is not what it was"):
+        load_network(tmp_path / "run")

@@ -107,6 +107,66 @@ def test_constants_scale_and_shift(forward, folded, images):
         assert sum(node.op == "affine" for node in graph.nodes) == (3 if uses else 0)
 
 
+class Normalised(nn.Module):
+    """A small network behind a normalization of its own."""
+
+    def __init__(self, normalise) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 2)
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1))
+        self.std = nn.Parameter(torch.tensor([0.2, 0.3, 0.4]).view(1, 3, 1, 1))
+
+    def forward(self, x):
+        return self.head(self.conv(self.normalise(x, self.mean, self.std)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "normalise",
+    [
+        lambda x, m, s: x.sub_(m).div_(s),
+        lambda x, m, s: x.float().subtract(m).true_divide(s),
+        lambda x, m, s: (x.to(torch.float32) - m.type_as(x)) / s.to(x),
+        lambda x, m, s: (x - torch.tensor([0.4, 0.5, 0.6], device=x.device).view(1, 3, 1, 1)) / s,
+        lambda x, m, s: (x - x.new_tensor([0.4, 0.5, 0.6])[:, None, None]).multiply(1 / s),
+        lambda x, m, s: (x - m.expand_as(x)) / s.expand(x.shape[0], 3, x.shape[2], x.shape[3]),
+        lambda x, m, s: x - m * torch.ones_like(x) + torch.full_like(x, 0.25),
+        lambda x, m, s: torch.addcmul(-m / s, x, 1 / s),
+        lambda x, m, s: torch.addcmul(m, 1 / s, x, value=0.5),
+        lambda x, m, s: torch.addcdiv(m, x, s, value=2),
+        lambda x, m, s: torch.addcmul(x, m, s, value=3),
+        lambda x, m, s: (255 * x - 255 * m) / (255 * s),
+    ],
+)
+def test_a_normalization_inside_the_network_is_affine(normalise, images, tmp_path):
+    torch.manual_seed(0)
+    model = Normalised(normalise)
+    graph = to_graph(model, EXAMPLE)
+    with torch.no_grad():
+        expected = model(images.clone())
+    torch.testing.assert_close(graph(images), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert {node.op for node in graph.nodes} <= {"affine", "scale", "conv2d", "relu", "mean", "linear"}
+    assert "affine" in {node.op for node in graph.nodes}
+    onnxruntime = pytest.importorskip("onnxruntime")
+    write_onnx(tmp_path / "network.onnx", graph)
+    session = onnxruntime.InferenceSession(tmp_path / "network.onnx", providers=["CPUExecutionProvider"])
+    close(session.run(None, {"images": images.numpy()})[0], graph, images)
+
+
+@pytest.mark.parametrize(
+    ("normalise", "said"),
+    [
+        (lambda x, m, s: torch.addcmul(x, x, s), "inputs of which not just one"),
+        (lambda x, m, s: torch.addcdiv(m, s, x), "inputs of which not just one|from the image"),
+        (lambda x, m, s: x.to(torch.int64).float(), "numbers of kind torch.int64"),
+        (lambda x, m, s: x[:, :1].expand_as(x), "no operator 'slice'"),
+    ],
+)
+def test_what_is_not_a_scale_and_a_shift_is_refused(normalise, said):
+    with pytest.raises(FairlineError, match=said):
+        to_graph(Normalised(normalise), EXAMPLE)
+
+
 def test_an_operator_with_several_outputs_is_refused_by_its_name():
     class Halves(nn.Module):
         def forward(self, x):

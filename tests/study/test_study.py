@@ -260,3 +260,16 @@ def test_the_choice_of_layers_is_part_of_an_estimate():
     cells = {cell.about["masks"]: cell for cell in placed}
     plain, early = (_epochs(cells[name]) for name in ("snl", "early"))
     assert early - plain == pytest.approx(11 / 4 * 4 / 3)
+
+
+def test_a_network_of_ones_own_is_part_of_its_cells(tmp_path):
+    (tmp_path / "blocks.py").write_text("WIDTH = 2\n")
+    (tmp_path / "mine.py").write_text("import blocks\ndef net(num_classes): ...\n")
+    spec = load_spec(SPEC)
+    own = spec.model_copy(update={"model": spec.model.model_copy(update={"name": f"{tmp_path}/mine.py:net"})})
+    before = [cell.key for cell in cells_of(own)]
+    assert [cell.key for cell in cells_of(own)] == before
+    (tmp_path / "blocks.py").write_text("WIDTH = 3\n")
+    assert not set(before) & {cell.key for cell in cells_of(own)}
+    # Cells of fairline's own networks keep their names.
+    assert all("model_files" not in cell.arguments for cell in cells_of(spec))

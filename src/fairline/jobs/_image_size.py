@@ -49,7 +49,9 @@ def settle_image_size(
     if family not in _RESIZED or "image_size" in data.options or not (own or weights is not None):
         return data
     if family != "folder":
-        raise FairlineError(f"{weights} does not say the size of its images; say it: --data-option image_size=64.")
+        raise FairlineError(
+            f"The size of the images that {weights} was trained on must be said: --data-option image_size=64."
+        )
     found = folder.preview(data.root, **data.options)
     fitting = [] if weights is None else _fitting(model, found.num_classes, options or {}, weights)
     if len(fitting) == 1:

@@ -57,26 +57,23 @@ class Reading:
 
 
 def first_look(
-    network: nn.Module,
-    data: GroupedData,
-    device: torch.device,
-    *,
-    part: str = "val",
-    measured: tuple[Sequence[float], Sequence[float]],
+    network: nn.Module, parts: Mapping[str, GroupedData], device: torch.device, part: str = "val"
 ) -> dict[str, Any]:
     """Measure a network whose weights were brought from elsewhere.
 
     Args:
         network: Maps (B, C, H, W) to (B, K).
-        data: The part to measure on.
+        parts: Of the data, ``train`` among them.
         device: Where to compute.
-        part: What the part is called.
-        measured: Mean and deviation of the training part, as another scale to try.
+        part: The one to measure on.
 
     Returns:
         Plain JSON: ``accuracy`` by group and ``recall`` by class, each with ``n``; ``warnings``, sentences; ``order``,
         the classes as the outputs look like, where those look permuted; ``export``, a sentence, and ``exports``.
     """
+    data = parts[part]
+    # Another scale to try, whatever they are normalised by.
+    measured = replace(parts["train"], mean=None, std=None).normalization()
     outputs = _outputs(network, data, device)
     labels = data.labels.cpu().numpy()
     right = outputs == labels
@@ -89,7 +86,7 @@ def first_look(
         "recall": _shares(right, labels, data.class_names),
         "order": None,
     }
-    warnings = [_chance(outputs, labels, data)] if len(data) else []
+    warnings = [_chance(outputs, labels, data)]
     start, best = _best(network, data, device, outputs, measured)
     if best is not start:
         warnings.append(_told(start, best, data))
@@ -135,6 +132,7 @@ def _outputs(network: nn.Module, data: GroupedData, device: torch.device) -> Int
 
 
 def _share(right: Bools) -> dict[str, Any]:
+    # A class may have no image in the part.
     return {"value": float(right.mean()) if len(right) else None, "n": len(right)}
 
 
@@ -239,9 +237,8 @@ def _much_better(one: Reading, other: Reading) -> bool:
 def _told(start: Reading, best: Reading, data: GroupedData) -> str:
     """What would be much better, and what to do for it."""
     gain = f"{best.accuracy:.1%} of these images would be right, not {start.accuracy:.1%}"
-    scale = f"with other pixels ({best.scale})" if best.scale else ""
     if not best.permuted:
-        return f"The network looks trained on another scale: {scale}, {gain}."
+        return f"The network looks trained on pixels of another scale: with {best.scale}, {gain}."
     moved = [
         f"output {place} looks like '{name}'"
         for place, (name, own) in enumerate(zip(best.order, data.class_names, strict=True))
@@ -249,8 +246,8 @@ def _told(start: Reading, best: Reading, data: GroupedData) -> str:
     ]
     more = f" and {len(moved) - _NAMED} more" if len(moved) > _NAMED else ""
     shown = ", ".join(moved[:_NAMED]) + more
-    also = f" {scale} and" if scale else ""
+    also = f", and the pixels of another scale ({best.scale})" if best.scale else ""
     return (
-        f"The outputs look permuted:{also} with {shown}, {gain}; pass --classes FILE with this order: "
+        f"The outputs look permuted{also}: {shown}; so {gain}. Pass --classes FILE with this order: "
         f"{', '.join(best.order[:_NAMED])}{', …' if len(best.order) > _NAMED else ''}."
     )

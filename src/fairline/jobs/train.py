@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,8 @@ def train_job(
     if weights is None and not trains:
         raise FairlineError("A network that is not trained (epochs 0) needs weights.")
     info = _described(network, model_spec, seed)
-    config: dict[str, Any] = {"data": asdict(spec), "model": model_spec.to_json(), "settings": settings, "seed": seed}
-    if precision is not None:
-        config["precision"] = precision
-    if weights is not None:
-        config["weights"] = {"file": str(Path(weights).resolve()), "digest": digest([Path(weights)])}
+    config = {"data": asdict(spec), "model": model_spec.to_json(), "settings": settings, "seed": seed}
+    config |= _asked(precision, weights)
 
     def work(run: Run) -> None:
         rows: list[dict[str, float]] = []
@@ -93,15 +90,17 @@ def train_job(
         run.write_metrics(rows)
         save_network(run.network_folder("base"), network, info)
         if not trains:
-            found = first_look(network, parts["val"], where, measured=_measured(parts["train"]))
-            write_first_look(run.folder, found)
+            write_first_look(run.folder, first_look(network, parts, where))
 
     return do_once(out, "train", config, where, work)
 
 
-def _measured(train_part: GroupedData) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the training part, whatever it is normalised by."""
-    return replace(train_part, mean=None, std=None).normalization()
+def _asked(precision: Precision | None, weights: str | Path | None) -> dict[str, Any]:
+    """What a run's config says only where it was asked for."""
+    config: dict[str, Any] = {} if precision is None else {"precision": precision}
+    if weights is not None:
+        config["weights"] = {"file": str(Path(weights).resolve()), "digest": digest([Path(weights)])}
+    return config
 
 
 def _model_for(data: GroupedData, model: str, options: Mapping[str, Any] | None) -> ModelSpec:

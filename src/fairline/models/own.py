@@ -164,7 +164,7 @@ def files(name: str) -> dict[str, str]:
         file = Path(spec.origin).resolve()
         root = file.parents[source.count(".") + (file.name == "__init__.py")]
     contents: dict[Path, bytes] = {}
-    waiting = [file]
+    waiting = [file] if source.endswith(".py") else [file, *_on_the_way(root, source.split("."))]
     while waiting:
         each = waiting.pop()
         if each in contents:
