@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 #: Kept here so that help need not load torch; a test compares it with the registry.
 AUDIT_MEASURES = (
     "accuracy",
+    "recall",
     "gradient_norm",
     "curvature",
     "margin",
