@@ -58,7 +58,24 @@ def test_utkface_reads_a_folder_of_jpegs(tmp_path):
         "39_1_7_20170116174525125.jpg",
         "20_0_0_20170116174525126.jpg",
     }
-    assert len(load("utkface:race", tmp_path)) == 36
+    whole = load("utkface:race", tmp_path, image_size=16)
+    assert len(whole) == 36
+    assert list(whole.metadata) == ["file_name", "age", "gender", "race"]
+    assert whole.metadata["age"].tolist() == [int(name.split("_")[0]) for name in whole.metadata["file_name"]]
+    by_age = whole.regroup("age")
+    assert by_age.group_names == ("0–1", "2–12", "13–17", "18–64", "65+")
+    assert by_age.counts()["n"].tolist() == [4, 8, 8, 8, 8]
+    assert torch.equal(whole.regroup("race").groups, whole.groups)
+    # Ages 0–1 are left out where the paper's bands are meant, and are there in bins of one's own.
+    crossed = load("utkface:gender", tmp_path, groups="age,race", image_size=16)
+    assert len(crossed) == 32
+    assert crossed.group_names[0] == "2–12 × White"
+    assert crossed.name == "utkface:gender by age × race"
+    own = load("utkface:gender", tmp_path, groups=["race", "age:0-17,18+"], image_size=16)
+    assert len(own) == 36
+    assert torch.equal(own.groups, whole.regroup(["race", "age:0-17,18+"]).groups)
+    with pytest.raises(FairlineError, match="column 'age' lies outside of all bins"):
+        load("utkface:gender", tmp_path, groups="age:18+", image_size=16)
 
 
 @pytest.mark.parametrize(
@@ -270,8 +287,14 @@ def test_celeba_reads_the_official_layout(tmp_path):
     other = load("celeba:Young", tmp_path / "celeba", groups="Smiling", image_size=8)
     assert other.labels.sum() == 0
     assert other.group_names == ("not Smiling", "Smiling")
+    crossed = load("celeba", tmp_path, groups="Male,Young", image_size=8)
+    assert torch.equal(crossed.groups, data.regroup("Male,Young").groups)
+    assert set(crossed.group_names) <= {f"{a}Male × {b}Young" for a in ("", "not ") for b in ("", "not ")}
+    assert data.metadata["file_name"].tolist()[0] == "000001.jpg"
     with pytest.raises(FairlineError, match="no attribute 'Hat'; choose one of Smiling, Male, Young"):
         load("celeba:Hat", tmp_path)
+    with pytest.raises(FairlineError, match="no attribute 'Hat'"):
+        load("celeba", tmp_path, groups="Male,Hat")
     attributes = tmp_path / "celeba" / "list_attr_celeba.txt"
     attributes.write_text(attributes.read_text().replace(" -1", " 7"))
     with pytest.raises(FairlineError, match="values other than 1 and -1"):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fairline.data._groups import Groups
 from fairline.data._order import ordered, read_classes
 from fairline.data._packed import PackedImages
 from fairline.data._scale import IMAGENET, NORMALIZATIONS, scaled
@@ -38,6 +40,7 @@ def load(
     normalization: str | None = "data",
     mean: Sequence[float] | float | str | None = None,
     std: Sequence[float] | float | str | None = None,
+    keep_together: str | None = None,
     **options: Any,
 ) -> GroupedData:
     """Load a data set by name.
@@ -55,6 +58,7 @@ def load(
             ``"imagenet"``, by those of ImageNet; ``"none"``, pixels from 0 to 1.
         mean: Of each channel, or one for all, of pixels from 0 to 1; with ``std``, instead of ``normalization``.
         std: Standard deviation, likewise.
+        keep_together: The column of the metadata whose values no split may part, such as the patient.
         options: Passed to the data set's own ``load``.
 
     Returns:
@@ -70,14 +74,20 @@ def load(
     family, _, task = name.partition(":")
     if family not in REGISTRY:
         raise FairlineError(f"There is no data set '{name}'; choose one of {', '.join(REGISTRY)}.")
-    for option, value in options.items():
-        if isinstance(value, str) and not value.strip():
+    groups = options.get("groups")
+    if not isinstance(groups, str | list | tuple | None):
+        # The command line reads a column called 1 as a number.
+        options["groups"] = str(groups)
+    for option, value in {**options, "keep_together": keep_together}.items():
+        texts = value if isinstance(value, list | tuple) else [value]
+        if value == [] or any(isinstance(text, str) and not text.strip() for text in texts):
             raise FairlineError(f"Data '{name}': option '{option}' is empty.")
     if pack:
         options["pack"] = True
     module = importlib.import_module(REGISTRY[family])
     data: GroupedData = module.load(root or os.environ.get("FAIRLINE_DATA"), task=task or None, **options)
     data = scaled(data, normalization, mean, std)
+    data = data if keep_together is None else replace(data, keep_together=str(keep_together))
     return data if classes is None else ordered(data, classes)
 
 
@@ -88,6 +98,7 @@ __all__ = [
     "REGISTRY",
     "WITHOUT_ROOT",
     "GroupedData",
+    "Groups",
     "PackedImages",
     "Skipped",
     "load",

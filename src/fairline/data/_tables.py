@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -24,6 +25,9 @@ from fairline.data.decoding import UnusableImage, first_line, to_uint8
 from fairline.errors import FairlineError
 
 _DELIMITERS = (",", ";", "\t")
+
+#: What the column of the images' names is called where they lie in the table.
+FILE_NAME = "file_name"
 
 #: Rows of a parquet file that are read at once.
 _ROWS = 16
@@ -47,6 +51,9 @@ class Table(Protocol):
 
     def paths(self, column: str) -> list[Path]:
         """The image files that the column names."""
+
+    def metadata(self, column: str) -> pd.DataFrame:
+        """All columns that hold no image, and the file name of the images of ``column``; a row an image."""
 
     @property
     def files(self) -> Sequence[Path]:
@@ -126,6 +133,11 @@ class CsvTable:
         """The image file of each row that names one."""
         return [image.content for image in self.images(column) if isinstance(image.content, Path)]
 
+    def metadata(self, column: str) -> pd.DataFrame:
+        """All columns as texts, that of the image files among them."""
+        names = [name for name in self.columns if name and self.columns.count(name) == 1]
+        return pd.DataFrame({name: pd.Series(self.texts(name), dtype="str") for name in names})
+
     def __str__(self) -> str:
         return str(self.file)
 
@@ -199,7 +211,7 @@ class ParquetTable:
         kind = self._schemas[0].field(column).type
         if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
             column = f"{column}.path"
-        elif not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        elif not _is_text(kind):
             return []
         cells = (cell.get("path") if isinstance(cell, dict) else cell for _, cell in self.cells(column))
         located = (locate(self.folder, cell) for cell in cells if isinstance(cell, str) and cell.strip())
@@ -211,6 +223,33 @@ class ParquetTable:
         if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
             return [_name((cell or {}).get("path"), where) for where, cell in self.cells(f"{column}.path")]
         return [image.name for image in self.images(column)]
+
+    def metadata(self, column: str) -> pd.DataFrame:
+        """All columns of one value a row, class labels of Hugging Face as names, and the images' ``file_name``."""
+        plain = [name for name in self.columns if _is_plain(self._schemas[0].field(name).type)]
+        kept = [name for name in plain if name != column and self.columns.count(name) == 1]
+        tables = []
+        for file, schema in zip(self.files, self._schemas, strict=True):
+            try:
+                table = pq.read_table(file, columns=kept).to_pandas(integer_object_nulls=True)
+            except (pa.ArrowException, OSError) as error:
+                raise FairlineError(f"{file} is not a readable parquet file ({first_line(error)}).") from None
+            for name in kept:
+                known = dict(enumerate(_class_labels(schema, name)))
+                table[name] = table[name].map(known) if known else table[name]
+            tables.append(table)
+        names = {} if FILE_NAME in kept else {FILE_NAME: self.file_names(column)}
+        return pd.DataFrame({**names, **pd.concat(tables, ignore_index=True)})
+
+    def file_names(self, column: str) -> list[str]:
+        """As :meth:`image_names`, without reading images that have no other name than their row."""
+        kind = self._schemas[0].field(column).type
+        if _is_text(kind) or (pa.types.is_struct(kind) and kind.get_field_index("path") >= 0):
+            return self.image_names(column)
+        rows = [pq.read_metadata(file).num_rows for file in self.files]
+        return [
+            f"row {row} of {file.name}" for file, n in zip(self.files, rows, strict=True) for row in range(1, n + 1)
+        ]
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.files))
@@ -302,6 +341,16 @@ def _pixels(rows: list[Any]) -> np.ndarray[Any, np.dtype[np.uint8]] | UnusableIm
         return to_uint8(torch.from_numpy(array) if channels_first else array).permute(1, 2, 0).numpy()
     except UnusableImage as error:
         return error
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    """Whether a cell is one value that a person would read."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return not (pa.types.is_nested(kind) or "binary" in str(kind) or pa.types.is_null(kind))
 
 
 def _class_labels(schema: pa.Schema, column: str) -> list[str]:

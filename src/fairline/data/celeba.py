@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
+from fairline.data._groups import Groups, cells_of
 from fairline.data._images import Source, Undecoded, decode
 from fairline.data._options import parse_size, refuse_unknown, require_root, require_whole
 from fairline.data.grouped import GroupedData
@@ -21,7 +24,7 @@ def load(
     root: str | Path | None = None,
     *,
     task: str | None = None,
-    groups: str = "Male",
+    groups: Groups = "Male",
     image_size: int | tuple[int, int] | str | None = 32,
     crop: int | None = 178,
     pack: bool = False,
@@ -33,7 +36,7 @@ def load(
         root: A folder with ``img_align_celeba/``, ``list_attr_celeba.txt`` and ``list_eval_partition.txt``, or one that
             holds it as ``celeba/``.
         task: The attribute to predict, ``"Smiling"`` by default: ``load("celeba:Blond_Hair", ...)``.
-        groups: The attribute that makes the groups.
+        groups: The attribute that makes the groups, or several, which are intersected: ``"Male,Young"``.
         image_size: Side in pixels, or height and width.
         crop: Side of the centre that is kept of the 178×218 images before they are resized; None keeps all.
         pack: Leave the images in a packed file, even if they fit into memory.
@@ -52,27 +55,44 @@ def load(
     path = path / "celeba" if (path / "celeba").is_dir() else path
     label = task or "Smiling"
     attributes = _read_attributes(path / "list_attr_celeba.txt")
-    for name in (label, groups):
+    parts = ",".join([groups] if isinstance(groups, str) else groups).replace(" ", "").split(",")
+    for name in (label, *parts):
         if name not in attributes:
             raise FairlineError(f"CelebA has no attribute '{name}'; choose one of {', '.join(attributes.columns)}.")
-    partition = _read_partition(path / "list_eval_partition.txt")
-    missing = attributes.index.difference(partition.index)
-    if len(missing):
-        raise FairlineError(f"{path / 'list_eval_partition.txt'} lacks {missing[0]} and {len(missing) - 1} more.")
+    partition = _read_partition(path / "list_eval_partition.txt", attributes.index)
     files = [path / "img_align_celeba" / name for name in attributes.index]
     images = (Undecoded(file.name, file) for file in files)
     decoded = decode(images, size, Source("celeba", path, files, None, len(files)), crop=crop, pack=pack)
     table = attributes.iloc[decoded.kept]
+    metadata = _metadata(table)
+    crossed = cells_of(metadata, groups, f"celeba:{label}") if len(parts) > 1 else None
+    index, group_names = _sides(table, parts[0]) if crossed is None else (crossed.index, crossed.names)
+    labels, class_names = _sides(table, label)
     return GroupedData(
         decoded.images,
-        torch.from_numpy((table[label].to_numpy() > 0).astype("int64")),
-        torch.from_numpy((table[groups].to_numpy() > 0).astype("int64")),
-        (f"not {label}", label),
-        (f"not {groups}", groups),
+        torch.from_numpy(labels),
+        torch.from_numpy(index),
+        class_names,
+        group_names,
         name=f"celeba:{label}",
         official_test=torch.from_numpy((partition[table.index].to_numpy() == _TEST).copy()),
         skipped=tuple(decoded.skipped),
+        metadata=metadata,
     )
+
+
+def _sides(table: pd.DataFrame, name: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Without an attribute and with it: the index of each image, and the names."""
+    return (table[name].to_numpy() > 0).astype(np.int64), (f"not {name}", name)
+
+
+def _metadata(table: pd.DataFrame) -> pd.DataFrame:
+    """The attributes as names."""
+    columns = {
+        name: pd.Categorical.from_codes((table[name].to_numpy() > 0).astype("int8"), [f"not {name}", str(name)])
+        for name in table.columns
+    }
+    return pd.DataFrame({"file_name": list(map(str, table.index)), **columns})
 
 
 def _read_attributes(file: Path) -> pd.DataFrame:
@@ -89,12 +109,16 @@ def _read_attributes(file: Path) -> pd.DataFrame:
     return values
 
 
-def _read_partition(file: Path) -> pd.Series[int]:
-    """0 training, 1 validation, 2 test, indexed by file name."""
+def _read_partition(file: Path, names: pd.Index[Any]) -> pd.Series[int]:
+    """0 training, 1 validation, 2 test, indexed by file name; ``names`` must be among them."""
     try:
         table = pd.read_csv(file, sep=r"\s+", header=None, index_col=0)
-        return table.iloc[:, 0].astype(int)
+        partition = table.iloc[:, 0].astype(int)
     except FileNotFoundError:
         raise FairlineError(f"{file} does not exist.") from None
     except (ValueError, IndexError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise FairlineError(f"{file} is not CelebA's partition ({str(error).strip()}).") from None
+    missing = names.difference(partition.index)
+    if len(missing):
+        raise FairlineError(f"{file} lacks {missing[0]} and {len(missing) - 1} more.")
+    return partition

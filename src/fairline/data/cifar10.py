@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -16,7 +19,7 @@ from fairline.data._images import Source, decode
 from fairline.data._names import BadCell, class_index
 from fairline.data._options import parse_size, refuse_unknown, require_root, require_whole
 from fairline.data._packed import Images
-from fairline.data._tables import ParquetTable, image_column, require_columns
+from fairline.data._tables import FILE_NAME, ParquetTable, image_column, require_columns
 from fairline.data.decoding import Size, UnusableImage
 from fairline.data.digits import PAPER_IMBALANCE
 from fairline.data.grouped import GroupedData, Skipped
@@ -71,6 +74,7 @@ def load(
         name="cifar10",
         official_test=content.test,
         skipped=content.skipped,
+        metadata=pd.DataFrame(dict(content.metadata)),
     )
     if unbalanced:
         data = data.unbalance(PAPER_IMBALANCE, seed, part="train" if unbalanced == "train" else "all")
@@ -78,12 +82,13 @@ def load(
 
 
 class _Content(NamedTuple):
-    """Images (n, 3, H, W), labels (n,), and which are of the test part, bool (n,)."""
+    """Images (n, 3, H, W), labels (n,), which are of the test part, bool (n,), and what else is known of them."""
 
     images: Images
     labels: Tensor
     test: Tensor
     skipped: tuple[Skipped, ...] = ()
+    metadata: Mapping[str, Any] = MappingProxyType({})
 
 
 def _from_batches(folder: Path, size: Size | None) -> _Content:
@@ -96,7 +101,7 @@ def _from_batches(folder: Path, size: Size | None) -> _Content:
 
 
 def _from_parquet(path: Path, size: Size | None, pack: bool) -> _Content:
-    tables, labels, images = [], [], []
+    tables, labels, images, names = [], [], [], []
     for part in ("train", "test"):
         files = sorted(path.glob(f"cifar10_{part}*.parquet")) if path.is_dir() else []
         if not files:
@@ -107,6 +112,7 @@ def _from_parquet(path: Path, size: Size | None, pack: bool) -> _Content:
         tables.append(table)
         labels.append(_labels(table, path))
         images.append(table.images(column))
+        names += table.file_names(column)
     everything = [label for part in labels for label in part]
     missing = [position for position, label in enumerate(everything) if label is None]
     undecoded = (
@@ -117,7 +123,8 @@ def _from_parquet(path: Path, size: Size | None, pack: bool) -> _Content:
     decoded = decode(undecoded, size, source, pack=pack)
     test = torch.tensor([position >= len(labels[0]) for position in decoded.kept])
     kept = torch.tensor([everything[position] for position in decoded.kept])
-    return _Content(decoded.images, kept, test, tuple(decoded.skipped))
+    metadata = {FILE_NAME: [names[position] for position in decoded.kept]}
+    return _Content(decoded.images, kept, test, tuple(decoded.skipped), metadata)
 
 
 def _labels(table: ParquetTable, path: Path) -> list[int | None]:

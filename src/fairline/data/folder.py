@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
+from fairline.data._groups import Groups, cells_of
 from fairline.data._images import IMAGE_SUFFIXES, Decoded, Source, Undecoded, decode
 from fairline.data._names import encode
 from fairline.data._options import parse_size, refuse_unknown, require_flag, require_root
@@ -27,7 +29,7 @@ def load(
     *,
     task: str | None = None,
     label: str = "label",
-    groups: str | None = None,
+    groups: Groups | None = None,
     split: str = "split",
     metadata: str = "metadata.csv",
     test_metadata: str | None = None,
@@ -43,8 +45,10 @@ def load(
         root: The folder, or one parquet file that holds images, labels and groups.
         task: None; there is one task.
         label: Column of the label.
-        groups: Column of the group; the label by default.
-        split: Column whose value ``test`` marks an official test split; ignored where it is absent.
+        groups: Column of the group, bins of a number or intersections, as for :meth:`GroupedData.regroup`; the label by
+            default.
+        split: Column whose value ``test`` marks an official test split, which stays the test part; all other rows are
+            dealt to the training and validation parts, whatever they are marked as. Ignored where it is absent.
         metadata: The table inside the folder, with a column ``file_name`` (or ``file``, ``image``, ``img``); where
             there is no ``metadata.csv``, ``metadata.parquet``. A pattern, ``data/train-*.parquet``, takes several.
         test_metadata: A second table of the same columns, whose rows are an official test split. FairFace, for one:
@@ -57,8 +61,8 @@ def load(
         options: None are known.
 
     Returns:
-        Images (N, 3, H, W); names sorted, without spaces around them. Rows without a readable image, label or group are
-        skipped and listed.
+        Images (N, 3, H, W); names sorted, without spaces around them; all columns of the table as ``metadata``. Rows
+        without a readable image, label or group are skipped and listed.
 
     Raises:
         FairlineError: The folder, the table or a column is missing, or no row can be used.
@@ -71,7 +75,7 @@ def load(
     tables = [_find(path, str(name)) for name in (metadata, test_metadata) if name is not None]
     # The command line reads a column called 1 as a number.
     label = str(label)
-    rows = _Rows(tables, label, str(groups or label), str(split) if test_metadata is None else None)
+    rows = _Rows(tables, label, groups or label, str(split) if test_metadata is None else None, path.resolve().name)
     source = rows.source(path)
     decoded = decode(rows.images(), size, source, white=white, pack=pack)
     listed = {file for file in source.files if file.exists()}.difference(*(table.files for table in tables))
@@ -134,17 +138,20 @@ class _Rows:
     Args:
         tables: One, or the training and the test table.
         label: Column of the label.
-        groups: Column of the group.
+        groups: What makes the groups.
         split: Column of the part, or None where the second table is the test part.
+        name: Of the data, for messages.
     """
 
-    def __init__(self, tables: Sequence[Table], label: str, groups: str, split: str | None) -> None:
+    def __init__(self, tables: Sequence[Table], label: str, groups: Groups, split: str | None, name: str) -> None:
         self.image_columns = [image_column(table) for table in tables]
         for table in tables:
-            require_columns(table, label, groups)
-        self.tables, self.columns = tables, (label, groups)
+            require_columns(table, label)
+        named = zip(tables, self.image_columns, strict=True)
+        self.metadata = pd.concat([table.metadata(column) for table, column in named], ignore_index=True)
+        self.tables, self.columns = tables, (label, groups if isinstance(groups, str) else ",".join(groups))
         self.labels = [name for table in tables for name in table.texts(label)]
-        self.groups = [name for table in tables for name in table.texts(groups)]
+        self.groups, self.group_names = self._grouped_by(groups, name)
         if not self.labels:
             raise FairlineError(f"{tables[0]} has no rows.")
         if split is None:
@@ -154,6 +161,16 @@ class _Rows:
         else:
             self.test = [False] * len(self.labels)
         self._listed: dict[Path, tuple[str, str]] = {}
+
+    def _grouped_by(self, groups: Groups, name: str) -> tuple[list[str | None], Sequence[str] | None]:
+        """The group of each row, and the names in their order where that is not the order of texts."""
+        column = groups if isinstance(groups, str) or len(groups) != 1 else groups[0]
+        if isinstance(column, str) and (column in self.tables[0].columns or not set(column) & set(",:")):
+            for table in self.tables:
+                require_columns(table, column)
+            return [text for table in self.tables for text in table.texts(column)], None
+        cells = cells_of(self.metadata, groups, name, name_missing=False)
+        return cells.texts(), cells.names
 
     def source(self, root: Path) -> Source:
         """What decides which images are decoded. Rows that name one file twice may be refused for what they say."""
@@ -185,7 +202,7 @@ class _Rows:
     def grouped(self, decoded: Decoded, name: str, flip: bool) -> GroupedData:
         """The data of the rows whose image could be decoded."""
         labels, class_names = self._indices(self.labels, self.columns[0], decoded)
-        groups, group_names = self._indices(self.groups, self.columns[1], decoded)
+        groups, group_names = self._indices(self.groups, self.columns[1], decoded, self.group_names)
         test = torch.tensor([self.test[position] for position in decoded.kept])
         return GroupedData(
             decoded.images,
@@ -197,14 +214,19 @@ class _Rows:
             flip=flip,
             official_test=test if test.any() else None,
             skipped=tuple(decoded.skipped),
+            metadata=self.metadata.iloc[decoded.kept],
         )
 
     def _indices(
-        self, texts: Sequence[str | None], column: str, decoded: Decoded
+        self, texts: Sequence[str | None], column: str, decoded: Decoded, order: Sequence[str] | None = None
     ) -> tuple[torch.Tensor, tuple[str, ...]]:
-        """Index of each decoded row's name, and the names."""
+        """Index of each decoded row's name, and the names, sorted or in their order."""
         found = [text for text in (texts[position] for position in decoded.kept) if text is not None]
-        index, names = encode(found, f"{self.tables[0]}: column '{column}'")
+        if order is None:
+            index, names = encode(found, f"{self.tables[0]}: column '{column}'")
+        else:
+            names = tuple(name for name in order if name in set(found))
+            index = [names.index(text) for text in found]
         gone = sorted({text for text in texts if text is not None}.difference(names))
         if gone:
             logger.warning("no image of %s '%s' can be used", column, "', '".join(gone))

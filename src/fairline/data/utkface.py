@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
+from fairline.data._groups import Groups, cells_of, parse_groups
 from fairline.data._images import IMAGE_SUFFIXES, Source, Undecoded, decode
 from fairline.data._options import parse_size, refuse_unknown, require_root
 from fairline.data._tables import ParquetTable, image_column
@@ -26,6 +28,8 @@ GENDERS = ("male", "female")
 AGE_BANDS = ((2, 12), (13, 17), (18, 64), (65, 200))
 AGES = ("2–12", "13–17", "18–64", "65+")
 NAMES = {"age": AGES, "gender": GENDERS, "race": RACES}
+#: Those bands for groups of all ages.
+AGE_BINS = "0-1,2-12,13-17,18-64,65+"
 
 # The date is not needed, so its odd forms do not matter.
 _FILE_NAME = re.compile(r"^(?P<age>\d{1,3})_(?P<gender>\d)_(?P<race>\d)_")
@@ -59,7 +63,7 @@ def load(
     root: str | Path | None = None,
     *,
     task: str | None = None,
-    groups: str | None = None,
+    groups: Groups | None = None,
     image_size: int | tuple[int, int] | str | None = 32,
     pack: bool = False,
     **options: Any,
@@ -69,30 +73,28 @@ def load(
     Args:
         root: A parquet file, or a folder that holds ``utkface*.parquet`` or the JPEGs (at any depth).
         task: What to predict: ``"age"``, ``"race"`` or ``"gender"``.
-        groups: What makes the groups, likewise; the label by default.
+        groups: What makes the groups, likewise, or bins of the age and intersections, as for
+            :meth:`GroupedData.regroup`: ``"race,age:0-17,18+"``. The label by default; ``"age"`` are the paper's bands.
         image_size: Side in pixels, or height and width.
         pack: Leave the images in a packed file, even if they fit into memory.
         options: None are known.
 
     Returns:
         Images (N, 3, H, W). Faces of age 0–1 are left out where age is label or group,
-        as in the paper. Files whose name lacks a field are skipped and listed.
+        as in the paper, unless the group names its own bins. Files whose name lacks a field are skipped and listed.
 
     Raises:
         FairlineError: The folder is missing or holds no face, or a task is unknown.
     """
     refuse_unknown("utkface", options)
-    if task is None:
-        raise FairlineError("Data 'utkface' needs a task: utkface:age, utkface:race or utkface:gender.")
+    task = _known(task)
     groups = groups or task
-    for what, value in (("task", task), ("groups", groups)):
-        if value not in NAMES:
-            raise FairlineError(f"UTKFace has no {what} '{value}'; choose age, race or gender.")
+    named, plain = _grouped_by(groups)
     size = parse_size(image_size, "utkface")
     path = require_root(root, f"utkface:{task}")
     names, images, files = _find(path)
     parsed = [parse_name(name) for name in names]
-    left_out = [isinstance(found, dict) and not {task, groups} <= found.keys() for found in parsed]
+    left_out = [isinstance(found, dict) and not {task, *plain} <= found.keys() for found in parsed]
     if any(left_out):
         logger.info("utkface: %d faces of age 0–1 are left out", sum(left_out))
     wanted = [found for found, out in zip(parsed, left_out, strict=True) if not out]
@@ -102,15 +104,55 @@ def load(
     source = Source("utkface", path, files, [i for i, out in enumerate(left_out) if out], len(wanted))
     decoded = decode(_named(images, parsed, left_out), size, source, pack=pack)
     attributes = [found for found in (wanted[position] for position in decoded.kept) if isinstance(found, dict)]
+    left = [name for name, out in zip(names, left_out, strict=True) if not out]
+    table = _metadata([left[position] for position in decoded.kept], attributes)
+    index, group_names = _index(table, groups, attributes, plain if len(named) == 1 else [])
     return GroupedData(
         decoded.images,
         torch.tensor([found[task] for found in attributes]),
-        torch.tensor([found[groups] for found in attributes]),
+        index,
         NAMES[task],
-        NAMES[groups],
-        name=f"utkface:{task}" + ("" if groups == task else f" by {groups}"),
+        group_names,
+        name=f"utkface:{task}" + ("" if named == plain == [task] else f" by {' × '.join(named)}"),
         skipped=tuple(decoded.skipped),
+        metadata=table,
+        bins={"age": AGE_BINS},
     )
+
+
+def _known(task: str | None) -> str:
+    if task is None:
+        raise FairlineError("Data 'utkface' needs a task: utkface:age, utkface:race or utkface:gender.")
+    if task not in NAMES:
+        raise FairlineError(f"UTKFace has no task '{task}'; choose age, race or gender.")
+    return task
+
+
+def _index(
+    table: pd.DataFrame, groups: Groups, attributes: Sequence[dict[str, int]], alone: Sequence[str]
+) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """The group of each face, and the groups' names: of an attribute that stands alone all that there may be."""
+    if alone:
+        return torch.tensor([found[alone[0]] for found in attributes]), NAMES[alone[0]]
+    cells = cells_of(table, groups, "UTKFace", {"age": AGE_BINS})
+    return torch.from_numpy(cells.index), cells.names
+
+
+def _grouped_by(groups: Groups) -> tuple[list[str], list[str]]:
+    """The attributes that make the groups, and those of them that are named without bins."""
+    if isinstance(groups, str) and groups not in NAMES and not set(groups) & set(",:"):
+        raise FairlineError(f"UTKFace has no groups '{groups}'; choose age, race or gender.")
+    parts = parse_groups(groups, list(NAMES), "UTKFace")
+    return [part.name for part in parts], [part.name for part in parts if not part.bins]
+
+
+def _metadata(names: Sequence[str], attributes: Sequence[dict[str, int]]) -> pd.DataFrame:
+    """What the names of faces say."""
+    coded = {
+        field: pd.Categorical.from_codes([found[field] for found in attributes], list(NAMES[field]))
+        for field in ("gender", "race")
+    }
+    return pd.DataFrame({"file_name": list(names), "age": [int(name.partition("_")[0]) for name in names], **coded})
 
 
 def _named(
