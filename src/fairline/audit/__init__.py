@@ -85,7 +85,9 @@ class AuditReport:
             a network has one of, is in rows of the group ``overall``; a layer's own number in rows of the measure
             ``name/layer``.
         predictions: One row a sample: ``index``, ``label``, ``group``, ``prediction``, ``correct``, ``loss``,
-            ``reference_correct`` where there is a reference, and the columns that measures add, such as ``margin``.
+            ``reference_correct`` where there is a reference, the columns that measures add, such as ``margin``, and
+            those of the data's metadata, such as ``file_name``; one that is called like another one is
+            ``metadata_NAME``.
     """
 
     frame: pd.DataFrame
@@ -343,7 +345,12 @@ def _per_sample(subject: Subject) -> pd.DataFrame:
     )
     if subject.reference is not None:
         table["reference_correct"] = subject.reference.predictions.correct
-    return table.assign(**subject.samples)
+    table = table.assign(**subject.samples)
+    taken = {*table.columns, "model", "reference_correct"}
+    known = data.metadata.rename(columns=lambda name: f"metadata_{name}" if name in taken else name)
+    # A table's own column of labels says the same again.
+    again = [name for name in known if name == "metadata_label" and known[name].equals(table["label"])]
+    return pd.concat([table, known.drop(columns=again)], axis=1)
 
 
 __all__ = [

@@ -227,7 +227,8 @@ def print_comparison(run: Run) -> None:
 
 
 def print_audit(run: Run) -> None:
-    """An audit's tables."""
+    """An audit's tables, and the groups that are too small to be judged."""
+    from fairline.data.grouped import OVERALL, TOO_SMALL
     from fairline.report.figures import prepare
 
     everything = prepare(run.table("audit.parquet"), run.table("counts.parquet"))
@@ -245,6 +246,11 @@ def print_audit(run: Run) -> None:
             # Words wrap in a narrow terminal; names with underscores would be cut.
             words = table[shown].rename(columns=lambda name: name.replace("_", " "))
             print_frame(words, title, dict.fromkeys(words, ".4g"))
+    sizes = frame[frame["group"] != OVERALL].groupby("group", sort=False)["n"].max()
+    small = [f"'{name}' ({n})" for name, n in sizes.items() if n < TOO_SMALL]
+    if small:
+        which = f"Fewer than {TOO_SMALL} images in the {run.config['split']} part, too few to judge"
+        out_console.print(f"{which}: {', '.join(small)}", soft_wrap=True, highlight=False)
 
 
 def print_compiled(table: pd.DataFrame, plan: pd.DataFrame) -> None:

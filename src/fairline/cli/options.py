@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,13 +47,24 @@ Root = Annotated[
     typer.Option("--root", help="Folder (or parquet file) of the data; the variable FAIRLINE_DATA by default."),
 ]
 Groups = Annotated[
-    str | None, typer.Option("--groups", help="What makes the groups, if not the label: an attribute or column.")
+    list[str] | None,
+    typer.Option(
+        "--groups",
+        help="What makes the groups, if not the label: an attribute or column (race), bins of a number "
+        "(age:0-17,18-64,65+), or intersections (race,sex). Several --groups are intersected too.",
+    ),
+]
+OtherGroups = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--groups",
+        help="Other groups than those of the data, of the same images: a column (race), bins of a number "
+        "(age:0-17,18-64,65+), or intersections (race,sex). Several --groups are intersected too.",
+    ),
 ]
 DataOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--data-option", metavar="KEY=VALUE", help="Further option of the data set, e.g. image_size=64 or 48x64."
-    ),
+    typer.Option("--data-option", metavar="KEY=VALUE", help="Further option of the data set, e.g. crop=150 (celeba)."),
 ]
 Unbalanced = Annotated[
     bool | None,
@@ -270,21 +284,106 @@ def parse_budgets(text: str) -> list[float]:
     return budgets
 
 
+#: Heading of the options below in ``--help``.
+_TABLE = "Data in a folder with a table (--data folder)"
+
+
+def _of_table(
+    *,
+    label: Annotated[
+        str | None, typer.Option("--label", help="Column of the label (label).", rich_help_panel=_TABLE)
+    ] = None,
+    metadata: Annotated[
+        str | None,
+        typer.Option(
+            "--metadata", help="The table in the folder: CSV or parquet (metadata.csv).", rich_help_panel=_TABLE
+        ),
+    ] = None,
+    test_metadata: Annotated[
+        str | None,
+        typer.Option("--test-metadata", help="A second table, whose images are the test part.", rich_help_panel=_TABLE),
+    ] = None,
+    split_column: Annotated[
+        str | None,
+        typer.Option(
+            "--split-column",
+            help="Column that says 'test' of the images of the test part (split).",
+            rich_help_panel=_TABLE,
+        ),
+    ] = None,
+    white: Annotated[
+        float | None,
+        typer.Option("--white", help="White in files of 16-bit grey values or floats (4095).", rich_help_panel=_TABLE),
+    ] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option(
+            "--flip/--no-flip",
+            help="Whether a mirrored image keeps its label (it does).",
+            show_default=False,
+            rich_help_panel=_TABLE,
+        ),
+    ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option("--image-size", metavar="PIXELS", help="Side of the images (32), or height x width: 48x64."),
+    ] = None,
+    keep_together: Annotated[
+        str | None,
+        typer.Option(
+            "--keep-together",
+            help="Column whose images no split may part: the patient or lesion; of any data set.",
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """The options of data in a folder that were given."""
+    return drop_none(
+        label=label,
+        metadata=metadata,
+        test_metadata=test_metadata,
+        split=split_column,
+        white=white,
+        flip=flip,
+        keep_together=keep_together,
+        **({} if image_size is None else {"image_size": parse_value(image_size)}),
+    )
+
+
+def with_table_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of data in a folder; those that were given are its argument ``table``."""
+    own = [each for each in inspect.signature(command, eval_str=True).parameters.values() if each.name != "table"]
+    added = inspect.signature(_of_table, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def called(**given: Any) -> None:
+        table = _of_table(**{name: given.pop(name) for name in added})
+        command(**given, table=table)
+
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *added.values())]
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return called
+
+
 def data_spec(
     name: str,
     root: Path | None,
-    groups: str | None,
+    groups: list[str] | None,
     unbalanced: bool | None,
     options: list[str] | None,
     seed: int,
+    table: Mapping[str, Any] | None = None,
 ) -> DataSpec:
-    """The data that the options describe."""
+    """The data that the options describe; those in ``table`` are of :func:`with_table_options`."""
     from fairline.data import WITHOUT_ROOT
     from fairline.runs import DataSpec
 
     merged = parse_options(options)
-    if groups is not None:
-        merged["groups"] = groups
+    for option, value in (table or {}).items():
+        if option in merged:
+            raise FairlineError(f"'{option}' is given twice: as an option of its own, and as --data-option {option}=….")
+        merged[option] = value
+    if groups:
+        merged["groups"] = one_or_all(groups)
     if unbalanced is not None:
         merged["unbalanced"] = unbalanced
     folder = None if name in WITHOUT_ROOT else root or os.environ.get("FAIRLINE_DATA")
@@ -344,6 +443,11 @@ def parse_numbers(text: str, what: str) -> list[float]:
         return [float(entry) for entry in parse_names(text, "number")]
     except ValueError:
         raise FairlineError(f"--{what} '{text}' is not a number for each channel, separated by commas.") from None
+
+
+def one_or_all(groups: list[str] | None) -> str | list[str] | None:
+    """What ``--groups`` says: a text, or a list where it was given several times."""
+    return groups[0] if groups and len(groups) == 1 else groups or None
 
 
 def drop_none(**options: Any) -> dict[str, Any]:

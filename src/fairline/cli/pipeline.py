@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -45,6 +45,7 @@ from fairline.cli.options import (
     Normalization,
     ObjectiveName,
     ObjectiveOption,
+    OtherGroups,
     Out,
     PrecisionOption,
     Root,
@@ -58,11 +59,13 @@ from fairline.cli.options import (
     data_spec,
     drop_none,
     network_view,
+    one_or_all,
     parse_budgets,
     parse_measure_options,
     parse_names,
     parse_options,
     parse_value,
+    with_table_options,
 )
 from fairline.errors import FairlineError
 
@@ -70,6 +73,7 @@ app = typer.Typer()
 
 
 @app.command()
+@with_table_options
 def data(
     name: Annotated[str, typer.Argument(help="digits, utkface:race, cifar10, svhn, celeba:Smiling or folder.")],
     root: Root = None,
@@ -81,17 +85,21 @@ def data(
         typer.Option("--pack", help="Decode the images to a file in the folder FAIRLINE_PACKED, for later commands."),
     ] = False,
     seed: Seed = 0,
+    *,
+    table: dict[str, Any],
 ) -> None:
     """Show a data set: its groups, the split, and the files that cannot be used."""
     from fairline import data as registry
+    from fairline.data.grouped import TOO_SMALL
 
-    spec = data_spec(name, root, groups, unbalanced, data_option, seed)
+    spec = data_spec(name, root, groups, unbalanced, data_option, seed, table)
     with err_console.status(Text(f"reading {name}")):
         whole = registry.load(spec.name, spec.root, pack=pack, **spec.options)
     shape = "×".join(map(str, whole.images.shape[1:]))
     out_console.print(
         f"{whole.name}: {len(whole):,} images of {shape}, {whole.num_classes} classes, {whole.num_groups} groups"
     )
+    out_console.print(f"columns: {', '.join(whole.metadata.columns)}", highlight=False, soft_wrap=True)
     if isinstance(whole.images, registry.PackedImages):
         out_console.print(f"The images are packed in {whole.images.file.folder}", highlight=False, soft_wrap=True)
     if whole.skipped:
@@ -108,11 +116,15 @@ def data(
         "images by group",
         {"n": ",.0f", "share_percent": ".2f", "train": ",.0f", "val": ",.0f", "test": ",.0f"},
     )
+    small = [f"'{name}' ({n})" for name, n in counts["test"].items() if n < TOO_SMALL]
+    if small:
+        out_console.print(f"Fewer than {TOO_SMALL} test images, too few to judge: {', '.join(small)}", soft_wrap=True)
     if not whole.groups_are_classes:
         print_frame(whole.counts(by="class"), "images by group and class", {})
 
 
 @app.command()
+@with_table_options
 def train(
     out: Out,
     data: Data = "digits",
@@ -145,11 +157,13 @@ def train(
     devices: Devices = 1,
     strategy: Strategy = "auto",
     precision: PrecisionOption = None,
+    *,
+    table: dict[str, Any],
 ) -> None:
     """Train a base network on grouped images."""
     from fairline.jobs import train_job
 
-    spec = data_spec(data, root, groups, unbalanced, data_option, seed)
+    spec = data_spec(data, root, groups, unbalanced, data_option, seed, table)
     spec = network_view(spec, classes, normalization, mean, std)
     options = {**parse_options(model_option), **drop_none(width=width)}
     run = work_together(
@@ -375,6 +389,7 @@ def audit(
         list[str] | None,
         typer.Option("--option", metavar="MEASURE.KEY=VALUE", help="Option of a measure: curvature.samples=500."),
     ] = None,
+    groups: OtherGroups = None,
     split: Annotated[str, typer.Option(help="Part to measure on: train, val or test.")] = "test",
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
     costs: Annotated[
@@ -397,6 +412,7 @@ def audit(
         options=parse_measure_options(option),
         explain=explain,
         split=split,
+        groups=one_or_all(groups),
         resamples=resamples,
         costs=costs,
         root=None if root is None else str(root),
@@ -415,6 +431,7 @@ def compare(
     ],
     out: Out,
     baseline: Baseline = None,
+    groups: OtherGroups = None,
     split: Annotated[str, typer.Option(help="Part to measure on: train, val or test.")] = "test",
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples, where there is one base network.")] = 2000,
     root: Root = None,
@@ -433,6 +450,7 @@ def compare(
             out,
             baseline=baseline,
             split=split,
+            groups=one_or_all(groups),
             resamples=resamples,
             root=None if root is None else str(root),
             seed=seed,
@@ -654,6 +672,7 @@ def theory(
 
 
 @app.command()
+@with_table_options
 def demo(
     out: Out = Path("demo"),
     data: Data = "digits",
@@ -669,6 +688,8 @@ def demo(
     max_epochs: Annotated[int | None, typer.Option(help="Of mask learning, at most (digits: 200, else 40).")] = None,
     seed: Seed = 0,
     device: Device = None,
+    *,
+    table: dict[str, Any],
 ) -> None:
     """Train, linearize, finetune, audit, predict costs and report in one go, with settings for a short run on a CPU.
 
@@ -678,7 +699,7 @@ def demo(
     from fairline.jobs.frontier import frontier_job
     from fairline.report.html import write_report
 
-    spec = data_spec(data, root, groups, unbalanced, data_option, seed)
+    spec = data_spec(data, root, groups, unbalanced, data_option, seed, table)
     with progress_bars() as progress:
         run = run_demo(
             out,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fairline.data.grouped import GroupedData
+from fairline.data import Groups
+from fairline.data.grouped import GroupedData, regrouped
 from fairline.errors import FairlineError
 from fairline.runs import DataSpec, NetworkInfo, Run, load_network, save_network
 
@@ -104,9 +105,15 @@ def data_of(run: Run, root: str | None) -> DataSpec:
     return run.data if root is None else replace(run.data, root=root)
 
 
-def load_parts(run: Run, root: str | None) -> dict[str, GroupedData]:
-    """The parts ``train``, ``val`` and ``test`` of the run's data."""
-    return data_of(run, root).load()[1]
+def load_parts(run: Run, root: str | None, groups: Groups | None = None) -> dict[str, GroupedData]:
+    """The parts ``train``, ``val`` and ``test`` of the run's data, in other groups where such are named."""
+    parts = data_of(run, root).load()[1]
+    return parts if groups is None else regrouped(parts, groups)
+
+
+def in_groups(groups: Groups | None) -> dict[str, Any]:
+    """What the config of a job says of groups that are not those of the run's data."""
+    return {} if groups is None else {"groups": groups if isinstance(groups, str) else list(groups)}
 
 
 def load_base(run: Run) -> tuple[nn.Module, NetworkInfo]:

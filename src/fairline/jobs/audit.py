@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,12 +13,14 @@ import pandas as pd
 
 from fairline._io import resolve_device, write_table
 from fairline.audit import REGISTRY, Subject, audit_subject, explaining
+from fairline.data import Groups
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.jobs._common import (
     LINEARIZED,
     built_on,
     do_once,
+    in_groups,
     lineage_of,
     load_base,
     load_parts,
@@ -28,6 +31,8 @@ from fairline.jobs.costs import predicted_costs
 from fairline.ranks import here
 from fairline.runs import NetworkInfo, Run, load_info, load_network
 from fairline.training import Progress, ProgressCallback
+
+logger = logging.getLogger(__name__)
 
 
 def audit_job(
@@ -41,6 +46,7 @@ def audit_job(
     resamples: int = 2000,
     with_base: bool = True,
     costs: bool = True,
+    groups: Groups | None = None,
     root: str | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -58,6 +64,8 @@ def audit_job(
         explain: Also take every measure with which the paper explains the disparity.
         split: Part to measure on.
         resamples: Bootstrap resamples.
+        groups: Other groups to measure than those of the runs' data; see :meth:`GroupedData.regroup`. The part that is
+            measured is the same.
         with_base: Whether the base network has rows of its own; it is what the others are compared with anyway.
         costs: Whether to predict what private inference of each network costs: ``costs.parquet``, see
             :func:`fairline.jobs.costs.predicted_costs`, the base network always among them.
@@ -74,10 +82,30 @@ def audit_job(
     """
     where = resolve_device(device)
     require_bootstrap(split, resamples)
-    request = _Request(measures, options or {}, explain, split, resamples, seed)
+    request = _Request(measures, options or {}, explain, split, resamples, seed, groups)
     runs = open_runs("An audit", sources, "train", *LINEARIZED)
     base = _common_base(runs)
-    config = {
+    config = _config(base, runs, request, with_base, costs)
+    # Before the folder is taken: the groups may not fit the data.
+    regrouped = None if groups is None else _told(load_parts(base, root, groups), split)
+
+    def work(run: Run) -> None:
+        parts = regrouped or load_parts(base, root)
+        data = parts[split].without_empty_groups()
+        reference = Subject(load_base(base)[0], data, None, where, seed, resamples, "base", progress)
+        reference.sizes = parts["train"].counts()["n"][list(data.group_names)].to_dict()
+        _measure(run, _networks(base, runs, with_base), reference, request)
+        write_table(run.folder / "counts.parquet", _counts(parts))
+        if costs:
+            networks = _networks(base, runs, with_base=True)
+            write_table(run.folder / "costs.parquet", here().first(lambda: predicted_costs(networks)))
+
+    return do_once(out, "audit", config, where, work)
+
+
+def _config(base: Run, runs: Sequence[Run], request: _Request, with_base: bool, costs: bool) -> dict[str, Any]:
+    """What determines the audit."""
+    return {
         **built_on(base),
         "sources": [run.parent_entry() for run in runs],
         **request.config(),
@@ -86,17 +114,14 @@ def audit_job(
         "lineage": lineage_of(runs),
     }
 
-    def work(run: Run) -> None:
-        parts = load_parts(base, root)
-        reference = Subject(load_base(base)[0], parts[split], None, where, seed, resamples, "base", progress)
-        reference.sizes = parts["train"].counts()["n"].to_dict()
-        _measure(run, _networks(base, runs, with_base), reference, request)
-        write_table(run.folder / "counts.parquet", _counts(parts))
-        if costs:
-            networks = _networks(base, runs, with_base=True)
-            write_table(run.folder / "costs.parquet", here().first(lambda: predicted_costs(networks)))
 
-    return do_once(out, "audit", config, where, work)
+def _told(parts: dict[str, GroupedData], split: str) -> dict[str, GroupedData]:
+    """The parts; tells of groups that have no image in the one that is measured."""
+    n = parts[split].counts()["n"]
+    gone = [f"'{group}'" for group in n.index[n == 0]]
+    if gone:
+        logger.warning("no image in the %s part, so left out: %s", split, ", ".join(gone))
+    return parts
 
 
 def _counts(parts: Mapping[str, GroupedData]) -> pd.DataFrame:
@@ -114,6 +139,7 @@ class _Request:
     split: str
     resamples: int
     seed: int
+    groups: Groups | None = None
 
     def config(self) -> dict[str, Any]:
         """Its part of the run's config."""
@@ -124,6 +150,7 @@ class _Request:
             "split": self.split,
             "resamples": self.resamples,
             "seed": self.seed,
+            **in_groups(self.groups),
         }
 
     def measures_of(self, subject: Subject) -> dict[str, dict[str, Any]]:

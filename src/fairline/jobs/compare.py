@@ -16,10 +16,11 @@ from torch import nn
 
 from fairline._io import resolve_device, write_table
 from fairline.audit.comparison import BASE, Scored, compare
+from fairline.data import Groups
 from fairline.data.grouped import WORST
 from fairline.errors import FairlineError
 from fairline.inference import predict
-from fairline.jobs._common import STUDENTS, do_once, lineage_of, load_parts, open_runs, require_bootstrap
+from fairline.jobs._common import STUDENTS, do_once, in_groups, lineage_of, load_parts, open_runs, require_bootstrap
 from fairline.masking import masked_relus
 from fairline.runs import NetworkInfo, Run, load_info, load_network
 from fairline.training import Progress, ProgressCallback
@@ -58,6 +59,7 @@ def compare_job(
     baseline: str | None = None,
     split: str = "test",
     resamples: int = 2000,
+    groups: Groups | None = None,
     root: str | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -74,6 +76,7 @@ def compare_job(
             first.
         split: Part to measure on.
         resamples: Bootstrap resamples, where there is one base network.
+        groups: Other groups to compare in than those of the runs' data; see :meth:`GroupedData.regroup`.
         root: Where the data are now, if they have moved.
         seed: Of the bootstrap.
         device: The accelerator if there is one, by default.
@@ -96,21 +99,29 @@ def compare_job(
         "split": split,
         "resamples": resamples,
         "seed": seed,
+        **in_groups(groups),
         "lineage": lineage_of(runs),
     }
+    if groups is not None:
+        # Before the folder is taken: the groups may not fit the data.
+        load_parts(families[0].base, root, groups)
 
     def work(run: Run) -> None:
         count = sum(len(source.networks()) for source in runs) + len(families)
-        look = partial(_seen, split=split, root=root, device=where, told=_counter(progress, count))
-        tables = [_kept(run, position, family, look) for position, family in enumerate(families)]
-        predictions, layers, counts = zip(*tables, strict=True)
-        table = _compared(predictions, baseline, resamples, seed)
-        table["train_n"] = table["group"].map(pd.concat(counts).groupby("group")["n"].mean())
-        write_table(run.folder / "predictions.parquet", pd.concat(predictions))
-        write_table(run.folder / "layers.parquet", pd.concat(layers))
-        write_table(run.folder / "comparison.parquet", table)
+        look = partial(_seen, split=split, root=root, groups=groups, device=where, told=_counter(progress, count))
+        _write(run, [_kept(run, *each, look) for each in enumerate(families)], baseline, resamples, seed)
 
     return do_once(out, "compare", config, where, work)
+
+
+def _write(run: Run, tables: Sequence[Sequence[pd.DataFrame]], baseline: str | None, resamples: int, seed: int) -> None:
+    """The run's tables, of what was seen of each family."""
+    predictions, layers, counts = zip(*tables, strict=True)
+    table = _compared(predictions, baseline, resamples, seed)
+    table["train_n"] = table["group"].map(pd.concat(counts).groupby("group")["n"].mean())
+    write_table(run.folder / "predictions.parquet", pd.concat(predictions))
+    write_table(run.folder / "layers.parquet", pd.concat(layers))
+    write_table(run.folder / "comparison.parquet", table)
 
 
 @dataclass(frozen=True)
@@ -159,18 +170,24 @@ def _kept(
 
 
 def _seen(
-    family: _Family, *, split: str, root: str | None, device: torch.device, told: Callable[[str], None]
+    family: _Family,
+    *,
+    split: str,
+    root: str | None,
+    groups: Groups | None,
+    device: torch.device,
+    told: Callable[[str], None],
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Every network of a family on every image: a row an image, a row a layer, and the training images by group."""
-    parts = load_parts(family.base, root)
+    parts = load_parts(family.base, root, groups)
     data = parts[split]
-    groups = np.asarray(data.group_names)[data.groups.cpu().numpy()]
+    named = np.asarray(data.group_names)[data.groups.cpu().numpy()]
     images, layers = [], []
     for (label, info), folder in _labelled(family):
         model, _ = load_network(folder)
         right = predict(model, data, device=device).argmax(1).cpu() == data.labels.cpu()
         what = {"base": str(family.base.folder), "method": label, "relus": info.relus, "total": info.total}
-        images.append(pd.DataFrame({**what, "sample": range(len(data)), "group": groups, "correct": right.numpy()}))
+        images.append(pd.DataFrame({**what, "sample": range(len(data)), "group": named, "correct": right.numpy()}))
         layers += [{**what, **row} for row in _kept_by_layer(model, info)]
         told(label)
     return pd.concat(images), pd.DataFrame(layers), parts["train"].counts().reset_index()
@@ -194,6 +211,12 @@ def _kept_by_layer(model: nn.Module, info: NetworkInfo) -> list[dict[str, Any]]:
 def _compared(tables: Sequence[pd.DataFrame], baseline: str | None, resamples: int, seed: int) -> pd.DataFrame:
     """Rows of ``comparison.parquet`` from the predictions of each family."""
     groups = list(dict.fromkeys(pd.concat(tables)["group"]))
+    for table in tables:
+        lacking = [group for group in groups if group not in set(table["group"])]
+        if lacking:
+            raise FairlineError(
+                f"Group '{lacking[0]}' has no image in the part of {table['base'].iloc[0]}; take coarser groups."
+            )
     if WORST in groups:
         raise FairlineError(f"A comparison speaks of the '{WORST}' of each method; a group cannot be called so.")
     replicates = [_scored(table, groups) for table in tables]

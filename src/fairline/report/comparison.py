@@ -12,8 +12,8 @@ import pandas as pd
 
 from fairline.charts import PALETTE, save_charts, themed
 from fairline.data.grouped import OVERALL, WORST
-from fairline.report.figures import METHOD_NAMES, budget_labels, budget_order
-from fairline.report.page import settings, write_page
+from fairline.report.figures import METHOD_NAMES, budget_labels, budget_order, group_axis
+from fairline.report.page import by_groups, settings, write_page
 from fairline.runs import Run
 
 
@@ -42,10 +42,11 @@ def differences(frame: pd.DataFrame, measure: str, title: str) -> Any:
     drawn = [method for method in methods if method in set(rows["method"])]
     groups = [group for group in group_order(frame) if group in set(rows["group"])]
     width = min(880, max(80, 12 * len(drawn)) * len(groups))
+    room = width / len(groups)
     panels = []
     for budget in budget_order(rows):
         base = alt.Chart(rows[rows["budget"] == budget])
-        x = alt.X("group:N", sort=groups, title=None, axis=alt.Axis(labelAngle=0, labelLimit=width / len(groups) - 4))
+        x = alt.X("group:N", sort=groups, title=None, axis=group_axis(groups, room, room - 4))
         offset = alt.XOffset("method:N", sort=drawn, scale=alt.Scale(paddingOuter=0.35))
         colour = alt.Color(
             "method:N", sort=drawn, scale=colours(methods), title=None, legend=alt.Legend(values=drawn, labelLimit=320)
@@ -244,7 +245,7 @@ def write_comparison(run_folder: str | Path, out: str | Path | None = None) -> P
         Path(out) if out is not None else run.folder / "comparison.html",
         "comparison.html.j2",
         figures(frame, run.table("layers.parquet")),
-        title=f"Methods at equal ReLU budgets: {run.data.name}",
+        title=f"Methods at equal ReLU budgets: {run.data.name}{by_groups(run)}",
         baseline=frame["baseline"].iloc[0],
         headline=headline(frame),
         warnings=warnings(frame, run),

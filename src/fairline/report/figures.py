@@ -5,7 +5,7 @@ Each takes audit rows (see :func:`prepare`) and returns an Altair chart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import altair as alt
@@ -122,6 +122,22 @@ def budget_order(frame: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(table["budget"]))
 
 
+def group_axis(groups: Sequence[str], room: float, limit: float) -> alt.Axis:
+    """An axis of groups, whose names are tilted where they would lie over each other.
+
+    Args:
+        groups: Their names.
+        room: Pixels of each.
+        limit: Pixels that a name may take where it is not tilted.
+
+    Returns:
+        The axis.
+    """
+    # About six pixels a letter.
+    tilted = 6 * max(map(len, groups)) > room and min(room, limit) < 90
+    return alt.Axis(labelAngle=-40, labelLimit=160) if tilted else alt.Axis(labelAngle=0, labelLimit=limit)
+
+
 def bars(frame: pd.DataFrame, measure: str, title: str, axis: alt.Axis, reference: str, size: int) -> Any:
     """Bars of a measure, a group and budget, with limits where it has them and group sizes above."""
     rows = frame[(frame["measure"] == measure) & (frame["group"] != OVERALL)]
@@ -129,7 +145,8 @@ def bars(frame: pd.DataFrame, measure: str, title: str, axis: alt.Axis, referenc
     # Every value in one column, so that tooltips read the same in all figures.
     base = alt.Chart(rows)
     width = max(46, min(120, 18 * len(budgets)))
-    x = alt.X("group:N", sort=groups, title=reference, axis=alt.Axis(labelAngle=0, labelLimit=width + 30))
+    total = max(320, min(size, width * len(groups)))
+    x = alt.X("group:N", sort=groups, title=reference, axis=group_axis(groups, total / len(groups), width + 30))
     offset = alt.XOffset("budget:N", sort=budgets)
     tooltip = [
         alt.Tooltip("group:N"),
@@ -158,7 +175,7 @@ def bars(frame: pd.DataFrame, measure: str, title: str, axis: alt.Axis, referenc
         .mark_text(dy=-8, fontSize=11, color="#444")
         .encode(x=x, y=alt.Y("y:Q"), text=alt.Text("n:Q", format=","))
     )
-    return alt.layer(boxes, whiskers, sizes).properties(width=max(320, min(size, width * len(groups))), height=260)
+    return alt.layer(boxes, whiskers, sizes).properties(width=total, height=260)
 
 
 def accuracy_by_group(frame: pd.DataFrame, variant: str, size: int = 860) -> Any:

@@ -10,14 +10,11 @@ from typing import Any
 import pandas as pd
 
 from fairline.charts import save_charts
-from fairline.data.grouped import OVERALL
+from fairline.data.grouped import OVERALL, TOO_SMALL
 from fairline.report import corrections, explanations, figures
 from fairline.report import costs as cost_panel
-from fairline.report.page import settings, write_page
+from fairline.report.page import by_groups, settings, write_page
 from fairline.runs import Run
-
-#: Below this many test images a group's accuracy is a rough guess: a 95 % interval spans about ±18 points.
-TOO_SMALL = 30
 
 #: Below this, about ±10 points.
 SMALL = 100
@@ -57,7 +54,7 @@ def write_report(
         Path(out) if out is not None else run.folder / "report.html",
         "report.html.j2",
         charts | why | split | priced,
-        title=f"Who pays for linearization: {run.data.name}",
+        title=f"Who pays for linearization: {run.data.name}{by_groups(run)}",
         headline=headline(frame),
         warnings=warnings(frame, run) + explanations.warnings(frame),
         charts=charts.keys(),

@@ -63,10 +63,16 @@ def settings(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
         ("fingerprint", data["fingerprint"]),
     ]
     rows += [(key, _plain(value)) for key, value in data["options"].items()]
+    rows += [(f"groups of this {run.command}", _plain(run.config["groups"]))] if "groups" in run.config else []
     sections.insert(0, ("data", rows))
     machine = read_json(run.folder / "environment.json")
     rows = [(key, _plain(value)) for key, value in machine.items() if value]
     return [*sections, (f"environment of the {run.command} run", rows)]
+
+
+def by_groups(run: Run) -> str:
+    """By which groups a run measures, for its title; empty where they are those of its data."""
+    return f" by {_plain(run.config['groups'])}" if "groups" in run.config else ""
 
 
 def _plain(value: Any) -> str:

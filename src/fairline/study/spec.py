@@ -19,10 +19,23 @@ class _Strict(BaseModel):
 
 
 class DataSource(_Strict):
-    """A data set as for :func:`fairline.data.load`."""
+    """A data set as for :func:`fairline.data.load`; ``groups`` beside the name is the option of that name."""
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _groups_are_an_option(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or "groups" not in content:
+            return content
+        content = dict(content)
+        groups, options = content.pop("groups"), content.get("options") or {}
+        if not isinstance(options, dict) or "groups" in options:
+            raise ValueError("groups are named twice, here and among the options")
+        if not isinstance(groups, str) and not (isinstance(groups, list) and all(isinstance(g, str) for g in groups)):
+            raise ValueError("groups are a column, bins of a number, or a list of them")
+        return {**content, "options": {**options, "groups": groups}}
 
 
 class Network(_Strict):

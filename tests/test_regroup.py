@@ -1,0 +1,146 @@
+"""Networks of one grouping audited and compared by another, from the command line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from pydantic import ValidationError
+
+from fairline.report.html import write_report
+from fairline.study.spec import DataSource
+from tests.commands import fairline, ok
+from tests.data.test_folder import write
+
+SMALL = ["--model", "cnn", "--width", "4", "--epochs", "1", "--batch-size", "64"]
+GROUPS = ["--groups", "sex", "--groups", "age:0-17,18+"]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A base network by sex, with a linearized one, and its finetune twice."""
+    folder = tmp_path_factory.mktemp("shop")
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "file_name": f"{i}.png",
+            "finding": "xy"[i % 2],
+            "sex": "fm"[int(rng.random() < 0.3)],
+            "age": int(rng.integers(0, 90)),
+            "patient": f"p{i // 2}",
+        }
+        for i in range(200)
+    ]
+    # The last child is alone, and so in one part.
+    write(folder / "images", [{**row, "ward": "one" if i == 7 else "all"} for i, row in enumerate(rows)])
+    data = ["--data", "folder", "--root", folder / "images", "--label", "finding", "--keep-together", "patient"]
+    table = [*data, "--no-flip", "--groups", "sex", "--data-option", "image_size=8"]
+    ok("train", *table, *SMALL, "--out", folder / "base")
+    ok("linearize", folder / "base", "--method", "random", "--budgets", "0.5", "--out", folder / "half")
+    return folder
+
+
+def test_options_of_a_folder_are_recorded_as_ever(shop):
+    data = json.loads((shop / "base" / "config.json").read_text())["data"]
+    assert data["options"] == {
+        "image_size": 8,
+        "label": "finding",
+        "flip": False,
+        "keep_together": "patient",
+        "groups": "sex",
+    }
+
+
+def test_a_command_with_the_old_options_resumes_the_run(shop):
+    pairs = ["label=finding", "flip=false", "keep_together=patient", "groups=sex", "image_size=8"]
+    options = [word for pair in pairs for word in ("--data-option", pair)]
+    said = ok("train", "--data", "folder", "--root", shop / "images", *options, *SMALL, "--out", shop / "base")
+    assert "Best epoch" in said
+
+
+def test_an_audit_by_other_groups_measures_the_same_images(shop):
+    ok("audit", shop / "half", "--resamples", "50", "--out", shop / "by_sex")
+    said = fairline("audit", shop / "half", *GROUPS, "--resamples", "50", "--out", shop / "by_both")
+    assert said.returncode == 0
+    assert "Fewer than 30 images in the test part, too few to judge: 'f × 0–17' (" in said.stdout
+    tables = [pd.read_parquet(shop / name / "predictions.parquet") for name in ("by_sex", "by_both")]
+    assert list(tables[0]) == list(tables[1])
+    assert {"file_name", "finding", "sex", "age", "patient", "ward"} <= set(tables[0])
+    pd.testing.assert_frame_equal(tables[0].drop(columns="group"), tables[1].drop(columns="group"))
+    both = tables[1]
+    crossed = both["sex"] + " × " + np.where(both["age"].astype(int) > 17, "18+", "0–17")
+    assert (both["group"] == crossed).all()
+    assert json.loads((shop / "by_both" / "config.json").read_text())["groups"] == ["sex", "age:0-17,18+"]
+    audit = pd.read_parquet(shop / "by_both" / "audit.parquet")
+    own = audit[(audit["measure"] == "accuracy") & (audit["group"] != "overall")].set_index(["model", "group"])
+    expected = both.groupby(["model", "group"])["correct"].mean()
+    pd.testing.assert_series_equal(own["value"].sort_index(), expected.sort_index(), check_names=False)
+    assert set(audit["model"]) == {"base", "half/" + own.index[-1][0].partition("/")[2]}
+    counts = pd.read_parquet(shop / "by_both" / "counts.parquet")
+    assert set(counts["group"]) == set(crossed)
+    assert counts["n"].sum() == 200
+    page = write_report(shop / "by_both").read_text()
+    assert "Who pays for linearization: folder by sex, age:0-17,18+" in page
+    assert "Too small to judge" in page
+
+
+def test_groups_without_a_measured_image_are_told_and_left_out(shop):
+    where = pd.read_parquet(shop / "by_sex" / "predictions.parquet")["ward"]
+    assert "one" not in set(where)
+    said = fairline("audit", shop / "half", "--groups", "ward", "--resamples", "50", "--out", shop / "by_ward")
+    assert "no image in the test part, so left out: 'one'" in said.stderr
+    assert set(pd.read_parquet(shop / "by_ward" / "audit.parquet")["group"]) == {"all", "overall"}
+    counts = pd.read_parquet(shop / "by_ward" / "counts.parquet").set_index(["part", "group"])["n"]
+    assert counts["test", "one"] == 0
+    assert counts.xs("one", level="group").sum() == 1
+    ok("report", shop / "by_ward")
+
+
+def test_methods_are_compared_by_other_groups(shop):
+    ok("finetune", shop / "half", "--epochs", "1", "--out", shop / "tuned")
+    ok("compare", shop / "half", shop / "tuned", *GROUPS, "--resamples", "50", "--out", shop / "compared")
+    table = pd.read_parquet(shop / "compared" / "comparison.parquet")
+    assert {"f × 18+", "m × 0–17", "overall", "worst group"} <= set(table["group"])
+    assert "by sex, age:0-17,18+" in (shop / "compared" / "comparison.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ("hair", "has no column 'hair' to make groups of; it has file_name, finding, sex, age, patient, ward, label"),
+        ("age:0-17", "column 'age' lies outside of all bins (0–17)"),
+        ("file_name,sex", "file_name makes 200 groups, more than 100"),
+    ],
+)
+def test_groups_that_do_not_fit_leave_no_folder(shop, groups, message):
+    done = fairline("audit", shop / "half", "--groups", groups, "--out", shop / "bad")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (shop / "bad").exists()
+
+
+def test_the_groups_and_columns_of_data_are_shown(shop):
+    folder = ["--root", shop / "images", "--label", "finding", "--data-option", "image_size=8"]
+    done = fairline("data", "folder", *folder, "--groups", "sex")
+    assert "columns: file_name, finding, sex, age, patient, ward" in done.stdout
+    assert "Fewer than 30 test images, too few to judge: " in done.stdout
+    assert "'m' (" in done.stdout
+    assert "column 'patient' looks like the name of a patient" in done.stderr
+    assert "looks like" not in fairline("data", "folder", *folder, "--keep-together", "patient").stderr
+    done = fairline("data", "digits", "--label", "finding")
+    assert done.returncode == 2
+    assert "Data 'digits' knows no option 'label'." in done.stderr
+
+
+def test_a_study_may_name_groups_beside_the_data():
+    source = DataSource.model_validate({"name": "utkface:gender", "groups": ["race", "age:0-17,18+"]})
+    assert source == DataSource(name="utkface:gender", options={"groups": ["race", "age:0-17,18+"]})
+    for content, message in [
+        ({"groups": "race", "options": {"groups": "age"}}, "named twice"),
+        ({"groups": 3}, "groups are a column"),
+    ]:
+        with pytest.raises(ValidationError, match=message):
+            DataSource.model_validate({"name": "utkface:gender", **content})
