@@ -120,7 +120,7 @@ def preview(
     """
     path = require_root(root or os.environ.get("FAIRLINE_DATA"), "folder")
     tables = [_find(path, str(name)) for name in (metadata, test_metadata) if name is not None]
-    rows = _Rows(tables, str(label), str(label), None)
+    rows = _Rows(tables, str(label), str(label), None, path.resolve().name)
     sizes: list[Size] = []
     with quiet_pillow():
         for image in rows.images():
