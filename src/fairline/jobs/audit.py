@@ -64,11 +64,9 @@ def audit_job(
         explain: Also take every measure with which the paper explains the disparity.
         split: Part to measure on.
         resamples: Bootstrap resamples.
-        groups: Other groups to measure than those of the runs' data; see :meth:`GroupedData.regroup`. The part that is
-            measured is the same.
+        groups: Other groups than the data's, to measure the same images by; see :meth:`GroupedData.regroup`.
         with_base: Whether the base network has rows of its own; it is what the others are compared with anyway.
-        costs: Whether to predict what private inference of each network costs: ``costs.parquet``, see
-            :func:`fairline.jobs.costs.predicted_costs`, the base network always among them.
+        costs: Whether to predict what private inference of each network, and of the base network, costs.
         root: Where the data are now, if they have moved.
         seed: Of the bootstrap and of every other random choice.
         device: The accelerator if there is one, by default.
@@ -85,22 +83,18 @@ def audit_job(
     request = _Request(measures, options or {}, explain, split, resamples, seed, groups)
     runs = open_runs("An audit", sources, "train", *LINEARIZED)
     base = _common_base(runs)
-    config = _config(base, runs, request, with_base, costs)
     # Before the folder is taken: the groups may not fit the data.
     regrouped = None if groups is None else _told(load_parts(base, root, groups), split)
 
     def work(run: Run) -> None:
         parts = regrouped or load_parts(base, root)
         data = parts[split].without_empty_groups()
-        reference = Subject(load_base(base)[0], data, None, where, seed, resamples, "base", progress)
-        reference.sizes = parts["train"].counts()["n"][list(data.group_names)].to_dict()
+        sizes = parts["train"].counts()["n"][list(data.group_names)].to_dict()
+        reference = Subject(load_base(base)[0], data, None, where, seed, resamples, "base", progress, sizes)
         _measure(run, _networks(base, runs, with_base), reference, request)
-        write_table(run.folder / "counts.parquet", _counts(parts))
-        if costs:
-            networks = _networks(base, runs, with_base=True)
-            write_table(run.folder / "costs.parquet", here().first(lambda: predicted_costs(networks)))
+        _write_beside(run, parts, _networks(base, runs, with_base=True) if costs else {})
 
-    return do_once(out, "audit", config, where, work)
+    return do_once(out, "audit", _config(base, runs, request, with_base, costs), where, work)
 
 
 def _config(base: Run, runs: Sequence[Run], request: _Request, with_base: bool, costs: bool) -> dict[str, Any]:
@@ -113,6 +107,13 @@ def _config(base: Run, runs: Sequence[Run], request: _Request, with_base: bool, 
         **({} if costs else {"costs": False}),
         "lineage": lineage_of(runs),
     }
+
+
+def _write_beside(run: Run, parts: Mapping[str, GroupedData], priced: Mapping[str, Path]) -> None:
+    """How many images each group has, and what the networks that are to be priced cost."""
+    write_table(run.folder / "counts.parquet", _counts(parts))
+    if priced:
+        write_table(run.folder / "costs.parquet", here().first(lambda: predicted_costs(priced)))
 
 
 def _told(parts: dict[str, GroupedData], split: str) -> dict[str, GroupedData]:
