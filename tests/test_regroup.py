@@ -36,7 +36,7 @@ def shop(tmp_path_factory):
     # The last child is alone, and so in one part.
     write(folder / "images", [{**row, "ward": "one" if i == 7 else "all"} for i, row in enumerate(rows)])
     data = ["--data", "folder", "--root", folder / "images", "--label", "finding", "--keep-together", "patient"]
-    table = [*data, "--no-flip", "--groups", "sex", "--data-option", "image_size=8"]
+    table = [*data, "--no-flip", "--groups", "sex", "--image-size", "8"]
     ok("train", *table, *SMALL, "--out", folder / "base")
     ok("linearize", folder / "base", "--method", "random", "--budgets", "0.5", "--out", folder / "half")
     return folder
@@ -133,6 +133,9 @@ def test_the_groups_and_columns_of_data_are_shown(shop):
     done = fairline("data", "digits", "--label", "finding")
     assert done.returncode == 2
     assert "Data 'digits' knows no option 'label'." in done.stderr
+    done = fairline("data", "folder", *folder, "--image-size", "8")
+    assert done.returncode == 2
+    assert "'image_size' is given twice" in done.stderr
 
 
 def test_a_study_may_name_groups_beside_the_data():
