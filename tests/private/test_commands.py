@@ -43,7 +43,9 @@ def test_estimate_tells_relus_bytes_rounds_and_its_sources(runs):
     said = ok("private", "estimate", runs / "students", "--protocol", "cheetah,delphi", "--layers")
     for word in (
         "budget-224",
-        "MB of ReLUs",
+        "max pooling",
+        "linear layers",
+        "setup, once a session",
         "s over lan",
         "s over wan",
         "SPU 0.9.5",
@@ -114,7 +116,7 @@ def test_a_run_is_told_kept_and_put_on_the_frontier(measured, runs, tmp_path):
     said = ok(
         "frontier", runs / "audit", "--measured", measured, "--protocol", "semi2k", "--out", tmp_path / "frontier"
     )
-    assert "Costs predicted, not measured: base." in said
+    assert "Costs on semi2k predicted, not measured: base." in said
     front = pd.read_parquet(tmp_path / "frontier" / "frontier.parquet").set_index("model")
     assert front["basis"].to_dict() == {
         "base": "predicted",

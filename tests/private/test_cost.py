@@ -18,7 +18,8 @@ from fairline.masking import mask_relus, masked_relus
 from fairline.models import build
 from fairline.private import NETWORKS, PROTOCOL_COSTS, Network, estimate, to_graph
 from fairline.private.blocks import cheapest_blocks, cut_matrices, interleaving, packing_singly
-from fairline.private.cost import Cheetah
+from fairline.private.cost import CALL_PARTS, COSTS, Cheetah
+from fairline.private.graph import PlainGraph
 from fairline.private.wire import network
 from tests.private.networks import Everything, masked, settle
 from tests.reference.private import cheapest_blocks as slow_blocks
@@ -94,6 +95,62 @@ def test_the_parts_add_up(protocol):
         assert told.layers[column].sum() == pytest.approx(getattr(told, column))
     assert told.layers["relus"].sum() == told.relus
     assert math.isnan(told.seconds) == math.isnan(told.compute_seconds) == (protocol in ("delphi", "cryptflow2"))
+
+
+def pooled(width: int, kinds: tuple[str, ...], share: float, surrogate: str) -> PlainGraph:
+    """A convolution, a ReLU and a layer of a kind, again and again."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    channels = 3
+    for kind in kinds:
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+        channels = width
+        if kind != "none":
+            layers.append({"max": nn.MaxPool2d, "avg": nn.AvgPool2d}[kind](2))
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 2)).eval()
+    return to_graph(masked(model, EXAMPLE, share, surrogate), EXAMPLE)
+
+
+GRAPHS = {
+    (kinds, share, surrogate): pooled(3, kinds, share, surrogate)
+    for kinds in (("max",), ("avg", "max"), ("none", "avg"), ("max", "max", "none"))
+    for share, surrogate in ((1.0, "identity"), (0.4, "identity"), (0.3, "quadratic"), (0.0, "identity"))
+}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(list(GRAPHS)),
+    st.sampled_from(list(PROTOCOL_COSTS)),
+    st.integers(1, 9),
+    st.sampled_from(["loopback", "lan", "wan", "10:80"]),
+)
+def test_every_call_is_the_sum_of_its_parts(key, protocol, batch, wire):
+    kinds = key[0]
+    graph = GRAPHS[key]
+    told = estimate(graph, protocol=protocol, network=wire, batch_size=batch)
+    row, parts = told.row(), told.parts
+    for cost in COSTS:
+        whole = sum(row[f"{cost}_{part}"] for part in CALL_PARTS)
+        assert whole == pytest.approx(row[cost], rel=1e-12, nan_ok=True)
+    assert row["bytes"] == pytest.approx(told.layers[["bytes", "offline_bytes"]].to_numpy().sum(), rel=1e-12)
+    assert row["seconds"] == pytest.approx(told.seconds, nan_ok=True)
+    assert parts.loc["setup", "bytes"] == told.setup_bytes
+    calls = parts.loc[list(CALL_PARTS), ["bytes", "rounds"]]
+    assert (calls.loc["max_pool"] > 0).all() == ("max" in kinds)
+    assert (calls.loc["quadratic"] > 0).all() == ("quadratic" in {node.op for node in graph.nodes})
+    assert (calls.loc[["linear", "open"]] > 0).all(axis=None)
+    # Bytes of ReLUs are a price times their number, and nothing else is among them.
+    assert parts.loc["relu", "bytes"] == pytest.approx(PROTOCOL_COSTS[protocol]().relu(batch * graph.relus).bytes)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOL_COSTS)
+def test_max_pooling_is_no_linear_layer(protocol):
+    told = estimate(to_graph(settle(Everything()), EXAMPLE), protocol=protocol)
+    pools = told.layers[told.layers["op"] == "max_pool"]
+    assert told.parts.loc["max_pool", "bytes"] == pools["bytes"].sum() > 0
+    linear = told.layers[~told.layers["op"].isin(["max_pool", "relu", "open"])]
+    assert told.linear_bytes == pytest.approx(linear["bytes"].sum())
 
 
 def test_delphi_by_hand():

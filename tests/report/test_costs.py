@@ -10,10 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairline.jobs.costs import COLUMNS
+from fairline.jobs.audit import audit_job
+from fairline.jobs.costs import COLUMNS, predicted_costs
+from fairline.jobs.frontier import frontier_job
+from fairline.private import estimate
 from fairline.private.cost import CALL_PARTS, COSTS, PARTS
-from fairline.report.costs import SAVINGS, savings
-from fairline.runs import Run
+from fairline.report.cost_parts import advice
+from fairline.report.costs import SAVINGS, panel, savings, write_frontier
+from fairline.runs import ModelSpec, NetworkInfo, Run, load_network, save_network
 
 prices = st.floats(1.0, 1e8)
 
@@ -118,3 +122,92 @@ def test_a_frontier_of_an_earlier_version_is_read(tmp_path):
     assert table.loc["small", "basis"] == "predicted"
     # What the model says of a network that was measured then is not known.
     assert math.isnan(table.loc["small", "bytes_saved_percent"])
+
+
+SINES = """
+import torch
+from torch import nn
+
+def make(num_classes, in_channels=1, image_size=8):
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), Sine(), nn.Flatten(), nn.Linear(72, num_classes))
+
+class Sine(nn.Module):
+    def forward(self, x):
+        return torch.sin(x)
+"""
+
+
+def test_masks_change_counts_alone(runs):
+    """One export of an architecture gives what exporting each network gives."""
+    networks = {"base": runs / "base" / "networks" / "base"} if (runs / "base" / "networks").exists() else {}
+    networks |= {path.name: path for path in (runs / "students" / "networks").iterdir()}
+    table = predicted_costs(networks)
+    assert set(table["model"]) == set(networks)
+    for row in table.to_dict("records"):
+        model, info = load_network(networks[row["model"]])
+        told = estimate(model, info.model.example(), protocol=row["protocol"], network=row["network"])
+        assert told.relus == row["relus"]
+        for name, value in told.row().items():
+            assert row[name] == pytest.approx(value, rel=1e-9), name
+
+
+def test_what_cannot_be_exported_has_no_costs_and_a_sentence(tmp_path, runs, caplog):
+    (tmp_path / "sines.py").write_text(SINES)
+    spec = ModelSpec(f"{tmp_path / 'sines.py'}:make", 3, 1, 8)
+    save_network(tmp_path / "odd", spec.build(), NetworkInfo(spec, "base", 72, 72, 72))
+    (known,) = [path for path in (runs / "students" / "networks").iterdir() if path.name == "budget-20"]
+    table = predicted_costs({"odd": tmp_path / "odd", "known": known})
+    assert set(table["model"]) == {"known"}
+    (said,) = [record.getMessage() for record in caplog.records if "No costs are predicted" in record.getMessage()]
+    assert "odd" in said
+    assert "'sin'" in said
+
+
+def test_an_audit_need_not_price(runs, tmp_path):
+    run = audit_job([runs / "students"], tmp_path / "audit", resamples=10, costs=False, device="cpu")
+    assert not (run.folder / "costs.parquet").exists()
+    assert savings(run).empty
+
+
+def priced_rows(**changed) -> pd.DataFrame:
+    row = cost_row("base", dict.fromkeys(COSTS, 10.0)) | {"wire": "lan"}
+    row |= {f"{cost}_max_pool": 3.0 for cost in COSTS} | {f"{cost}_linear": 6.0 for cost in COSTS}
+    row |= {"replace": "max_pool", "replace_in": "bytes, rounds", **{f"replaced_{cost}": 7.5 for cost in COSTS}}
+    return pd.DataFrame([row | changed])
+
+
+def test_pooling_that_outweighs_relus_is_said_with_the_saving():
+    (said,) = advice(priced_rows())
+    assert said.startswith("Replace this first: on cheetah max pooling outweighs the ReLUs of base: ")
+    assert "3 rounds for 1 round" in said
+    assert "8 rounds in place of 10 rounds (-25 %)" in said
+    assert "7.50 s in place of 10.00 s (-25 %) over LAN" in said
+    assert not advice(priced_rows(replace="", replace_in=""))
+    (said,) = advice(priced_rows(replace="linear"))
+    assert "fairline compile" in said
+    assert not advice(priced_rows(replace="linear", compiled=True))
+
+
+def test_what_would_be_saved_is_the_models_also_where_a_call_was_measured():
+    (said,) = advice(priced_rows(rounds=999.0, basis="measured over an emulated LAN"))
+    assert "999" not in said
+    assert "in place of 10 rounds" in said
+
+
+def test_figures_stack_from_zero_in_the_same_colours_and_fit_their_card(runs, tmp_path):
+    run = frontier_job(runs / "audit", tmp_path / "frontier", protocols=["cheetah", "delphi"])
+    charts, content = panel(run.folder, 5.0)
+    specs = {name: chart.to_dict() for name, chart in charts.items()}
+    assert all(spec["width"] == "container" for spec in specs.values())
+    stacked = {name: spec["layer"][0]["encoding"] for name, spec in specs.items() if name.startswith("cost_parts")}
+    # What Delphi computes no source tells.
+    assert len(stacked) == 2 * 3 - 1
+    for encoding in stacked.values():
+        assert encoding["x"]["stack"] == "zero"
+        assert encoding["x"]["scale"]["zero"]
+        scale = encoding["color"]["scale"]
+        assert list(zip(scale["domain"], scale["range"], strict=True)) == content["legends"]["parts"]
+    assert content["part_names"] == [name for name, _ in content["legends"]["parts"]]
+    assert all(len(row["cells"]) == len(content["part_names"]) for row in content["parts"])
+    written = write_frontier(run.folder).read_text(encoding="utf-8")
+    assert "What a call consists of" in written

@@ -548,7 +548,9 @@ def frontier(
 ) -> None:
     """Accuracy against cost: Pareto front, and the cheapest network that keeps every group's accuracy."""
     from fairline.jobs.frontier import frontier_job
+    from fairline.private.basis import PREDICTED
     from fairline.private.frontier import require_within
+    from fairline.report.cost_parts import advice
     from fairline.report.costs import answers, write_frontier
     from fairline.report.results import write_frontier_results
 
@@ -565,10 +567,11 @@ def frontier(
         )
     table = run.table("frontier.parquet")
     print_frontier(table, network)
-    predicted = list(dict.fromkeys(table.loc[table["basis"] == "predicted", "model"]))
-    if predicted:
-        out_console.print(f"Costs predicted, not measured: {', '.join(predicted)}.", soft_wrap=True, highlight=False)
-    for sentence in answers(table, within):
+    for (name, basis), part in table.groupby(["protocol", "basis"], sort=False):
+        told = "predicted, not measured" if basis == PREDICTED else basis
+        sentence = f"Costs on {name} {told}: {', '.join(part['model'])}."
+        out_console.print(sentence, soft_wrap=True, highlight=False, markup=False)
+    for sentence in [*advice(table), *answers(table, within)]:
         out_console.print(sentence, soft_wrap=True, highlight=False)
     path = write_frontier(run.folder, within=within)
     out_console.print(f"Page: {path.resolve()}", soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -136,29 +137,51 @@ def private_estimate(
 ) -> None:
     """Predict what networks cost, without running them."""
     from fairline.jobs.private import estimate_networks
+    from fairline.private.basis import PREDICTED
     from fairline.private.cost import PROTOCOL_COSTS
+    from fairline.report.cost_parts import advice
 
     protocols = parse_names(protocol)
     with progress_bars() as progress:
         totals, by_layer = estimate_networks(sources, protocols, parse_names(network), batch_size, progress)
     for name, part in totals.groupby("protocol", sort=False):
-        shown = part.drop_duplicates("network").set_index("network")
-        shown = shown[["relus", "relu_bytes", "linear_bytes", "offline_bytes", "rounds"]]
-        for column in ("relu_bytes", "linear_bytes", "offline_bytes"):
-            shown[column] /= 1e6
-        shown.columns = ["ReLUs", "MB of ReLUs", "MB linear", "MB offline", "rounds"]
-        # A protocol whose computing no source tells has no seconds.
-        for wire, own in part.dropna(subset="seconds").groupby("wire", sort=False):
-            shown[f"s over {wire}"] = own.set_index("network")["seconds"]
-        formats = {str(column): ".2f" for column in shown} | {"ReLUs": ",.0f", "rounds": ".0f"}
-        print_frame(shown, f"{name}, batch of {batch_size}: one call", formats)
+        _print_parts(part, f"{name}, batch of {batch_size}: one call, and its parts")
     if layers:
         for (name, kind), part in by_layer.groupby(["network", "protocol"], sort=False):
             shown = part.set_index("layer")[["op", "relus", "bytes", "offline_bytes", "rounds"]]
             formats = {"relus": ",.0f", "bytes": ",.0f", "offline_bytes": ",.0f", "rounds": ".0f"}
             print_frame(shown, f"{name} on {kind}", formats)
+    for sentence in advice(totals.rename(columns={"network": "model"}).assign(basis=PREDICTED)):
+        out_console.print(sentence, soft_wrap=True, highlight=False, markup=False)
     for name in protocols:
         out_console.print(f"{name}: {PROTOCOL_COSTS[name].source}.", soft_wrap=True, highlight=False)
+
+
+def _print_parts(totals: pd.DataFrame, title: str) -> None:
+    """Each network's call, and under it the parts that it has; the setup is none of a call."""
+    import pandas as pd
+
+    from fairline.private.cost import PARTS
+    from fairline.report.cost_parts import occurring
+
+    names, rows = [], []
+    for network, own in totals.groupby("network", sort=False):
+        first = own.iloc[0]
+        for part in ("", *occurring(own)):
+            end = f"_{part}" if part else ""
+            cells = {"ReLUs": math.nan if part else first["relus"], "MB": first[f"bytes{end}"] / 1e6}
+            cells |= {
+                "of it offline": math.nan if part else first["offline_bytes"] / 1e6,
+                "rounds": first[f"rounds{end}"],
+            }
+            # A protocol whose computing no source tells has no seconds.
+            for row in own.dropna(subset=["seconds"]).to_dict("records"):
+                cells[f"s over {row['wire']}"] = row[f"seconds{end}"]
+            names.append(f"  {PARTS[part]}" + ", once a session" * (part == "setup") if part else str(network))
+            rows.append(cells)
+    shown = pd.DataFrame(rows, index=pd.Index(names, name="network"))
+    formats = {str(column): ".2f" for column in shown} | {"ReLUs": ",.0f", "rounds": ".0f"}
+    print_frame(shown, title, formats)
 
 
 @app.command("fixed-point")

@@ -167,12 +167,14 @@ def estimate_networks(
     found, _ = find_networks(sources)
     wires = [find_network(name) for name in networks]
     totals, layers = [], []
+    compiled = {checkpoint.name: checkpoint.info.compiled for checkpoint in found}
     for name, graph in export_graphs(found, progress).items():
         for protocol in protocols:
             for wire in wires:
                 told = estimate(graph, protocol=protocol, network=wire, batch_size=batch_size)
                 about = {"network": name, "relus": told.relus, "protocol": protocol, "wire": wire.name}
-                parts = {"offline_bytes": told.offline_bytes, **told.row(), **replacement(graph, told)}
+                about |= {"compiled": compiled[name], "offline_bytes": told.offline_bytes}
+                parts = {**told.row(), **replacement(graph, told)}
                 totals.append({**about, **parts})
             layers.append(told.layers.assign(network=name, protocol=protocol))
     return pd.DataFrame(totals), pd.concat(layers, ignore_index=True)

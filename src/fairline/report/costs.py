@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 from fairline.jobs.costs import COLUMNS
 from fairline.private.basis import PREDICTED
-from fairline.private.cost import CALL_PARTS, COSTS, PROTOCOL_COSTS
+from fairline.private.cost import COSTS, PROTOCOL_COSTS
 from fairline.private.frontier import cheapest
 from fairline.private.plan import CAVEATS
-from fairline.report import figures
+from fairline.report import cost_parts, figures
 from fairline.report.page import settings, write_page
 from fairline.runs import Run
 
@@ -82,9 +83,7 @@ def savings(run: Run, costs_run: Run | None = None) -> pd.DataFrame:
         return pd.DataFrame(columns=list(SAVINGS))
     keys = ["model", "protocol", "network"]
     table = pd.concat([each[[*COLUMNS]] for each in tables], ignore_index=True).drop_duplicates(keys)
-    for cost in COSTS:
-        known = table[[f"{cost}_{part}" for part in CALL_PARTS]].sum(axis=1, skipna=False)
-        table[f"{cost}_told"] = known.where(table["basis"] != PREDICTED, table[cost])
+    table = table.join(cost_parts.told_totals(table).add_suffix("_told"))
     table["rounds"] = table["rounds_told"]
     base = table[table["model"] == "base"].drop(columns=["model", "compiled"])
     both = table.merge(base, on=keys[1:], how="left", suffixes=("", "_base"))
@@ -95,116 +94,169 @@ def savings(run: Run, costs_run: Run | None = None) -> pd.DataFrame:
     return both.assign(saved_basis=both["basis"].where(alike, PREDICTED))[[*SAVINGS]]
 
 
-def frontier_chart(table: pd.DataFrame) -> Any:
-    """Draw worst-group (filled) and overall (hollow) accuracy against bytes, rounds and seconds, a row a protocol.
+def frontier_charts(table: pd.DataFrame, legend: bool = True) -> dict[str, Any]:
+    """Draw worst-group (filled) and overall (hollow) accuracy against bytes, rounds and seconds.
 
     The dashed line joins the networks that no other beats in worst-group accuracy at their price.
 
     Args:
         table: Rows of ``frontier.parquet``, from :func:`prepare`.
+        legend: Whether to say the colours in the chart.
 
     Returns:
-        An Altair chart.
+        An Altair chart for each protocol and each cost that is known, by file name; without a width.
     """
-    variants = list(dict.fromkeys(table["variant"]))
-    scale = alt.Scale(domain=variants, range=[PALETTE[i % len(PALETTE)] for i in range(len(variants))])
-    colour = alt.Color(
+    return {
+        f"cost_frontier_{protocol}_{cost}": _frontier_chart(part, str(protocol), cost, _variants(table, legend))
+        for protocol, part in table.groupby("protocol", sort=False)
+        for cost in COSTS
+        if part[cost].notna().any()
+    }
+
+
+def variant_colours(table: pd.DataFrame) -> dict[str, str]:
+    """The colour of each variant."""
+    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(dict.fromkeys(table["variant"]))}
+
+
+def _variants(table: pd.DataFrame, legend: bool) -> alt.Color:
+    colours = variant_colours(table)
+    return alt.Color(
         "variant:N",
-        sort=variants,
-        scale=scale,
+        sort=list(colours),
+        scale=alt.Scale(domain=list(colours), range=list(colours.values())),
         title=None,
-        legend=alt.Legend(orient="bottom", columns=2, labelLimit=420),
+        legend=alt.Legend(orient="bottom", columns=2, labelLimit=420) if legend else None,
     )
+
+
+def _frontier_chart(table: pd.DataFrame, protocol: str, cost: str, colour: alt.Color) -> Any:
+    unit, factor = AXES[cost]
+    known = table.dropna(subset=[cost]).assign(x=lambda rows: rows[cost] / factor)
+    title = f"{unit} a call" + (f", over {known['wire'].iloc[0]}" if cost == "seconds" else "")
+    scale = alt.Scale(zero=False, nice=True, padding=12)
+    x = alt.X("x:Q", title=title, scale=scale, axis=alt.Axis(tickCount=5))
     y = alt.Scale(zero=False, nice=True, padding=10)
-    rows = []
-    for protocol, part in table.groupby("protocol", sort=False):
-        panels = []
-        for cost, (unit, factor) in AXES.items():
-            known = part.dropna(subset=[cost]).assign(x=lambda rows, c=cost, f=factor: rows[c] / f)
-            if known.empty:
-                continue
-            title = f"{unit} a call" + (f", over {known['wire'].iloc[0]}" if cost == "seconds" else "")
-            x = alt.X(
-                "x:Q", title=title, scale=alt.Scale(zero=False, nice=True, padding=12), axis=alt.Axis(tickCount=5)
-            )
-            tooltip = [
-                alt.Tooltip("variant:N"),
-                alt.Tooltip("budget:N", title="ReLUs kept"),
-                alt.Tooltip("x:Q", format=",.4~g", title=unit),
-                alt.Tooltip("basis:N", title="cost"),
-                alt.Tooltip("overall:Q", format=".1%"),
-                alt.Tooltip("worst:Q", format=".1%", title="worst group"),
-                alt.Tooltip("worst_group:N", title="which is"),
-            ]
-            accuracy = alt.Y("worst:Q", title="accuracy", axis=alt.Axis(format=".0%"), scale=y)
-            line = (
-                alt.Chart(known[known[f"on_{cost}_front"]])
-                .mark_line(color="#777", strokeDash=[4, 3], strokeWidth=1)
-                .encode(x=x, y=accuracy, order="x:Q")
-            )
-            worst = (
-                alt.Chart(known)
-                .mark_point(filled=True, size=80, opacity=1)
-                .encode(x=x, y=accuracy, color=colour, tooltip=tooltip)
-            )
-            overall = (
-                alt.Chart(known)
-                .mark_point(filled=False, size=60, opacity=1, strokeWidth=1.6)
-                .encode(x=x, y=alt.Y("overall:Q", scale=y), color=colour, tooltip=tooltip)
-            )
-            panels.append(alt.layer(line, overall, worst).properties(width=230, height=220, title=str(protocol)))
-        rows.append(alt.hconcat(*panels))
-    return alt.vconcat(*rows).resolve_scale(color="shared")
+    tooltip = [
+        alt.Tooltip("variant:N"),
+        alt.Tooltip("budget:N", title="ReLUs kept"),
+        alt.Tooltip("x:Q", format=",.4~g", title=unit),
+        alt.Tooltip("basis:N", title="cost"),
+        alt.Tooltip("overall:Q", format=".1%"),
+        alt.Tooltip("worst:Q", format=".1%", title="worst group"),
+        alt.Tooltip("worst_group:N", title="which is"),
+    ]
+    accuracy = alt.Y("worst:Q", title="accuracy", axis=alt.Axis(format=".0%"), scale=y)
+    line = (
+        alt.Chart(known[known[f"on_{cost}_front"]])
+        .mark_line(color="#777", strokeDash=[4, 3], strokeWidth=1)
+        .encode(x=x, y=accuracy, order="x:Q")
+    )
+    worst = (
+        alt.Chart(known)
+        .mark_point(filled=True, size=80, opacity=1)
+        .encode(x=x, y=accuracy, color=colour, tooltip=tooltip)
+    )
+    overall = (
+        alt.Chart(known)
+        .mark_point(filled=False, size=60, opacity=1, strokeWidth=1.6)
+        .encode(x=x, y=alt.Y("overall:Q", scale=y), color=colour, tooltip=tooltip)
+    )
+    return alt.layer(line, overall, worst).properties(height=220, title=protocol)
 
 
-def groups_chart(scores: pd.DataFrame, protocol: str) -> Any:
-    """Accuracy of each group against bytes a call on one protocol, a panel a variant; whiskers are 95 % intervals."""
-    rows = scores[(scores["protocol"] == protocol) & (scores["measure"] == "accuracy")]
-    groups = [OVERALL, *figures.group_order(scores)]
-    sizes = rows.groupby("group")["n"].max()
-    labels = {group: f"{group} ({sizes[group]:,} images)" for group in groups}
-    rows = rows.assign(x=rows["bytes"] / 1e6, who=rows["group"].map(labels))
-    order = [labels[group] for group in groups]
+def group_colours(scores: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """How each group is called in a figure, with its size, and its colour; all images first."""
+    sizes = scores[scores["measure"] == "accuracy"].groupby("group")["n"].max()
     palette = ["#555555", *PALETTE]
-    scale = alt.Scale(domain=order, range=[palette[i % len(palette)] for i in range(len(order))])
+    return {
+        group: (f"{group} ({sizes[group]:,} images)", palette[i % len(palette)])
+        for i, group in enumerate([OVERALL, *figures.group_order(scores)])
+    }
+
+
+def groups_charts(scores: pd.DataFrame, protocol: str, legend: bool = True) -> dict[str, Any]:
+    """Accuracy of each group against bytes a call on one protocol, a chart a variant; whiskers are 95 % intervals.
+
+    Args:
+        scores: From :func:`prepare`.
+        protocol: Which.
+        legend: Whether to say the colours in the chart.
+
+    Returns:
+        Altair charts by file name; without a width.
+    """
+    rows = scores[(scores["protocol"] == protocol) & (scores["measure"] == "accuracy")]
+    called = group_colours(scores)
+    rows = rows.assign(
+        x=rows["bytes"] / 1e6, who=rows["group"].map({group: name for group, (name, _) in called.items()})
+    )
     low, high = rows["x"].min(), rows["x"].max()
     pad = 0.05 * (high - low) or 1.0
-    panels = []
-    for variant in figures.main_variants(rows):
+    x = alt.X(
+        "x:Q",
+        title=f"MB a call, {protocol}",
+        scale=alt.Scale(domain=[low - pad, high + pad], nice=False),
+        axis=alt.Axis(tickCount=5),
+    )
+    # One scale for all charts, so that they can be compared.
+    limits = alt.Scale(domain=[float(rows["low"].min()), float(rows["high"].max())])
+    y = alt.Y("value:Q", title="accuracy", axis=alt.Axis(format=".0%"), scale=limits)
+    order, colours = zip(*called.values(), strict=True)
+    colour = alt.Color(
+        "who:N",
+        sort=list(order),
+        scale=alt.Scale(domain=list(order), range=list(colours)),
+        title=None,
+        legend=alt.Legend(labelLimit=260) if legend else None,
+    )
+    tooltip = [
+        alt.Tooltip("group:N"),
+        alt.Tooltip("budget:N", title="ReLUs kept"),
+        alt.Tooltip("x:Q", format=",.4~g", title="MB"),
+        alt.Tooltip("value:Q", format=".1%", title="accuracy"),
+        alt.Tooltip("low:Q", format=".1%", title="95 % from"),
+        alt.Tooltip("high:Q", format=".1%", title="to"),
+    ]
+    charts = {}
+    for position, variant in enumerate(figures.main_variants(rows)):
         base = alt.Chart(figures.with_base(rows, variant))
-        x = alt.X(
-            "x:Q",
-            title=f"MB a call, {protocol}",
-            scale=alt.Scale(domain=[low - pad, high + pad], nice=False),
-            axis=alt.Axis(tickCount=5),
-        )
-        y = alt.Y("value:Q", title="accuracy", axis=alt.Axis(format=".0%"), scale=alt.Scale(zero=False))
-        colour = alt.Color("who:N", sort=order, scale=scale, title=None, legend=alt.Legend(labelLimit=260))
-        tooltip = [
-            alt.Tooltip("group:N"),
-            alt.Tooltip("budget:N", title="ReLUs kept"),
-            alt.Tooltip("x:Q", format=",.4~g", title="MB"),
-            alt.Tooltip("value:Q", format=".1%", title="accuracy"),
-            alt.Tooltip("low:Q", format=".1%", title="95 % from"),
-            alt.Tooltip("high:Q", format=".1%", title="to"),
-        ]
-        panels.append(
-            alt.layer(
-                base.mark_line(strokeWidth=1.4).encode(x=x, y=y, color=colour, order="x:Q"),
-                base.mark_rule(strokeWidth=1.2, opacity=0.6).encode(x=x, y="low:Q", y2="high:Q", color=colour),
-                base.mark_point(filled=True, size=50, opacity=1).encode(x=x, y=y, color=colour, tooltip=tooltip),
-            ).properties(width=330, height=260, title=variant)
-        )
-    return alt.concat(*panels, columns=2).resolve_scale(color="shared", y="shared")
+        charts[f"cost_groups_{position}"] = alt.layer(
+            base.mark_line(strokeWidth=1.4).encode(x=x, y=y, color=colour, order="x:Q"),
+            base.mark_rule(strokeWidth=1.2, opacity=0.6).encode(x=x, y="low:Q", y2="high:Q", color=colour),
+            base.mark_point(filled=True, size=50, opacity=1).encode(x=x, y=y, color=colour, tooltip=tooltip),
+        ).properties(height=260, title=textwrap.wrap(variant, 34))
+    return charts
 
 
 def cost_figures(run: Run) -> dict[str, Any]:
     """All figures of a frontier run, by file name."""
     table, scores = prepare(run)
     # On every protocol the order of the networks is that of their ReLUs: one is enough for the groups.
+    first = str(table["protocol"].iloc[0])
+    drawn = {
+        "cost_frontier": _side_by_side(frontier_charts(table), 230, 3).resolve_scale(color="shared"),
+        "cost_groups": _side_by_side(groups_charts(scores, first), 330, 2).resolve_scale(color="shared"),
+    }
+    if parts := cost_parts.parts_charts(table, legend=True):
+        drawn["cost_parts"] = _side_by_side(parts, 300, 3).resolve_scale(color="shared")
+    return {name: themed(chart) for name, chart in drawn.items()}
+
+
+def _side_by_side(charts: Mapping[str, Any], width: int, columns: int) -> Any:
+    return alt.concat(*(chart.properties(width=width) for chart in charts.values()), columns=columns)
+
+
+def _page_charts(table: pd.DataFrame, scores: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Charts of the page, each as wide as what it stands in; their colours are said beside them."""
+    drawn = {
+        "frontier": frontier_charts(table, legend=False),
+        "groups": groups_charts(scores, str(table["protocol"].iloc[0]), legend=False),
+        "parts": cost_parts.parts_charts(table),
+    }
     return {
-        "cost_frontier": themed(frontier_chart(table)),
-        "cost_groups": themed(groups_chart(scores, str(table["protocol"].iloc[0]))),
+        kind: {name: themed(chart.properties(width="container")) for name, chart in charts.items()}
+        for kind, charts in drawn.items()
     }
 
 
@@ -309,18 +361,27 @@ def panel(folder: str | Path, within: float, audit: Run | None = None) -> tuple[
         raise FairlineError(
             f"{folder} is the frontier of the audit {run.config['audit']['folder']}, not of {audit.folder}."
         )
-    table, _ = prepare(run)
-    charts = cost_figures(run)
+    table, scores = prepare(run)
+    charts = _page_charts(table, scores)
+    names, parts = cost_parts.parts_table(table)
     content = {
         "fixed_point": fixed_point_table(run),
         "answers": answers(table, within),
-        "charts": list(charts),
+        "advice": cost_parts.advice(table),
+        "charts": {kind: list(drawn) for kind, drawn in charts.items()},
+        "legends": {
+            "frontier": list(variant_colours(table).items()),
+            "groups": list(group_colours(scores).values()),
+            "parts": cost_parts.legend(table),
+        },
+        "part_names": names,
+        "parts": parts,
         "table": cost_table(table),
         "wire": table["wire"].iloc[0],
         "bases": list(dict.fromkeys(table["basis"])),
         "caveats": _caveats(table["protocol"].unique().tolist()),
     }
-    return charts, content
+    return {name: chart for drawn in charts.values() for name, chart in drawn.items()}, content
 
 
 def _caveats(protocols: Sequence[str]) -> list[str]:
