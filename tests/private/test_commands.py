@@ -43,7 +43,6 @@ def test_estimate_tells_relus_bytes_rounds_and_its_sources(runs):
     said = ok("private", "estimate", runs / "students", "--protocol", "cheetah,delphi", "--layers")
     for word in (
         "budget-224",
-        "max pooling",
         "linear layers",
         "setup, once a session",
         "s over lan",

@@ -59,8 +59,7 @@ def audit_job(
         split: Part to measure on.
         resamples: Bootstrap resamples.
         with_base: Whether the base network has rows of its own; it is what the others are compared with anyway.
-        costs: Whether to predict what private inference of each network costs: ``costs.parquet``, see
-            :func:`fairline.jobs.costs.predicted_costs`, the base network always among them.
+        costs: Also predict what private inference costs (:mod:`fairline.jobs.costs`): ``costs.parquet``.
         root: Where the data are now, if they have moved.
         seed: Of the bootstrap and of every other random choice.
         device: The accelerator if there is one, by default.
@@ -74,17 +73,9 @@ def audit_job(
     """
     where = resolve_device(device)
     require_bootstrap(split, resamples)
-    request = _Request(measures, options or {}, explain, split, resamples, seed)
+    request = _Request(measures, options or {}, explain, split, resamples, seed, costs)
     runs = open_runs("An audit", sources, "train", *LINEARIZED)
     base = _common_base(runs)
-    config = {
-        **built_on(base),
-        "sources": [run.parent_entry() for run in runs],
-        **request.config(),
-        **({} if with_base else {"with_base": False}),
-        **({} if costs else {"costs": False}),
-        "lineage": lineage_of(runs),
-    }
 
     def work(run: Run) -> None:
         parts = load_parts(base, root)
@@ -93,10 +84,24 @@ def audit_job(
         _measure(run, _networks(base, runs, with_base), reference, request)
         write_table(run.folder / "counts.parquet", _counts(parts))
         if costs:
-            networks = _networks(base, runs, with_base=True)
-            write_table(run.folder / "costs.parquet", here().first(lambda: predicted_costs(networks)))
+            _price(run, _networks(base, runs, with_base=True))
 
-    return do_once(out, "audit", config, where, work)
+    return do_once(out, "audit", _config(base, runs, request, with_base), where, work)
+
+
+def _config(base: Run, runs: Sequence[Run], request: _Request, with_base: bool) -> dict[str, Any]:
+    return {
+        **built_on(base),
+        "sources": [run.parent_entry() for run in runs],
+        **request.config(),
+        **({} if with_base else {"with_base": False}),
+        "lineage": lineage_of(runs),
+    }
+
+
+def _price(run: Run, networks: Mapping[str, Path]) -> None:
+    """Write what networks are predicted to cost; the base network always is among them."""
+    write_table(run.folder / "costs.parquet", here().first(partial(predicted_costs, networks)))
 
 
 def _counts(parts: Mapping[str, GroupedData]) -> pd.DataFrame:
@@ -114,6 +119,7 @@ class _Request:
     split: str
     resamples: int
     seed: int
+    costs: bool
 
     def config(self) -> dict[str, Any]:
         """Its part of the run's config."""
@@ -124,6 +130,7 @@ class _Request:
             "split": self.split,
             "resamples": self.resamples,
             "seed": self.seed,
+            **({} if self.costs else {"costs": False}),
         }
 
     def measures_of(self, subject: Subject) -> dict[str, dict[str, Any]]:
