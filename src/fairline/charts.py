@@ -21,6 +21,19 @@ PALETTE = [
     "#999999",
     "#5E3C99",
 ]
+#: Of lines and figures of no network; the base network; a network that kept all its ReLUs; the one to ship; others.
+INK, BASE, CONTROL, SHIPPED = "#222222", "#7d8590", "#d97706", "#0b3d6e"
+RAMP = ["#4f86b5", "#7fadd1", "#a9cbe4", "#c8dff0"]
+
+#: What a colour is on a dark page.
+DARK = {
+    **{INK: "#d5dbe1", BASE: "#9aa3ad", CONTROL: "#f0a04b", SHIPPED: "#a6d5ff"},
+    **dict(zip(RAMP, ["#5a9bd0", "#3f78a8", "#315d83", "#274a68"], strict=True)),
+    **{"#000000": "#f0f3f6", "#000": "#f0f3f6", "#222": "#d5dbe1", "#444": "#b7c0c9", "#1f4e79": "#8bb8da"},
+}
+#: How wide a picture is whose chart takes the width of its page.
+_WIDE = 560
+
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 
 
@@ -44,5 +57,14 @@ def save_charts(charts: Mapping[str, Any], folder: Path, formats: Sequence[str] 
             options = {"scale_factor": 2} if suffix == "png" else {}
             files.append(folder / f"{name}.{suffix}")
             with atomic_path(files[-1]) as temporary:
-                chart.save(str(temporary), format=suffix, **options)
+                _as_wide(chart).save(str(temporary), format=suffix, **options)
     return files
+
+
+def _as_wide(chart: Any) -> Any:
+    """A chart with a width of its own: a file is not in a page."""
+    if getattr(chart, "width", None) != "container":
+        return chart
+    copy = chart.copy(deep=False)
+    copy.width = _WIDE
+    return copy

@@ -57,6 +57,7 @@ def table(
         stage=stage,
         percent=percent,
         budget=f"{percent:g} %",
+        network="base network" if stage == "base" else f"{percent:g} %",
         variant="base network" if stage == "base" else "SNL",
         train_n=frame["group"].map(SIZES).fillna(900),
     )
@@ -109,7 +110,7 @@ def test_the_panel_has_every_budget_and_speaks_of_the_fewest_relus():
     (entry,) = corrections.panel(frame, PREDICTIONS)
     assert entry["verdict"] == corrections.verdict(table(), PREDICTIONS)
     assert [text.split(" of ")[0] for text in entry["units"]] == ["2 %", "10 %", "100 %"]
-    assert entry["table"]["budgets"] == ["100 %", "10 %", "2 %"]
+    assert entry["table"]["networks"] == ["base network", "10 % of the ReLUs", "2 % of the ReLUs"]
     small = entry["table"]["rows"][2]
     assert small["group"] == "small"
     assert small["cells"][2]["affine"] == "10.0%"

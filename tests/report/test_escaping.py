@@ -121,7 +121,7 @@ class Tags(html.parser.HTMLParser):
     def specs(self) -> dict[str, str]:
         """What each figure draws, as it stands in the script."""
         found = {}
-        for match in re.finditer(r'vegaEmbed\("#([^"]+)", ', self.raw):
+        for match in re.finditer(r'figure\("#([^"]+)", ', self.raw):
             _, end = json.JSONDecoder().raw_decode(self.raw, match.end())
             found[match[1]] = self.raw[match.end() : end]
         return found

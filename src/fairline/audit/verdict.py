@@ -90,8 +90,7 @@ def verdict(counted: Sequence[pd.DataFrame], within: float = 5.0, critical: Sequ
     """
     from statsmodels.stats.multitest import multipletests
 
-    if not 0 <= within < 100:
-        raise FairlineError(f"The loss that is tolerated is in percentage points, from 0 to 100, not {within:g}.")
+    require_within(within)
     if not counted:
         raise FairlineError("A verdict needs at least one network.")
     asked = counted[0]["kind"].ne("cell") | counted[0]["n"].ge(LEAST)
@@ -109,6 +108,16 @@ def verdict(counted: Sequence[pd.DataFrame], within: float = 5.0, critical: Sequ
     table["inside"] = (table["low"] >= -within) & (~table["critical"] | (table["change"] >= 0))
     answer, decisive = _decided(table)
     return Verdict(answer, within, table, decisive, len(counted), int((~asked).sum()))
+
+
+def require_within(within: float) -> None:
+    """Refuse a tolerance that is none.
+
+    Raises:
+        FairlineError: It is no percentage below 100.
+    """
+    if not 0 <= within < 100:
+        raise FairlineError(f"The loss that is tolerated is in percentage points, from 0 to 100, not {within:g}.")
 
 
 def _decided(table: pd.DataFrame) -> tuple[str, pd.Series[Any]]:
@@ -198,4 +207,4 @@ def _seeds_needed(away: float, level: float, most: int = 10_000) -> float:
     return float(seeds[enough.argmax()]) if enough.any() else math.inf
 
 
-__all__ = ["CANNOT_TELL", "LEAST", "MAY", "MAY_NOT", "Verdict", "verdict"]
+__all__ = ["CANNOT_TELL", "LEAST", "MAY", "MAY_NOT", "Verdict", "require_within", "verdict"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,6 +18,7 @@ from fairline.errors import FairlineError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fairline.report.verdict import Candidate
     from fairline.runs import Run
     from fairline.training import ProgressCallback
 
@@ -226,31 +227,85 @@ def print_comparison(run: Run) -> None:
     out_console.print(f"Comparison: {path.resolve()}", soft_wrap=True)
 
 
-def print_audit(run: Run) -> None:
-    """An audit's tables, and the groups that are too small to be judged."""
-    from fairline.data.grouped import OVERALL, TOO_SMALL
-    from fairline.report.figures import prepare
+def print_audit(run: Run, within: float = 5.0, critical: Sequence[str] = ()) -> None:
+    """What may ship, who pays for each network, and accuracy by group."""
+    from fairline.report import figures
+    from fairline.report.html import judged
+    from fairline.report.verdict import cautions, focus, headline
 
-    everything = prepare(run.table("audit.parquet"), run.table("counts.parquet"))
-    frame = everything[everything["measure"] == "accuracy"].copy()
-    frame["cell"] = [f"{v:.1%} [{low:.0%}, {high:.0%}]" for v, low, high in frame[["value", "low", "high"]].to_numpy()]
-    for variant, part in frame.groupby("variant", sort=False):
-        table = part.pivot_table(index="group", columns="budget", values="cell", aggfunc="first", sort=False)
-        print_frame(table, f"accuracy [95 % interval] by ReLUs kept: {variant}")
-        own = everything[everything["variant"] == variant]
-        smallest = own[own["percent"] == own["percent"].min()]
-        table = smallest.pivot_table(index="group", columns="measure", values="value", aggfunc="first", sort=False)
-        shown = [name for name in EXPLAINED_BY if name in table]
-        if shown:
-            title = f"{smallest['budget'].iloc[0]} of ReLUs: {variant}"
-            # Words wrap in a narrow terminal; names with underscores would be cut.
-            words = table[shown].rename(columns=lambda name: name.replace("_", " "))
-            print_frame(words, title, dict.fromkeys(words, ".4g"))
-    sizes = frame[frame["group"] != OVERALL].groupby("group", sort=False)["n"].max()
+    everything, found = judged(run, within, critical)
+    for variant in figures.main_variants(everything):
+        _print_groups(everything, variant)
+    _print_small(everything, run.config["split"])
+    if not found:
+        return
+    _print_verdicts(found)
+    chosen = focus(found)
+    sentences = [] if chosen is None or chosen.is_control else [chosen.control_told(), chosen.saved_told()]
+    for sentence in [headline(found), *sentences, *cautions(found)]:
+        out_console.print(sentence, highlight=False)
+
+
+def _print_small(everything: pd.DataFrame, split: str) -> None:
+    """Groups that are too small to be judged."""
+    from fairline.data.grouped import OVERALL, TOO_SMALL
+
+    frame = everything[(everything["measure"] == "accuracy") & (everything["group"] != OVERALL)]
+    sizes = frame.groupby("group", sort=False)["n"].max()
     small = [f"'{name}' ({n})" for name, n in sizes.items() if n < TOO_SMALL]
     if small:
-        which = f"Fewer than {TOO_SMALL} images in the {run.config['split']} part, too few to judge"
+        which = f"Fewer than {TOO_SMALL} images in the {split} part, too few to judge"
         out_console.print(f"{which}: {', '.join(small)}", soft_wrap=True, highlight=False)
+
+
+#: Networks side by side in 80 columns.
+_ABREAST = 4
+
+
+def _print_groups(everything: pd.DataFrame, variant: str) -> None:
+    """Accuracy by group of a variant's networks beside the base network, and what explains it."""
+    from fairline.report import figures
+
+    rows = figures.beside(everything, variant)
+    accuracy = rows[rows["measure"] == "accuracy"]
+    table = accuracy.pivot_table(index="group", columns="network", values="value", aggfunc="first", sort=False)
+    table = table[figures.network_order(accuracy)]
+    for start in range(0, len(table.columns), _ABREAST):
+        part = table[table.columns[start : start + _ABREAST]]
+        print_frame(part, f"accuracy by ReLUs kept: {variant}", dict.fromkeys(part, ".1%"))
+    own = everything[everything["variant"] == variant]
+    smallest = own[(own["percent"] == own["percent"].min()) & (own["class"] == "")]
+    table = smallest.pivot_table(index="group", columns="measure", values="value", aggfunc="first", sort=False)
+    shown = [name for name in EXPLAINED_BY if name in table]
+    if shown:
+        title = f"{smallest['budget'].iloc[0]} of ReLUs: {variant}"
+        # Words wrap in a narrow terminal; names with underscores would be cut.
+        words = table[shown].rename(columns=lambda name: name.replace("_", " "))
+        print_frame(words, title, dict.fromkeys(words, ".4g"))
+
+
+def _print_verdicts(found: Sequence[Candidate]) -> None:
+    """A line a network: whether it may ship, who decides that, and what it saves."""
+    from fairline.report.verdict import limits_told, named, signed
+
+    table = Table(title=f"within {found[0].verdict.within:g} points of the base network", title_justify="left")
+    for title, justify in (
+        ("network", "left"),
+        ("verdict", "left"),
+        ("decided by", "left"),
+        ("points [95 %]", "right"),
+    ):
+        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    known = any(each.costs for each in found)
+    if known:
+        table.add_column("WAN s saved", justify="right", overflow="fold")
+    for each in found:
+        cell = each.verdict.decisive
+        saved = each.saved("seconds", "wan")
+        points = f"{signed(cell['change'])}{limits_told(cell)}"
+        cells = [each.name, each.answer, named(cell), points]
+        table.add_row(*cells, *([f"{saved:.0f} %" if saved == saved else ""] if known else []))
+    out_console.print(table)
 
 
 def print_compiled(table: pd.DataFrame, plan: pd.DataFrame) -> None:

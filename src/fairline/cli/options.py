@@ -107,6 +107,11 @@ Mean = Annotated[
     typer.Option("--mean", metavar="R,G,B", help="Of each channel, of pixels from 0 to 1, instead; with --std."),
 ]
 Std = Annotated[str | None, typer.Option("--std", metavar="R,G,B", help="Deviation of each channel, likewise.")]
+Within = Annotated[float, typer.Option("--within", help="Percentage points that any group or class may lose.")]
+Critical = Annotated[
+    list[str] | None,
+    typer.Option("--critical", metavar="CLASS", help="A class whose recall may not fall at all; may be repeated."),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of every random choice; for train, also of the split.")]
 Devices = Annotated[
     int, typer.Option("--devices", help="GPUs, or processes on a CPU, that work together; on each host as many.")

@@ -31,6 +31,7 @@ from fairline.cli.options import (
     Budgets,
     Classes,
     CostProtocols,
+    Critical,
     Data,
     DataOption,
     Device,
@@ -56,6 +57,7 @@ from fairline.cli.options import (
     Unbalanced,
     Width,
     Wire,
+    Within,
     data_spec,
     drop_none,
     network_view,
@@ -395,14 +397,19 @@ def audit(
     costs: Annotated[
         bool, typer.Option("--costs/--no-costs", help="Also predict what private inference of each network costs.")
     ] = True,
+    within: Within = 5.0,
+    critical: Critical = None,
     root: Root = None,
     seed: Seed = 0,
     device: Device = None,
     devices: Devices = 1,
     strategy: Strategy = "auto",
 ) -> None:
-    """Measure every network of some runs, group by group, against the base network."""
+    """Measure every network of some runs, group by group, against the base network, and say which may ship."""
+    from fairline.audit.verdict import require_within
     from fairline.jobs import audit_job
+
+    require_within(within)
 
     run = work_together(
         audit_job,
@@ -421,7 +428,7 @@ def audit(
         devices=devices,
         strategy=strategy,
     )
-    print_audit(run)
+    print_audit(run, within, critical or ())
 
 
 @app.command()
@@ -613,7 +620,8 @@ def report(
         Path | None,
         typer.Option("--costs", metavar="RUN", help="Folder of a frontier run of this audit: adds the cost panel."),
     ] = None,
-    within: Annotated[float, typer.Option(help="Drop in percent that any group may suffer, for the cost panel.")] = 5.0,
+    within: Within = 5.0,
+    critical: Critical = None,
 ) -> None:
     """Write the fairness report, or the page of a comparison, frontier or compilation: one HTML file, for offline."""
     from fairline.report.comparison import write_comparison, write_comparison_figures
@@ -625,8 +633,10 @@ def report(
     command = Run.read(source, "audit", "compare", "frontier", "compile").command
     if costs is not None and command != "audit":
         raise FairlineError(f"The cost panel belongs to the report of an audit; {source} holds a {command} run.")
+    if critical and command != "audit":
+        raise FairlineError(f"A critical class belongs to the report of an audit; {source} holds a {command} run.")
     if command == "audit":
-        path = write_report(source, out, costs=costs, within=within)
+        path = write_report(source, out, costs=costs, within=within, critical=critical or ())
     elif command == "frontier":
         path = write_frontier(source, out, within=within)
     elif command == "compile":

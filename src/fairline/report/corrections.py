@@ -14,7 +14,7 @@ import pandas as pd
 
 from fairline.charts import themed
 from fairline.data.grouped import OVERALL
-from fairline.report.figures import budget_order, group_order, main_variants, with_base
+from fairline.report.figures import group_order, main_variants, network_order, of_the_relus, slug, with_base
 
 #: An affine part that gives so large a share of all images to one class hardly classifies.
 ONE_CLASS = 0.8
@@ -38,10 +38,9 @@ def figures(frame: pd.DataFrame) -> dict[str, Any]:
     """
     made: dict[str, Any] = {}
     for variant in _measured_variants(frame):
-        slug = "".join(c if c.isalnum() else "_" for c in variant.lower()).strip("_")
-        made[f"corrections_by_group_{slug}"] = themed(by_group(frame, variant))
+        made[f"corrections_by_group_{slug(variant)}"] = themed(by_group(frame, variant))
         if (rows := _smallest_with_layers(frame, variant)) is not None:
-            made[f"corrections_by_layer_{slug}"] = themed(by_layer(frame, rows, variant))
+            made[f"corrections_by_layer_{slug(variant)}"] = themed(by_layer(frame, rows, variant))
     return made
 
 
@@ -58,7 +57,7 @@ def panel(frame: pd.DataFrame, predictions: pd.DataFrame) -> list[dict[str, Any]
     entries = []
     for variant in _measured_variants(frame):
         rows = with_base(frame, variant)
-        networks = [(budget, rows[rows["budget"] == budget]) for budget in budget_order(rows)]
+        networks = [(name, rows[rows["network"] == name]) for name in network_order(rows)]
         entries.append(
             {
                 "variant": variant,
@@ -75,13 +74,13 @@ def panel(frame: pd.DataFrame, predictions: pd.DataFrame) -> list[dict[str, Any]
 def by_group(frame: pd.DataFrame, variant: str) -> Any:
     """Accuracy of the affine part and of the whole network, joined by a line; a row a group, a panel a budget."""
     rows = with_base(frame, variant)
-    groups, budgets = group_order(frame), budget_order(rows)
-    labels = {budget: f"{budget} of the ReLUs" for budget in budgets}
+    groups, names_in_order = group_order(frame), network_order(rows)
+    labels = {name: of_the_relus(name) for name in names_in_order}
     table = rows[(rows["group"] != OVERALL) & rows["measure"].isin(PARTS)]
-    ends = table.pivot_table(index=["budget", "group"], columns="measure", values="value", sort=False).reset_index()
-    table = table.merge(ends, on=["budget", "group"])
+    ends = table.pivot_table(index=["network", "group"], columns="measure", values="value", sort=False).reset_index()
+    table = table.merge(ends, on=["network", "group"])
     table["part"] = table["measure"].map({measure: words for measure, (words, _, _) in PARTS.items()})
-    table["network"] = table["budget"].map(labels)
+    table["network"] = table["network"].map(labels)
     names, colours, shapes = (list(column) for column in zip(*PARTS.values(), strict=True))
     legend = alt.Legend(title=None, orient="bottom", direction="horizontal", labelLimit=300)
     y = alt.Y("group:N", sort=groups, title=None, axis=alt.Axis(labelLimit=160, grid=True))
@@ -116,7 +115,7 @@ def by_group(frame: pd.DataFrame, variant: str) -> Any:
         .facet(
             facet=alt.Facet(
                 "network:N",
-                sort=[labels[budget] for budget in budgets],
+                sort=[labels[name] for name in names_in_order],
                 title=None,
                 header=alt.Header(labelFontSize=12),
             ),
@@ -278,7 +277,7 @@ def units_text(rows: pd.DataFrame, groups: list[str]) -> str:
 
 
 def _table(networks: list[tuple[str, pd.DataFrame]], groups: list[str]) -> dict[str, Any]:
-    """Rows: groups; columns: budgets; cells: affine and whole accuracy, gain and share; and gaps between groups."""
+    """Rows: groups; columns: networks; cells: affine and whole accuracy, gain and share; and gaps between groups."""
     body = []
     for group in [*groups, OVERALL]:
         cells = []
@@ -299,7 +298,7 @@ def _table(networks: list[tuple[str, pd.DataFrame]], groups: list[str]) -> dict[
     for prefix in ("", "centred_"):
         found = [_overall(own, f"{prefix}minority_correction_share_gap") for _, own in networks]
         gaps.append(["" if math.isnan(gap[0]) else f"{gap[0]:+.0f}{_between(gap[1], gap[2], 0)}" for gap in found])
-    return {"budgets": [budget for budget, _ in networks], "rows": body, "gaps": gaps}
+    return {"networks": [of_the_relus(name) for name, _ in networks], "rows": body, "gaps": gaps}
 
 
 def _between(low: float, high: float, digits: int = 1) -> str:

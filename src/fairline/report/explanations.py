@@ -6,6 +6,7 @@ The paper's Sections 4 and 5: Figures 3, 4, 8 and 14, Theorem 4.4, Proposition 4
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
@@ -16,12 +17,18 @@ from fairline.audit.intervals import wilson_interval
 from fairline.charts import PALETTE, themed
 from fairline.data.grouped import OVERALL
 from fairline.report.figures import (
-    bars,
     budget_order,
+    dots,
     group_order,
     main_variants,
+    network_order,
+    network_scale,
+    of_the_relus,
+    order_of,
+    slug,
     with_base,
 )
+from fairline.report.verdict import Candidate, focus
 
 #: Measures drawn as bars by group: title of the axis, title of the figure.
 BARS = {
@@ -36,6 +43,15 @@ SCATTER = {
     "gradient_norm": "gradient norm",
     "margin": "softmax margin p₁ − p₂",
     "boundary_distance": "minimal L2 distance to the boundary",
+}
+
+
+#: What the paper explains losses with, in words that say which groups should lose more, and the sign for that.
+EXPECTED = {
+    "gradient_norm": ("larger gradient norm", 1),
+    "hessian_max": ("larger curvature", 1),
+    "margin": ("smaller margin", -1),
+    "boundary_distance": ("smaller distance to the boundary", -1),
 }
 
 
@@ -56,127 +72,196 @@ def figures(frame: pd.DataFrame, predictions: pd.DataFrame) -> dict[str, Any]:
     """
     made: dict[str, Any] = {}
     for variant in main_variants(frame):
-        slug = "".join(c if c.isalnum() else "_" for c in variant.lower()).strip("_")
+        drawn: dict[str, Any] = {}
         rows = with_base(frame, variant)
         for measure in BARS:
             if (rows["measure"] == measure).any():
-                made[f"{measure}_by_group_{slug}"] = themed(measure_by_group(frame, variant, measure))
+                drawn[f"{measure}_by_group"] = measure_by_group(frame, variant, measure)
         if (rows["measure"] == "parameter_distance").any():
-            made[f"parameter_distance_{slug}"] = themed(parameter_distance(frame, variant))
-        shown = [measure for measure in SCATTER if (rows["measure"] == measure).any()]
-        if shown:
-            made[f"accuracy_against_groups_{slug}"] = themed(accuracy_against(frame, variant, shown))
-        shown = [measure for measure in SCATTER if measure in predictions]
-        if shown:
-            made[f"accuracy_against_samples_{slug}"] = themed(samples_against(frame, predictions, variant, shown))
+            drawn["parameter_distance"] = parameter_distance(frame, variant)
+        if rows["measure"].str.startswith("parameter_distance/").any():
+            drawn["parameter_distance_by_layer"] = distance_by_layer(frame, variant)
+        for measure in SCATTER:
+            if (rows["measure"] == measure).any():
+                drawn[f"accuracy_against_groups_{measure}"] = accuracy_against(frame, variant, measure)
+            if measure in predictions:
+                drawn[f"accuracy_against_samples_{measure}"] = samples_against(frame, predictions, variant, measure)
+        made |= {f"{name}_{slug(variant)}": themed(chart) for name, chart in drawn.items()}
     return made
 
 
-def measure_by_group(frame: pd.DataFrame, variant: str, measure: str, size: int = 860) -> Any:
-    """Bars of one measure, a group and budget (paper, Figures 3, 4 and 14)."""
-    axis_title, title = BARS[measure]
-    chart = bars(
-        with_base(frame, variant),
-        measure,
-        axis_title,
-        alt.Axis(),
-        "group (number of training images above the bars)",
-        size,
+def told(frame: pd.DataFrame, found: Sequence[Candidate]) -> str:
+    """Whether what the paper explains losses with goes with the losses here, of the network that a page shows first.
+
+    Losses are of groups, in points; gradients, curvature and margins are the base network's, as in Theorem 4.4. The
+    rank correlation is tested by permuting the groups (Pitman 1937).
+
+    Args:
+        frame: From :func:`fairline.report.figures.prepare`.
+        found: Networks with their verdicts.
+
+    Returns:
+        A sentence; empty where nothing is known.
+    """
+    chosen = focus(found)
+    if chosen is None:
+        return ""
+    cells = chosen.verdict.cells
+    lost = -cells[cells["kind"] == "group"].set_index("group")["change"]
+    base = frame[frame["stage"] == "base"]
+    rows = base if len(base) else frame[frame["model"] == chosen.model]
+    sentences = []
+    for measure, (words, sign) in EXPECTED.items():
+        own = rows[(rows["measure"] == measure) & (rows["group"] != OVERALL)].set_index("group")["value"]
+        both = pd.concat([own, lost], axis=1, join="inner").dropna().to_numpy()
+        if len(both) >= 3 and (np.ptp(both, axis=0) > 0).all():
+            rank, p = rank_correlation(both[:, 0], both[:, 1])
+            sentences.append(_goes_with(words, sign, rank, p, len(both)))
+    return f"{chosen.name}: {'; '.join(sentences)}." if sentences else ""
+
+
+def _goes_with(words: str, sign: int, rank: float, p: float, groups: int) -> str:
+    measured = f"rank correlation {rank:+.2f} over {groups} groups, permutation p = {p:.2g}".replace("-", "−")
+    if p >= 0.05:
+        return f"whether groups with a {words} lose more cannot be told ({measured})"
+    if rank * sign > 0:
+        return f"groups with a {words} do lose more here ({measured}), which does not say that it is the cause"
+    return f"groups with a {words} lose less here, against the paper’s explanation ({measured})"
+
+
+def rank_correlation(x: Any, y: Any, most: int = 10_000) -> tuple[float, float]:
+    """Spearman's rank correlation and its probability by chance: how many permutations give one as strong.
+
+    Args:
+        x: Numbers.
+        y: As many.
+        most: Permutations; all of them where there are no more.
+
+    Returns:
+        The correlation, and p of both sides.
+
+    >>> rank_correlation([1, 2, 3, 4], [2, 4, 6, 9])
+    (1.0, 0.08333333333333333)
+    """
+    from scipy.stats import permutation_test, rankdata
+
+    ranks, other = rankdata(x), rankdata(y)
+    found = permutation_test(
+        (ranks,),
+        lambda a: float(np.corrcoef(a, other)[0, 1]),
+        permutation_type="pairings",
+        n_resamples=most,
+        vectorized=False,
+        rng=np.random.default_rng(0),
     )
-    return chart.properties(title=f"{title}: {variant}")
+    return round(float(found.statistic), 12), min(1.0, float(found.pvalue))
+
+
+def measure_by_group(frame: pd.DataFrame, variant: str, measure: str) -> Any:
+    """One measure of each group, networks side by side (paper, Figures 3, 4 and 14)."""
+    axis_title, title = BARS[measure]
+    rows = with_base(frame, variant)
+    rows = rows[(rows["measure"] == measure) & (rows["group"] != OVERALL)]
+    rows = rows.assign(who=[f"{name} ({n:,})" for name, n in zip(rows["group"], rows["n"], strict=True)])
+    chart = dots(rows, order_of(frame, rows), network_scale(rows), axis_title)
+    return chart.properties(title=alt.Title(title, subtitle=variant))
 
 
 def parameter_distance(frame: pd.DataFrame, variant: str) -> Any:
-    """‖θ̃ʳ − θ‖ against the budget, in all and in the layers that moved most (paper, Figure 8, left)."""
-    rows = frame[frame["variant"] == variant]
+    """‖θ̃ʳ − θ‖ against the budget, in all layers (paper, Figure 8, left)."""
+    rows = frame[(frame["variant"] == variant) & (frame["measure"] == "parameter_distance")]
     budgets = budget_order(rows)
-    total = rows[rows["measure"] == "parameter_distance"]
-    colour = alt.Color(
-        "budget:N",
-        sort=budgets,
-        title="ReLUs kept",
-        scale=alt.Scale(domain=budgets, range=PALETTE[: len(budgets)] if len(budgets) <= len(PALETTE) else PALETTE),
-    )
-    tooltip = [
-        alt.Tooltip("budget:N", title="ReLUs kept"),
-        alt.Tooltip("value:Q", format=".4~g", title="distance"),
-    ]
-    left = (
-        alt.Chart(total)
-        .mark_bar()
+    return (
+        alt.Chart(rows)
+        .mark_point(filled=True, size=80, opacity=1)
         .encode(
-            x=alt.X("budget:N", sort=budgets, title="ReLUs kept", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("value:Q", title="‖θ̃ − θ‖, all layers"),
-            color=colour,
-            tooltip=tooltip,
+            y=alt.Y("budget:N", sort=budgets, title="ReLUs kept", axis=alt.Axis(grid=False)),
+            x=alt.X("value:Q", title="‖θ̃ − θ‖, all layers", scale=alt.Scale(zero=True)),
+            color=alt.Color("network:N", scale=network_scale(rows), legend=None),
+            tooltip=[
+                alt.Tooltip("budget:N", title="ReLUs kept"),
+                alt.Tooltip("value:Q", format=".4~g", title="distance"),
+            ],
         )
-        .properties(width=max(120, 60 * len(budgets)), height=260)
+        .properties(
+            width="container",
+            height=max(80, 28 * len(budgets)),
+            title=alt.Title("How far the weights moved", subtitle=variant),
+        )
     )
-    layers = rows[rows["measure"].str.startswith("parameter_distance/")].copy()
-    if layers.empty:
-        return left.properties(title=f"How far the weights moved: {variant}")
-    layers["layer"] = layers["measure"].str.partition("/")[2]
-    largest = layers.groupby("layer", sort=False)["value"].max().nlargest(12).index
-    # In the order of the network.
-    names = [str(name) for name in layers["layer"].unique() if name in set(largest)]
-    right = (
-        alt.Chart(layers[layers["layer"].isin(names)])
+
+
+def distance_by_layer(frame: pd.DataFrame, variant: str) -> Any:
+    """The same in the layers that moved most, in the order of the network."""
+    rows = frame[(frame["variant"] == variant) & frame["measure"].str.startswith("parameter_distance/")].copy()
+    rows["layer"] = rows["measure"].str.partition("/")[2]
+    largest = rows.groupby("layer", sort=False)["value"].max().nlargest(12).index
+    names = [str(name) for name in rows["layer"].unique() if name in set(largest)]
+    legend = alt.Legend(orient="bottom", columns=3)
+    colour = alt.Color("network:N", sort=budget_order(rows), title=None, scale=network_scale(rows), legend=legend)
+    return (
+        alt.Chart(rows[rows["layer"].isin(names)])
         .mark_point(filled=True, size=70, opacity=0.9)
         .encode(
-            y=alt.Y("layer:N", sort=names, title=None, axis=alt.Axis(grid=True, labelLimit=220)),
+            y=alt.Y("layer:N", sort=names, title=None, axis=alt.Axis(grid=True, labelLimit=160)),
             x=alt.X("value:Q", title="‖θ̃ − θ‖ of the layer"),
             color=colour,
-            tooltip=[alt.Tooltip("layer:N"), *tooltip],
+            tooltip=[
+                alt.Tooltip("layer:N"),
+                alt.Tooltip("budget:N", title="ReLUs kept"),
+                alt.Tooltip("value:Q", format=".4~g", title="distance"),
+            ],
         )
-        .properties(width=380, height=260)
-    )
-    return alt.hconcat(left, right, spacing=36).properties(
-        title=f"How far the weights moved, in all and in the {len(names)} layers that moved most: {variant}"
+        .properties(
+            width="container",
+            height=max(80, 22 * len(names)),
+            title=alt.Title(f"The {len(names)} layers that moved most", subtitle=variant),
+        )
     )
 
 
-def accuracy_against(frame: pd.DataFrame, variant: str, measures: list[str]) -> Any:
+def accuracy_against(frame: pd.DataFrame, variant: str, measure: str) -> Any:
     """Each group's accuracy against what explains it, at the smallest budget (paper, Figure 8, middle and right)."""
     rows, label = _smallest(frame, variant)
-    table = rows[rows["group"] != OVERALL].pivot_table(
+    table = rows[(rows["group"] != OVERALL) & (rows["class"] == "")].pivot_table(
         index="group", columns="measure", values=["value", "low", "high", "train_n"], sort=False
     )
     groups = group_order(frame)
-    panels = []
-    for measure in measures:
-        data = pd.DataFrame(
-            {
-                "group": table.index,
-                "accuracy": table["value"]["accuracy"].to_numpy(),
-                "low": table["low"]["accuracy"].to_numpy(),
-                "high": table["high"]["accuracy"].to_numpy(),
-                "x": table["value"][measure].to_numpy(),
-                "train_n": table["train_n"]["accuracy"].to_numpy(),
-            }
-        )
-        x = alt.X("x:Q", title=_unit(measure), scale=alt.Scale(zero=False, padding=18, nice=True))
-        base = alt.Chart(data)
-        colour = alt.Color(
-            "group:N", sort=groups, scale=_group_scale(groups), legend=alt.Legend(title=None, orient="bottom")
-        )
-        y = alt.Y("accuracy:Q", axis=alt.Axis(format="%"), title="accuracy")
-        tooltip = [
-            alt.Tooltip("group:N"),
-            alt.Tooltip("x:Q", format=".4~g", title=SCATTER[measure]),
-            alt.Tooltip("accuracy:Q", format=".1%"),
-            alt.Tooltip("train_n:Q", title="training images"),
-        ]
-        whisker = base.mark_rule().encode(x=x, y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=colour)
-        point = base.mark_point(filled=True, size=90, opacity=1).encode(x=x, y=y, color=colour, tooltip=tooltip)
-        panels.append(
-            alt.layer(whisker, point).properties(
-                width=222, height=220, title=correlation_text(rows, measure, "groups") or SCATTER[measure]
-            )
-        )
-    return alt.hconcat(*panels, spacing=28).properties(title=f"Groups at {label} of the ReLUs: {variant}")
+    data = pd.DataFrame(
+        {
+            "group": table.index,
+            "accuracy": table["value"]["accuracy"].to_numpy(),
+            "low": table["low"]["accuracy"].to_numpy(),
+            "high": table["high"]["accuracy"].to_numpy(),
+            "x": table["value"][measure].to_numpy(),
+            "train_n": table["train_n"]["accuracy"].to_numpy(),
+        }
+    )
+    x = alt.X(
+        "x:Q", title=_unit(measure), scale=alt.Scale(zero=False, padding=18, nice=True), axis=alt.Axis(tickCount=5)
+    )
+    base = alt.Chart(data)
+    colour = alt.Color("group:N", sort=groups, scale=_group_scale(groups), legend=_below())
+    y = alt.Y("accuracy:Q", axis=alt.Axis(format="%"), title="accuracy")
+    tooltip = [
+        alt.Tooltip("group:N"),
+        alt.Tooltip("x:Q", format=".4~g", title=SCATTER[measure]),
+        alt.Tooltip("accuracy:Q", format=".1%"),
+        alt.Tooltip("train_n:Q", title="training images"),
+    ]
+    whisker = base.mark_rule().encode(x=x, y=alt.Y("low:Q", title="accuracy"), y2="high:Q", color=colour)
+    point = base.mark_point(filled=True, size=90, opacity=1).encode(x=x, y=y, color=colour, tooltip=tooltip)
+    title = [f"Groups at {label}: {SCATTER[measure]}", correlation_text(rows, measure, "groups")]
+    return alt.layer(whisker, point).properties(
+        width="container", height=220, title=alt.Title([line for line in title if line], subtitle=variant)
+    )
 
 
-def samples_against(frame: pd.DataFrame, predictions: pd.DataFrame, variant: str, measures: list[str]) -> Any:
+def _below() -> alt.Legend:
+    return alt.Legend(title=None, orient="bottom", columns=3, labelLimit=120)
+
+
+def samples_against(frame: pd.DataFrame, predictions: pd.DataFrame, variant: str, measure: str) -> Any:
     """Draw the share of right samples against what explains it: ten bins of equal size of all, five of each group.
 
     A sample is right or wrong, so points of single samples would lie on two lines; a bin's share is what
@@ -186,7 +271,7 @@ def samples_against(frame: pd.DataFrame, predictions: pd.DataFrame, variant: str
         frame: From :func:`fairline.report.figures.prepare`.
         predictions: Rows of ``predictions.parquet``.
         variant: Which networks; those with the fewest ReLUs are drawn.
-        measures: Columns of ``predictions``, a panel each.
+        measure: A column of ``predictions``.
 
     Returns:
         An Altair chart.
@@ -194,40 +279,32 @@ def samples_against(frame: pd.DataFrame, predictions: pd.DataFrame, variant: str
     rows, label = _smallest(frame, variant)
     own = predictions[predictions["model"] == rows["model"].iloc[0]]
     groups = group_order(frame)
-    panels = []
-    for measure in measures:
-        values = own[np.isfinite(own[measure])]
-        together = equal_bins(values, measure, 10)
-        apart = pd.concat(
-            equal_bins(part, measure, min(5, len(part))).assign(group=group)
-            for group, part in values.groupby("group", sort=False)
-        )
-        x = alt.X("x:Q", title=_unit(measure), scale=_positive(together["x"]), axis=_sparse(together["x"]))
-        y = alt.Y("accuracy:Q", axis=alt.Axis(format="%"), title="share right", scale=alt.Scale(domain=[0, 1]))
-        tooltip = [
-            alt.Tooltip("x:Q", format=".4~g", title=SCATTER[measure]),
-            alt.Tooltip("accuracy:Q", format=".1%", title="share right"),
-            alt.Tooltip("n:Q", title="samples"),
-        ]
-        colour = alt.Color(
-            "group:N", sort=groups, scale=_group_scale(groups), legend=alt.Legend(title=None, orient="bottom")
-        )
-        base = alt.Chart(together)
-        cloud = (
-            alt.Chart(apart)
-            .mark_point(filled=True, size=34, opacity=0.75, clip=True)
-            .encode(x=x, y=y, color=colour, tooltip=["group:N", *tooltip])
-        )
-        line = base.mark_line(color="#444").encode(x=x, y=y)
-        whisker = base.mark_rule(color="#444").encode(x=x, y=alt.Y("low:Q", title="share right"), y2="high:Q")
-        point = base.mark_point(filled=True, size=50, opacity=1, color="#000").encode(x=x, y=y, tooltip=tooltip)
-        panels.append(
-            alt.layer(line, whisker, point, cloud).properties(
-                width=222, height=220, title=correlation_text(rows, measure, "samples") or SCATTER[measure]
-            )
-        )
-    return alt.hconcat(*panels, spacing=28).properties(
-        title=f"Samples at {label} of the ReLUs, in bins of equal size (black: all; coloured: a group): {variant}"
+    values = own[np.isfinite(own[measure])]
+    together = equal_bins(values, measure, 10)
+    apart = pd.concat(
+        equal_bins(part, measure, min(5, len(part))).assign(group=group)
+        for group, part in values.groupby("group", sort=False)
+    )
+    x = alt.X("x:Q", title=_unit(measure), scale=_positive(together["x"]), axis=_sparse(together["x"]))
+    y = alt.Y("accuracy:Q", axis=alt.Axis(format="%"), title="share right", scale=alt.Scale(domain=[0, 1]))
+    tooltip = [
+        alt.Tooltip("x:Q", format=".4~g", title=SCATTER[measure]),
+        alt.Tooltip("accuracy:Q", format=".1%", title="share right"),
+        alt.Tooltip("n:Q", title="samples"),
+    ]
+    colour = alt.Color("group:N", sort=groups, scale=_group_scale(groups), legend=_below())
+    base = alt.Chart(together)
+    cloud = (
+        alt.Chart(apart)
+        .mark_point(filled=True, size=34, opacity=0.75, clip=True)
+        .encode(x=x, y=y, color=colour, tooltip=["group:N", *tooltip])
+    )
+    line = base.mark_line(color="#444").encode(x=x, y=y)
+    whisker = base.mark_rule(color="#444").encode(x=x, y=alt.Y("low:Q", title="share right"), y2="high:Q")
+    point = base.mark_point(filled=True, size=50, opacity=1, color="#000").encode(x=x, y=y, tooltip=tooltip)
+    title = [f"Samples at {label}: {SCATTER[measure]}", correlation_text(rows, measure, "samples")]
+    return alt.layer(line, whisker, point, cloud).properties(
+        width="container", height=220, title=alt.Title([each for each in title if each], subtitle=variant)
     )
 
 
@@ -362,13 +439,12 @@ def balance_table(frame: pd.DataFrame) -> dict[str, Any]:
         return {}
     # Of several variants the one that the figures show first.
     rows = with_base(rows, main_variants(frame)[0])
-    networks = rows[["variant", "budget"]].drop_duplicates().itertuples(index=False)
     columns: list[str] = []
     residuals: list[str] = []
     cells: dict[str, list[str]] = {group: [] for group in group_order(frame)}
-    for network in networks:
-        here = rows[(rows["variant"] == network.variant) & (rows["budget"] == network.budget)]
-        columns.append("base network" if (here["stage"] == "base").all() else f"{network.budget} of ReLUs")
+    for name in network_order(rows):
+        here = rows[rows["network"] == name]
+        columns.append(of_the_relus(name))
         table = here.pivot_table(index="group", columns="measure", values="value", sort=False)
         for group, row in cells.items():
             row.append(f"{table.loc[group, 'gradient_norm']:.3g} ({table.loc[group, 'gradient_share']:.0%})")

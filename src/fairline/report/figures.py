@@ -1,18 +1,26 @@
-"""The figures of accuracy by group and budget (paper, Figures 1, 5 and 6), one function each.
+"""The figures of accuracy by group and budget (paper, Figures 1, 5 and 6), and names and orders for all figures.
 
 Each takes audit rows (see :func:`prepare`) and returns an Altair chart.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import altair as alt
 import pandas as pd
 
-from fairline.charts import themed
+from fairline.charts import BASE, CONTROL, INK, PALETTE, RAMP, SHIPPED, themed
 from fairline.data.grouped import OVERALL
+from fairline.report.verdict import Candidate, control_of, focus
+
+#: What the base network is called where networks stand side by side.
+BASE_NAME = "base network"
+
+#: What all images together are called.
+EVERYONE = "all images"
 
 
 def prepare(audit: pd.DataFrame, counts: pd.DataFrame) -> pd.DataFrame:
@@ -24,9 +32,11 @@ def prepare(audit: pd.DataFrame, counts: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         The rows with ``percent`` (ReLUs kept), ``budget`` (the same, as a label), ``variant`` (method and finetune,
-        in words) and ``train_n`` (training images of the group).
+        in words; two networks with as many ReLUs never have the same), ``network`` (:data:`BASE_NAME` or the budget)
+        and ``train_n`` (training images of the group). Rows of an earlier version get the columns that they lack.
     """
     frame = audit.copy()
+    frame["class"] = frame["class"].fillna("") if "class" in frame else ""
     frame["percent"] = 100 * frame["relus"] / frame["total_relus"]
     labels = budget_labels(frame["percent"].unique())
     frame["budget"] = frame["percent"].map(labels)
@@ -41,7 +51,17 @@ def prepare(audit: pd.DataFrame, counts: pd.DataFrame) -> pd.DataFrame:
             index=False, name=None
         )
     ]
+    frame["variant"] = _told_apart(frame)
+    frame["network"] = frame["budget"].where(frame["stage"] != "base", BASE_NAME)
     return frame
+
+
+def _told_apart(frame: pd.DataFrame) -> pd.Series[str]:
+    """Variants, with the run's name where it takes that to tell networks apart."""
+    models = frame[["model", "variant", "relus"]].drop_duplicates("model")
+    alike = set(models.loc[models.duplicated(["variant", "relus"], keep=False), "variant"])
+    runs = frame["model"].astype(str).str.rpartition("/")[0].where(lambda run: run != "", frame["model"])
+    return frame["variant"].where(~frame["variant"].isin(alike), frame["variant"] + " · " + runs)
 
 
 def budget_labels(percents: Iterable[float]) -> dict[float, str]:
@@ -93,16 +113,53 @@ def variant_label(
 
 
 def with_base(frame: pd.DataFrame, variant: str) -> pd.DataFrame:
-    """Rows of one variant and of the base network, unless the variant keeps all ReLUs itself."""
-    own = frame[frame["variant"] == variant]
-    base = frame[frame["stage"] == "base"]
-    return own if (own["percent"] == 100).any() else pd.concat([base, own])
+    """Rows of the base network and of one variant."""
+    return pd.concat(
+        [frame[frame["stage"] == "base"], frame[(frame["variant"] == variant) & (frame["stage"] != "base")]]
+    )
+
+
+def beside(frame: pd.DataFrame, variant: str) -> pd.DataFrame:
+    """Rows of the base network, of one variant, and of its control where that is another variant's."""
+    rows = with_base(frame, variant)
+    own = rows[rows["stage"] != "base"]
+    if own.empty or (own["relus"] == own["total_relus"]).any():
+        return rows
+    about = frame[frame["stage"] != "base"].drop_duplicates("model").set_index("model")
+    control = control_of(own.iloc[0], about)
+    return rows if control is None else pd.concat([rows, frame[frame["model"] == control]])
 
 
 def group_order(frame: pd.DataFrame) -> list[str]:
-    """Groups from the majority to the smallest minority of the training images."""
+    """Groups in their natural order where they have one, else from the majority to the smallest of the training images.
+
+    Returns:
+        Their names.
+    """
     sizes = frame[frame["group"] != OVERALL].groupby("group", sort=False)["train_n"].max()
-    return [str(name) for name in sizes.sort_values(ascending=False, kind="stable").index]
+    names = [str(name) for name in sizes.sort_values(ascending=False, kind="stable").index]
+    return natural_order(names) or names
+
+
+def natural_order(names: Sequence[str]) -> list[str]:
+    """Sort names that are numbers or ranges of such; anything else has no order of its own.
+
+    >>> natural_order(["30-39", "over 60", "under 20", "20-29"])
+    ['under 20', '20-29', '30-39', 'over 60']
+    >>> natural_order(["old", "young"])
+    []
+
+    Returns:
+        The names in order; empty if one has no number, or two the same.
+    """
+    keys = {}
+    for name in names:
+        number = re.search(r"\d+(?:\.\d+)?", name)
+        if number is None:
+            return []
+        before = name[: number.start()].strip().lower()
+        keys[name] = (float(number[0]), before not in ("<", "≤", "<=", "under", "below", "up to"))
+    return sorted(names, key=keys.__getitem__) if len(set(keys.values())) == len(names) else []
 
 
 def _shades(frame: pd.DataFrame) -> alt.Scale:
@@ -120,6 +177,22 @@ def budget_order(frame: pd.DataFrame) -> list[str]:
     """Budget labels, most ReLUs first."""
     table = frame[["percent", "budget"]].drop_duplicates().sort_values("percent", ascending=False)
     return list(dict.fromkeys(table["budget"]))
+
+
+def network_order(frame: pd.DataFrame) -> list[str]:
+    """Names of networks side by side: the base network, then by ReLUs kept, most first."""
+    names = budget_order(frame[frame["network"] != BASE_NAME])
+    return [BASE_NAME, *names] if (frame["network"] == BASE_NAME).any() else names
+
+
+def of_the_relus(network: str) -> str:
+    """What a network among others is called in full."""
+    return network if network == BASE_NAME else f"{network} of the ReLUs"
+
+
+def slug(variant: str) -> str:
+    """A variant as a part of a file's name."""
+    return "".join(c if c.isalnum() else "_" for c in variant.lower()).strip("_")
 
 
 def group_axis(groups: Sequence[str], room: float, limit: float) -> alt.Axis:
@@ -178,32 +251,168 @@ def bars(frame: pd.DataFrame, measure: str, title: str, axis: alt.Axis, referenc
     return alt.layer(boxes, whiskers, sizes).properties(width=total, height=260)
 
 
-def accuracy_by_group(frame: pd.DataFrame, variant: str, size: int = 860) -> Any:
-    """Accuracy of each group at each budget, 95 % intervals, group sizes above (paper, Figure 1)."""
-    axis = alt.Axis(format="%")
-    chart = bars(
-        with_base(frame, variant),
-        "accuracy",
-        "accuracy",
-        axis,
-        "group (number of training images above the bars)",
-        size,
-    )
-    return chart.properties(title=f"Accuracy by group: {variant}")
+def network_scale(rows: pd.DataFrame, shipped: str | None = None) -> alt.Scale:
+    """One colour a network: the base network grey, the control orange, dark the one that one would ship.
+
+    Args:
+        rows: With ``network`` and ``percent``.
+        shipped: The label of the last; the one with the fewest ReLUs by default.
+
+    Returns:
+        The scale.
+    """
+    labels = network_order(rows)
+    whole = set(rows.loc[(rows["percent"] == 100) & (rows["network"] != BASE_NAME), "network"])
+    others = [label for label in labels if label != BASE_NAME and label not in whole]
+    dark = shipped if shipped in labels else (others[-1] if others else None)
+    # The shades nearest to the dark one are for those with as few ReLUs.
+    light = [label for label in others if label != dark]
+    shades = {label: RAMP[min(i, len(RAMP) - 1)] for i, label in enumerate(reversed(light))}
+    colours = shades | dict.fromkeys(whole, CONTROL) | {BASE_NAME: BASE} | ({} if dark is None else {dark: SHIPPED})
+    return alt.Scale(domain=labels, range=[colours[label] for label in labels])
 
 
-def drop_by_group(frame: pd.DataFrame, variant: str, size: int = 860) -> Any:
-    """Relative accuracy drop of each group at each budget, 95 % paired intervals (paper, Figure 6)."""
-    own = frame[frame["variant"] == variant]
-    chart = bars(
-        own,
-        "relative_drop",
-        "relative accuracy drop, %",
-        alt.Axis(),
-        "group (number of training images above the bars)",
-        size,
+def span(rows: pd.DataFrame, least: float, *, whole: tuple[float, float], keep: Sequence[float] = ()) -> list[float]:
+    """An axis that all figures of a measure share, so that they can be compared.
+
+    Args:
+        rows: With ``value``, ``low`` and ``high``.
+        least: How long it is at least: small differences shall look small.
+        whole: What values there can be.
+        keep: Values that it holds in any case.
+
+    Returns:
+        Both ends.
+    """
+    ends = pd.concat([rows["value"], rows["low"], rows["high"], pd.Series(list(keep), dtype=float)]).dropna()
+    low, high = float(ends.min()), float(ends.max())
+    more = max(0.0, least - (high - low)) / 2 + 0.02 * max(high - low, least)
+    low, high = low - more, high + more
+    # What does not fit at one end is put to the other.
+    low, high = low - max(0.0, high - whole[1]), high + max(0.0, whole[0] - low)
+    return [max(low, whole[0]), min(high, whole[1])]
+
+
+def dots(
+    rows: pd.DataFrame,
+    order: Sequence[str],
+    scale: alt.Scale,
+    title: str,
+    *,
+    domain: Sequence[float] | None = None,
+    form: str = "",
+    marks: Sequence[float] = (),
+) -> Any:
+    """Points with intervals, who it is of along the vertical axis, networks side by side within.
+
+    Args:
+        rows: With ``who``, ``network``, ``value``, ``low``, ``high`` and ``n``.
+        order: Of who.
+        scale: From :func:`network_scale`.
+        title: Of the horizontal axis.
+        domain: Ends of that axis.
+        form: How its numbers are written.
+        marks: Values with a line: the first a whole one, the others dashed.
+
+    Returns:
+        A chart as wide as what it stands in.
+    """
+    # All that have a colour, so that rows of figures side by side are at one height.
+    networks = list(scale.domain)
+    ends = alt.Scale(zero=False, nice=True) if domain is None else alt.Scale(domain=list(domain), nice=False)
+    axis = alt.Axis(format=form, tickCount=5, grid=True) if form else alt.Axis(tickCount=5, grid=True)
+    y = alt.Y("who:N", sort=list(order), title=None, axis=alt.Axis(labelLimit=150, grid=False, ticks=False))
+    offset = alt.YOffset("network:N", sort=networks, scale=alt.Scale(domain=networks))
+    colour = alt.Color(
+        "network:N",
+        sort=networks,
+        scale=scale,
+        title=None,
+        legend=alt.Legend(orient="bottom", columns=3, symbolOpacity=1),
     )
-    return chart.properties(title=f"Relative accuracy drop by group: {variant}")
+    number = form or ".3~f"
+    tooltip = [
+        alt.Tooltip("who:N", title="who"),
+        alt.Tooltip("network:N", title="ReLUs kept"),
+        alt.Tooltip("value:Q", format=number, title=title),
+        alt.Tooltip("low:Q", format=number, title="95 % from"),
+        alt.Tooltip("high:Q", format=number, title="to"),
+        alt.Tooltip("n:Q", format=",", title="images"),
+    ]
+    base = alt.Chart(rows)
+    x = alt.X("value:Q", title=title, scale=ends, axis=axis)
+    layers = [
+        alt.Chart(pd.DataFrame({"x": [mark]}))
+        .mark_rule(color=INK, strokeWidth=1, opacity=0.6, strokeDash=[4, 3] if i else [1, 0])
+        .encode(x=alt.X("x:Q", title=title, scale=ends))
+        for i, mark in enumerate(marks)
+    ]
+    whisker = base.mark_rule(strokeWidth=1.6).encode(
+        y=y, yOffset=offset, x=alt.X("low:Q", title=title, scale=ends, axis=axis), x2="high:Q", color=colour
+    )
+    point = base.mark_point(filled=True, size=55, opacity=1).encode(
+        y=y, yOffset=offset, x=x, color=colour, tooltip=tooltip
+    )
+    # Room between two of them, for the eye to tell them apart.
+    height = len(order) * max(22, 11 * len(networks) + 8)
+    return alt.layer(*layers, whisker, point).properties(width="container", height=height)
+
+
+def _who(groups: pd.Series[str], n: dict[str, int]) -> pd.Series[str]:
+    """Groups as the axes call them, with the images that they were measured on."""
+    return groups.map(lambda name: f"{EVERYONE if name == OVERALL else name} ({n[name]:,})")
+
+
+def accuracies(frame: pd.DataFrame, variant: str) -> pd.DataFrame:
+    """Accuracy of each group, a row a network, for :func:`dots`; of the base network and the control too."""
+    rows = beside(frame, variant)
+    rows = rows[rows["measure"] == "accuracy"]
+    return rows.assign(who=_who(rows["group"], rows.groupby("group")["n"].max().to_dict()))
+
+
+def recalls(frame: pd.DataFrame, variant: str) -> pd.DataFrame:
+    """Recall of each class, likewise; empty where classes are the groups or an older audit did not measure it."""
+    rows = beside(frame, variant)
+    rows = rows[(rows["measure"] == "recall") & (rows["group"] == OVERALL)]
+    return rows.assign(who=[f"{name} ({n:,})" for name, n in zip(rows["class"], rows["n"], strict=True)])
+
+
+def changes(found: Sequence[Candidate], kind: str) -> pd.DataFrame:
+    """Changes against the base network, a row a network and set of images, for :func:`dots`.
+
+    Args:
+        found: Networks of one variant, and their control.
+        kind: ``group`` (all images among them) or ``class``.
+
+    Returns:
+        The rows.
+    """
+    tables = []
+    for each in found:
+        cells = each.verdict.cells
+        rows = cells[cells["kind"].isin(["overall", "group"] if kind == "group" else [kind])]
+        names = rows["group"].replace(OVERALL, EVERYONE) if kind == "group" else rows["class"]
+        tables.append(
+            rows.assign(
+                network=each.budget,
+                budget=each.budget,
+                percent=each.percent,
+                value=rows["change"],
+                who=[f"{name} ({int(n):,})" for name, n in zip(names, rows["n"], strict=True)],
+            )
+        )
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["who", "network", "value"])
+
+
+def order_of(frame: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
+    """Order of who is on an axis: all images, then the groups in their order, or classes in theirs."""
+    present = list(dict.fromkeys(rows["who"]))
+    plain = {who: who.rpartition(" (")[0] for who in present}
+    if "class" in rows and (rows["class"] != "").all() and (rows["group"] == OVERALL).all():
+        named = natural_order(list(plain.values())) or sorted(plain.values())
+    else:
+        named = [EVERYONE, *group_order(frame)]
+    return sorted(present, key=lambda who: named.index(plain[who]))
 
 
 def accuracy_by_budget(frame: pd.DataFrame, variant: str) -> Any:
@@ -211,56 +420,119 @@ def accuracy_by_budget(frame: pd.DataFrame, variant: str) -> Any:
     rows = with_base(frame, variant)
     accuracy = rows[rows["measure"] == "accuracy"]
     groups = accuracy[accuracy["group"] != OVERALL]
-    lines: list[pd.DataFrame] = [accuracy[accuracy["group"] == OVERALL].assign(line="all images")]
+    lines: list[pd.DataFrame] = [accuracy[accuracy["group"] == OVERALL].assign(line=EVERYONE)]
     for label, pick in (("best group", "idxmax"), ("worst group", "idxmin")):
-        chosen = groups.loc[getattr(groups.groupby("percent")["value"], pick)()]
+        chosen = groups.loc[getattr(groups.groupby("network")["value"], pick)()]
         lines.append(chosen.assign(line=label))
     table = pd.concat(lines)
-    domain = ["all images", "best group", "worst group"]
-    smallest = table.loc[table["percent"] > 0, "percent"].min()
+    domain = [EVERYONE, "best group", "worst group"]
     # A network without ReLUs has no place on a logarithmic axis.
     table = table[table["percent"] > 0].copy()
     table["kept"] = [float(label.split()[0]) for label in table["budget"]]
+    # The base network stands beside the control as hollow points.
+    controlled = bool((table.loc[table["network"] != BASE_NAME, "percent"] == 100).any())
+    base = table["network"] == BASE_NAME
     values = sorted(table["kept"].unique())
     x = alt.X(
         "kept:Q",
-        scale=alt.Scale(type="log", domain=[smallest / 1.25, 125]),
+        scale=alt.Scale(type="log", domain=[table["percent"].min() / 1.25, 125]),
         axis=alt.Axis(values=values, labelExpr="datum.value + ' %'", labelOverlap="parity"),
         title="ReLUs kept (logarithmic)",
     )
-    colour = alt.Color("line:N", scale=alt.Scale(domain=domain, range=["#000000", "#0072B2", "#D55E00"]), title=None)
+    colour = alt.Color(
+        "line:N",
+        scale=alt.Scale(domain=domain, range=[INK, PALETTE[0], PALETTE[1]]),
+        title=None,
+        legend=alt.Legend(orient="bottom", columns=3),
+    )
     tooltip = [
         alt.Tooltip("line:N", title="line"),
         alt.Tooltip("group:N"),
-        alt.Tooltip("budget:N", title="ReLUs kept"),
+        alt.Tooltip("network:N", title="ReLUs kept"),
         alt.Tooltip("value:Q", format=".1%", title="accuracy"),
         alt.Tooltip("low:Q", format=".1%", title="95 % from"),
         alt.Tooltip("high:Q", format=".1%", title="to"),
     ]
-    base = alt.Chart(table)
-    line = base.mark_line().encode(x=x, y=alt.Y("value:Q"), color=colour)
-    whisker = base.mark_rule(strokeWidth=1.4).encode(x=x, y="low:Q", y2="high:Q", color=colour)
-    point = base.mark_point(filled=True, size=55, opacity=1).encode(
-        x=x,
-        y=alt.Y("value:Q", title="accuracy", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False)),
-        color=colour,
-        tooltip=tooltip,
-    )
-    return alt.layer(line, whisker, point).properties(
-        width=520, height=260, title=f"Accuracy against ReLU budget: {variant}"
+    accuracies = table.loc[:, ["low", "high", "value"]]
+    ends = alt.Scale(domain=span(accuracies, 0.2, whole=(0, 1)), nice=False)
+    y = alt.Y("value:Q", title="accuracy", axis=alt.Axis(format=".0%"), scale=ends)
+    drawn = alt.Chart(table[~base] if controlled else table)
+    layers = [
+        drawn.mark_line().encode(x=x, y=y, color=colour),
+        drawn.mark_rule(strokeWidth=1.4).encode(x=x, y=alt.Y("low:Q", scale=ends), y2="high:Q", color=colour),
+        drawn.mark_point(filled=True, size=55, opacity=1).encode(x=x, y=y, color=colour, tooltip=tooltip),
+    ]
+    if controlled:
+        hollow = alt.Chart(table[base]).mark_point(filled=False, size=70, opacity=1, strokeWidth=1.6)
+        layers.append(hollow.encode(x=x, y=y, color=colour, tooltip=tooltip))
+    return alt.layer(*layers).properties(
+        width="container", height=240, title=alt.Title("Accuracy against ReLU budget", subtitle=variant)
     )
 
 
-def figures(frame: pd.DataFrame) -> dict[str, Any]:
-    """All figures that the rows allow, by file name."""
+def figures(frame: pd.DataFrame, found: Sequence[Candidate] = (), within: float = 5.0) -> dict[str, Any]:
+    """All figures that the rows allow, by file name.
+
+    Args:
+        frame: From :func:`prepare`.
+        found: The networks with their verdicts, from :func:`fairline.report.verdict.candidates`.
+        within: Tolerated loss in points, a dashed line.
+
+    Returns:
+        Altair charts.
+    """
     made: dict[str, Any] = {}
-    for variant in main_variants(frame):
-        slug = "".join(c if c.isalnum() else "_" for c in variant.lower()).strip("_")
-        made[f"accuracy_by_group_{slug}"] = themed(accuracy_by_group(frame, variant))
-        if (frame.loc[frame["variant"] == variant, "measure"] == "relative_drop").any():
-            made[f"drop_by_group_{slug}"] = themed(drop_by_group(frame, variant))
-        if with_base(frame, variant)["percent"].nunique() > 1:
-            made[f"accuracy_by_budget_{slug}"] = themed(accuracy_by_budget(frame, variant))
+    shown = main_variants(frame)
+    measured = pd.concat([accuracies(frame, variant) for variant in shown])
+    shared = {"accuracy": span(measured, 0.2, whole=(0, 1))}
+    moved = [changes(found, kind) for kind in ("group", "class")]
+    if any(len(rows) for rows in moved):
+        shared["change"] = span(pd.concat(moved), 10, whole=(-100, 100), keep=(0, -within))
+    for variant in shown:
+        made |= _of_variant(frame, variant, with_control(found, variant), shared, within)
+        if with_base(frame, variant)["network"].nunique() > 1:
+            made[f"accuracy_by_budget_{slug(variant)}"] = themed(accuracy_by_budget(frame, variant))
+    return made
+
+
+def with_control(found: Sequence[Candidate], variant: str) -> list[Candidate]:
+    """The networks of a variant, and their control where that is another variant's."""
+    own = [each for each in found if each.variant == variant]
+    names = {each.control.name for each in own if each.control is not None}
+    return [each for each in found if each in own or each.name in names]
+
+
+def _of_variant(
+    frame: pd.DataFrame, variant: str, found: Sequence[Candidate], shared: dict[str, list[float]], within: float
+) -> dict[str, Any]:
+    """Accuracy and change of each group, and recall and change of each class, side by side."""
+    made: dict[str, Any] = {}
+    chosen = focus([each for each in found if each.variant == variant])
+    scale = network_scale(beside(frame, variant), None if chosen is None else chosen.budget)
+    against = "change, points"
+    for kind, of, rows in (
+        ("group", "accuracy", accuracies(frame, variant)),
+        ("class", "recall", recalls(frame, variant)),
+    ):
+        moved = changes(found, kind)
+        if kind == "class" and moved.empty and found:
+            # Classes are the groups.
+            continue
+        if len(rows):
+            chart = dots(
+                rows,
+                order_of(frame, rows),
+                scale,
+                of,
+                domain=shared["accuracy"] if kind == "group" else None,
+                form=".0%",
+            )
+            title = alt.Title(f"{of.capitalize()} by {kind}", subtitle=variant)
+            made[f"{of}_by_{kind}_{slug(variant)}"] = themed(chart.properties(title=title))
+        if len(moved):
+            chart = dots(moved, order_of(frame, moved), scale, against, domain=shared["change"], marks=(0, -within))
+            title = alt.Title(f"What each {kind} gains or loses", subtitle=variant)
+            made[f"change_by_{kind}_{slug(variant)}"] = themed(chart.properties(title=title))
     return made
 
 

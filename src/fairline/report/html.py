@@ -1,19 +1,21 @@
-"""The fairness report: one HTML file that opens offline and says who paid."""
+"""The fairness report: one HTML file that opens offline and says what may ship and who pays."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from fairline.audit.verdict import CANNOT_TELL, MAY, MAY_NOT
 from fairline.charts import save_charts
 from fairline.data.grouped import OVERALL, TOO_SMALL
 from fairline.report import corrections, explanations, figures
 from fairline.report import costs as cost_panel
 from fairline.report.page import by_groups, settings, write_page
+from fairline.report.verdict import Candidate, answer_told, candidates, cautions, focus, limits_told, named, signed
 from fairline.runs import Run
 
 #: Below this, about ±10 points.
@@ -23,8 +25,17 @@ SMALL = 100
 RARELY = 10
 
 
+#: Networks of the table of all that are not folded.
+FIRST = 6
+
+
 def write_report(
-    audit: str | Path, out: str | Path | None = None, *, costs: str | Path | None = None, within: float = 5.0
+    audit: str | Path,
+    out: str | Path | None = None,
+    *,
+    costs: str | Path | None = None,
+    within: float = 5.0,
+    critical: Sequence[str] = (),
 ) -> Path:
     """Write the report of an audit run.
 
@@ -32,19 +43,24 @@ def write_report(
         audit: Folder of a finished audit run.
         out: The HTML file; ``report.html`` in that folder by default.
         costs: Folder of a frontier run of this audit, for the cost panel.
-        within: Drop in percent that any group may suffer, for the cost panel.
+        within: Percentage points that any group or class may lose.
+        critical: Classes whose recall may not fall.
 
     Returns:
         The file.
 
     Raises:
-        FairlineError: The folder holds no finished audit, or the costs are of another one.
+        FairlineError: The folder holds no finished audit, the costs are of another one, the tolerance is none or there
+            is no such class.
     """
     run = Run.read(audit, "audit")
-    counts = run.table("counts.parquet")
-    frame = figures.prepare(run.table("audit.parquet"), counts)
-    charts = figures.figures(frame)
-    why = explanations.figures(frame, run.table("predictions.parquet")) if explanations.explains(frame) else {}
+    frame, found = judged(run, within, critical, costs)
+    predictions = run.table("predictions.parquet")
+    chosen = focus(found)
+    variants = figures.main_variants(frame)
+    variants.sort(key=lambda variant: chosen is not None and variant != chosen.variant)
+    charts = figures.figures(frame, found, within)
+    why = explanations.figures(frame, predictions) if explanations.explains(frame) else {}
     split = corrections.figures(frame)
     priced: dict[str, Any] = {}
     content: dict[str, Any] = {}
@@ -55,77 +71,223 @@ def write_report(
         "report.html.j2",
         charts | why | split | priced,
         title=f"Who pays for linearization: {run.data.name}{by_groups(run)}",
-        headline=headline(frame),
-        warnings=warnings(frame, run) + explanations.warnings(frame),
-        charts=charts.keys(),
-        why=why.keys(),
-        costs=content,
-        corrections=corrections.panel(frame, run.table("predictions.parquet")) if split else [],
+        verdict=_verdict(found, chosen, frame),
+        networks=[_network_row(each, chosen) for each in _in_order(found, chosen)],
+        first=FIRST,
+        priced=any(each.costs for each in found),
+        warnings=cautions(found) + warnings(frame, run) + explanations.warnings(frame),
+        cards=[_card(frame, found, variant, charts) for variant in variants],
+        why=_by_variant(why, variants),
+        why_told=explanations.told(frame, found),
+        # What may ship stands at the top, and nowhere else.
+        costs=content | {"answers": []} if content else {},
+        corrections=corrections.panel(frame, predictions) if split else [],
         correction_charts=split.keys(),
-        bounds=[
-            (variant, table)
-            for variant in figures.main_variants(frame)
-            if (table := explanations.bound_table(frame, variant))
-        ],
+        bounds=[(variant, table) for variant in variants if (table := explanations.bound_table(frame, variant))],
         binary=explanations.binary_table(frame),
         balance=explanations.balance_table(frame),
         measured=set(frame["measure"]),
-        tables=[(variant, _accuracy_table(frame, variant)) for variant in figures.main_variants(frame)],
         gaps=_gap_table(frame),
-        counts=_counts_table(counts),
+        counts=_counts_table(run.table("counts.parquet")),
         settings=settings(run),
         has_drop=bool((frame["measure"] == "relative_drop").any()),
         has_linearized=bool((frame["stage"] != "base").any()),
+        has_control=any(each.control is not None for each in found),
+        rare=_rare(frame),
+        within=within,
+        critical=list(critical),
+        weights=weights_file(run),
         resamples=run.config["resamples"],
         split=run.config["split"],
     )
 
 
-def headline(frame: pd.DataFrame) -> list[str]:
-    """What happened, in a sentence or two for each variant."""
-    before, rare = _before(frame), _rarely_right(frame)
-    sentences = []
-    for variant in figures.main_variants(frame):
-        own = frame[frame["variant"] == variant]
-        smallest = own[own["percent"] == own["percent"].min()]
-        if (own["stage"] == "base").all():
-            accuracy = _values(smallest, "accuracy")
-            worst = min((g for g in accuracy if g != OVERALL), key=lambda g: accuracy[g])
-            sentences.append(
-                f"The base network is right on {accuracy[OVERALL]:.1%} of all images and on {accuracy[worst]:.1%} "
-                f"of group “{worst}”, its worst."
+def judged(
+    run: Run, within: float = 5.0, critical: Sequence[str] = (), costs: str | Path | None = None
+) -> tuple[pd.DataFrame, list[Candidate]]:
+    """An audit's rows, and its networks with their verdicts.
+
+    Args:
+        run: The audit.
+        within: Percentage points that any group or class may lose.
+        critical: Classes whose recall may not fall.
+        costs: Folder of a frontier run of this audit.
+
+    Returns:
+        Rows from :func:`fairline.report.figures.prepare`; the candidates.
+
+    Raises:
+        FairlineError: The tolerance is none, there is no such class or the costs cannot be read.
+    """
+    frame = figures.prepare(run.table("audit.parquet"), run.table("counts.parquet"))
+    saved = cost_panel.savings(run, None if costs is None else Run.read(costs, "frontier"))
+    return frame, candidates(frame, run.table("predictions.parquet"), within, critical, saved)
+
+
+def weights_file(run: Run) -> str:
+    """The file that the base network's weights came from; empty if it began at random."""
+    lineage: Mapping[str, Any] = run.config.get("lineage") or {str(each.folder): each.config for each in run.lineage()}
+    files = [
+        config["weights"]["file"]
+        for config in lineage.values()
+        if config.get("weights") and config["command"] == "train"
+    ]
+    return Path(files[0]).name if files else ""
+
+
+#: What stands in a box of each kind, and its class in the style.
+_ANSWERS = {
+    "may ship": ("May ship", "may"),
+    "may not ship": ("May not ship", "may-not"),
+    "cannot tell": ("Cannot tell", "open"),
+}
+
+
+def _verdict(found: Sequence[Candidate], chosen: Candidate | None, frame: pd.DataFrame) -> dict[str, Any]:
+    """The box at the top: the answer, and of the network that it is about who pays, what it saves and how sure."""
+    if chosen is None or chosen.is_control:
+        if (frame["stage"] != "base").any() and not found:
+            told = "These predictions do not say what the base network gets right, so nothing can be said of who loses."
+            return {
+                "answer": "Cannot tell",
+                "kind": "open",
+                "title": "There is no base network to compare with",
+                "told": told,
+            }
+        return {"answer": "", "kind": "none", "title": answer_told(found), "told": _base_told(frame)}
+    answer, kind = _ANSWERS[chosen.answer]
+    lead = {"may": "", "open": "Nearest: ", "may-not": "Mildest: "}[kind]
+    return {
+        "answer": answer,
+        "kind": kind,
+        "title": answer_told(found),
+        "told": f"{lead}{chosen.name if lead else ''}{'. ' if lead else ''}{_sentence(chosen.reason())}",
+        "rows": [
+            ("What it saves", chosen.saved_told()),
+            ("ReLUs or finetune", chosen.control_told()),
+            ("All images", chosen.overall_told()),
+            ("How sure", chosen.sure_told()),
+        ],
+    }
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _in_order(found: Sequence[Candidate], chosen: Candidate | None) -> list[Candidate]:
+    """The one that the page is about, then what may ship, what is open and what may not; controls last."""
+    rank = [MAY, CANNOT_TELL, MAY_NOT]
+    return sorted(found, key=lambda each: (each is not chosen, each.is_control, rank.index(each.answer)))
+
+
+def _network_row(each: Candidate, chosen: Candidate | None) -> dict[str, Any]:
+    """A network in the table of all: its answer, who pays and what it saves, and in full what its box would say."""
+    answer, kind = _ANSWERS[each.answer]
+    cell = each.verdict.decisive
+    low, high = float(cell["low"]), float(cell["high"])
+    limits = "" if math.isnan(low) else f"{signed(low)} to {signed(high)}"
+    return {
+        "name": each.name,
+        "answer": answer,
+        "kind": kind,
+        "control": each.is_control,
+        "chosen": each is chosen,
+        "who": named(cell),
+        "change": signed(float(cell["change"])),
+        "limits": limits,
+        "whose": each.whose_told(),
+        "wan": _saved(each.saved("seconds", "wan")),
+        "bytes": _saved(each.saved("bytes")),
+        "told": [_sentence(each.reason()), each.control_told(), each.saved_told(), each.overall_told()],
+    }
+
+
+def _saved(percent: float) -> str:
+    return "" if math.isnan(percent) else f"{percent:.0f} %".replace("-", "−")
+
+
+def _card(frame: pd.DataFrame, found: Sequence[Candidate], variant: str, charts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of a variant: figures in pairs, sets of images with flags, and the paper's table."""
+    own = figures.with_control(found, variant)
+    here = figures.slug(variant)
+    pairs = [
+        [name for name in (f"{of}_by_{kind}_{here}", f"change_by_{kind}_{here}") if name in charts]
+        for of, kind in (("accuracy", "group"), ("recall", "class"))
+    ]
+    alone = f"accuracy_by_budget_{here}"
+    return {
+        "variant": variant,
+        "pairs": [pair for pair in pairs if pair] + ([[alone]] if alone in charts else []),
+        "sets": _set_table(own, frame),
+        "accuracy": _accuracy_table(frame, variant),
+    }
+
+
+def _by_variant(names: Iterable[str], variants: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Figures of each variant, by the end of their names; one variant's end may be another's, so the longest counts."""
+    found: dict[str, list[str]] = {variant: [] for variant in variants}
+    for name in names:
+        ends = [variant for variant in variants if name.endswith(f"_{figures.slug(variant)}")]
+        found[max(ends, key=len)].append(name)
+    return [(variant, own) for variant, own in found.items() if own]
+
+
+def _set_table(found: Sequence[Candidate], frame: pd.DataFrame) -> dict[str, Any]:
+    """Every set of images that was asked: what each network changes there, and whether that is beyond chance."""
+    if not found:
+        return {}
+    groups = {name: i for i, name in enumerate(figures.group_order(frame))}
+    first = found[0].verdict.cells
+    kinds = {"overall": 0, "group": 1, "class": 2, "cell": 3}
+    order = sorted(
+        first.index, key=lambda i: (kinds[first["kind"][i]], groups.get(first["group"][i], -1), str(first["class"][i]))
+    )
+    rows = []
+    for i in order:
+        cell = first.loc[i]
+        entries = []
+        for each in found:
+            mine = each.verdict.cells.loc[i]
+            flag = str(mine["flag"])
+            entries.append(
+                {
+                    "after": f"{mine['after']:.1%}",
+                    "change": f"{signed(mine['change'])}{limits_told(mine)}",
+                    "flag": flag,
+                }
             )
-        else:
-            sentences.append(_told(variant, smallest, before, rare))
-    return sentences
+        rows.append(
+            {
+                "who": named(cell),
+                "kind": str(cell["kind"]),
+                "n": f"{int(cell['n']):,}",
+                "before": f"{cell['before']:.1%}",
+                "entries": entries,
+            }
+        )
+    return {
+        "networks": [figures.of_the_relus(each.budget) for each in found],
+        "rows": rows,
+    }
 
 
-def _told(variant: str, rows: pd.DataFrame, before: dict[str, float], rare: Collection[str]) -> str:
-    """What linearization did to all images and to the groups that lose most and least; ``rare`` ones are left out."""
-    accuracy = _values(rows, "accuracy")
-    drops = {g: v for g, v in _values(rows, "relative_drop").items() if not math.isnan(v)}
-
-    def change(group: str) -> str:
-        return (f"{before[group]:.1%} to " if group in before else "to ") + f"{accuracy[group]:.1%}"
-
-    whole = f"goes from {change(OVERALL)}" if OVERALL in before else f"is {accuracy[OVERALL]:.1%}"
-    after = f"{variant}, {rows['budget'].iloc[0]} of the ReLUs: overall accuracy {whole}."
-    groups = [group for group in drops if group != OVERALL and group not in rare]
+def _base_told(frame: pd.DataFrame) -> str:
+    """What the base network alone gets right."""
+    accuracy = _values(frame[frame["stage"] == "base"], "accuracy")
+    groups = [group for group in accuracy if group != OVERALL]
     if not groups:
-        return after
-    hardest, mildest = max(groups, key=lambda g: drops[g]), min(groups, key=lambda g: drops[g])
-    low, high = _limits(rows, "relative_drop", hardest)
-    limits = f"({change(hardest)}; 95 % interval of the loss {low:.1f} to {high:.1f} %)"
-    if drops[hardest] > 0:
-        unsure = ", which includes no loss" if low <= 0 else ""
-        told = f"Group “{hardest}” loses {drops[hardest]:.1f} % of its accuracy {limits}{unsure}"
-    else:
-        told = f"No group loses: even “{hardest}” gains {abs(drops[hardest]):.1f} % {limits}"
-    other = ""
-    if mildest != hardest:
-        verb = "loses" if drops[mildest] > 0 else "gains"
-        other = f"; “{mildest}” {verb} {abs(drops[mildest]):.1f} % ({change(mildest)})"
-    return f"{after} {told}{other}."
+        return ""
+    worst = min(groups, key=lambda group: accuracy[group])
+    return (
+        f"The base network is right on {accuracy[OVERALL]:.1%} of all images and on {accuracy[worst]:.1%} "
+        f"of group “{worst}”, its worst."
+    )
+
+
+def _rare(frame: pd.DataFrame) -> str:
+    """Groups in which a relative drop says little."""
+    return ", ".join(f"“{group}” ({count})" for group, count in _rarely_right(frame).items())
 
 
 def _rarely_right(frame: pd.DataFrame) -> dict[str, int]:
@@ -167,15 +329,14 @@ def warnings(frame: pd.DataFrame, run: Run) -> list[str]:
     if small:
         found.append(
             f"Small: {', '.join(small)} have fewer than {SMALL} images; one accuracy can be off by ten points. "
-            "Read the intervals, not the bars."
+            "Read the intervals, not the points."
         )
     if run.config["split"] != "test":
         found.append(f"These numbers are from the {run.config['split']} part, which training or selection has seen.")
-    rare = [f"“{group}” ({count})" for group, count in _rarely_right(frame).items()]
-    if rare and (frame["measure"] == "relative_drop").any():
+    if file := weights_file(run):
         found.append(
-            f"The base network is right on fewer than {RARELY} images of {', '.join(rare)}: a relative drop says "
-            "little there, and is undefined where it is never right."
+            f"The base network’s weights came from a file ({file}). They may have seen the images that it is judged on "
+            "here, and then it looks better than it is: ask whoever trained them."
         )
     short = frame[~frame["reached"]]
     if len(short):
@@ -183,15 +344,6 @@ def warnings(frame: pd.DataFrame, run: Run) -> list[str]:
         found.append(
             f"Mask learning ended before it reached {labels} of the ReLUs; there the largest masks were kept "
             "as they were, which costs accuracy. Raise max_epochs, the learning rate or λ."
-        )
-    drops = frame[(frame["measure"] == "relative_drop") & (frame["group"] == OVERALL)]
-    better = drops[drops["high"] < 0]
-    if len(better):
-        found.append(
-            f"With {', '.join(dict.fromkeys(better['budget']))} of its ReLUs the network is more accurate than "
-            "the base network, so the base network was not trained to its best: drops here mix linearization with "
-            "further training. Train the base network longer, or add the budget 100 % as a control that is "
-            "finetuned alike."
         )
     return found
 
@@ -201,20 +353,16 @@ def _values(rows: pd.DataFrame, measure: str) -> dict[str, float]:
     return {str(group): float(value) for group, value in zip(part["group"], part["value"], strict=True)}
 
 
-def _limits(rows: pd.DataFrame, measure: str, group: str) -> tuple[float, float]:
-    row = rows[(rows["measure"] == measure) & (rows["group"] == group)].iloc[0]
-    return float(row["low"]), float(row["high"])
-
-
 def _accuracy_table(frame: pd.DataFrame, variant: str) -> dict[str, Any]:
-    """Rows: groups; columns: budgets; cells: accuracy with interval, and drop with interval."""
-    rows = figures.with_base(frame, variant)
-    budgets = figures.budget_order(rows)
+    """Rows: groups; columns: networks; cells: accuracy with interval, and the paper's relative drop with interval."""
+    rows = figures.beside(frame, variant)
+    networks = figures.network_order(rows)
     body = []
     for group in [*figures.group_order(frame), OVERALL]:
         cells = []
-        for budget in budgets:
-            here = rows[(rows["budget"] == budget) & (rows["group"] == group)].set_index("measure")
+        for network in networks:
+            here = rows[(rows["network"] == network) & (rows["group"] == group) & (rows["class"] == "")]
+            here = here.set_index("measure")
             accuracy = here.loc["accuracy"]
             cell = {
                 "accuracy": f"{accuracy['value']:.1%}",
@@ -222,25 +370,25 @@ def _accuracy_table(frame: pd.DataFrame, variant: str) -> dict[str, Any]:
             }
             if "relative_drop" in here.index and not math.isnan(here.loc["relative_drop", "value"]):
                 drop = here.loc["relative_drop"]
-                cell["drop"] = f"drop {drop['value']:+.1f} % [{drop['low']:+.1f}, {drop['high']:+.1f}]"
-                cell["sure"] = "loss" if drop["low"] > 0 else ("gain" if drop["high"] < 0 else "")
+                cell["drop"] = f"{signed(-drop['value'])} % [{signed(-drop['high'])}, {signed(-drop['low'])}]"
             cells.append(cell)
         n = int(rows[(rows["group"] == group) & (rows["measure"] == "accuracy")]["n"].max())
         body.append({"group": group, "n": f"{n:,}", "cells": cells, "small": n < TOO_SMALL})
-    return {"budgets": budgets, "rows": body}
+    return {"networks": [figures.of_the_relus(network) for network in networks], "rows": body}
 
 
 def _gap_table(frame: pd.DataFrame) -> list[dict[str, str]]:
     rows = []
     for (variant, budget), part in frame.groupby(["variant", "budget"], sort=False):
-        measures = part[part["group"] == OVERALL].set_index("measure")
+        measures = part[(part["group"] == OVERALL) & (part["class"] == "")].set_index("measure")
+        base = (part["stage"] == "base").all()
         row = {
-            "variant": str(variant),
-            "budget": str(budget),
+            "name": str(variant) if base else f"{variant}, {figures.of_the_relus(str(budget))}",
             "relus": f"{int(part['relus'].iloc[0]):,}",
             "overall": f"{measures.loc['accuracy', 'value']:.1%}",
         }
         for key, measure, factor, unit in (
+            ("balanced", "balanced_accuracy", 100, " %"),
             ("worst", "worst_group_accuracy", 100, " %"),
             ("gap", "accuracy_gap", 100, ""),
             ("drop_gap", "relative_drop_gap", 1, ""),
@@ -274,8 +422,8 @@ def write_figures(audit: str | Path, folder: str | Path) -> list[Path]:
         FairlineError: The folder holds no finished audit.
     """
     run = Run.read(audit, "audit")
-    frame = figures.prepare(run.table("audit.parquet"), run.table("counts.parquet"))
-    charts = figures.figures(frame)
+    frame, found = judged(run)
+    charts = figures.figures(frame, found)
     if explanations.explains(frame):
         charts |= explanations.figures(frame, run.table("predictions.parquet"))
     charts |= corrections.figures(frame)

@@ -24,13 +24,15 @@ def write_page(target: Path, template: str, drawn: Mapping[str, Any], **content:
     """
     from jinja2 import Environment, PackageLoader
 
+    from fairline.charts import DARK
+
     # Every template is HTML, whatever its name ends in.
     environment = Environment(
         loader=PackageLoader("fairline.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"default": str}
     specs = {name: chart.to_dict() for name, chart in drawn.items()}
-    page = environment.get_template(template).render(specs=specs, javascript=javascript(), **content)
+    page = environment.get_template(template).render(specs=specs, javascript=javascript(), dark_colours=DARK, **content)
     write_text(target, page)
     return target
 

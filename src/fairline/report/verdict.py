@@ -15,11 +15,20 @@ import pandas as pd
 
 from fairline.audit.cells import cells
 from fairline.audit.paired import change_interval
-from fairline.audit.verdict import CANNOT_TELL, MAY, MAY_NOT, Verdict, verdict
+from fairline.audit.verdict import CANNOT_TELL, LEAST, MAY, MAY_NOT, Verdict, verdict
 from fairline.data.grouped import OVERALL
 
 #: Of a loss, the share that the control has as well from which on it is "mostly" or "hardly" the ReLUs.
 MOSTLY = 2 / 3
+
+#: Sets of images, of :mod:`fairline.audit.cells`, in words.
+_KINDS = {"overall": "all", "group": "groups", "class": "classes", "cell": "classes in a group"}
+
+#: Of fewer images than this a page says how many are right, of more their share.
+_COUNTED = 500
+
+#: Further sets that lose are named up to so many.
+_MENTIONED = 2
 
 #: More images than this nobody collects.
 MANY = 1_000_000
@@ -92,18 +101,60 @@ class Candidate:
             return "No control kept all its ReLUs (budget 100 %), so it is open what part is the finetune’s."
         change = float(self.verdict.decisive["change"])
         control = self.control
-        same = f"{named(self.verdict.decisive)} changes by {control.change:+.1f} points with all ReLUs kept"
-        rest = f"{control.beyond:+.1f} of {change:+.1f} points are linearization’s{_limits(control.low, control.high)}"
+        who = named(self.verdict.decisive)
+        same = f"with all ReLUs kept and finetuned alike, {who} {moved(control.change)}"
+        rest = f"the remaining {signed(control.beyond)} points are linearization’s{_limits(control.low, control.high)}"
+        unsure = ", which may be none" if control.low <= 0 <= control.high else ""
         if change >= 0:
-            return f"{same} and finetuned alike; {rest}."
+            return f"{same[0].upper()}{same[1:]}; {rest}{unsure}."
         share = control.change / change
         whose = (
             "It is mostly the finetune, not the ReLUs"
             if share >= MOSTLY
             else ("It is mostly the ReLUs" if share <= 1 - MOSTLY else "It is both the finetune and the ReLUs")
         )
-        unsure = ", which does not exclude none" if control.low <= 0 <= control.high else ""
-        return f"{whose}: {same} and finetuned alike; {rest}{unsure}."
+        return f"{whose}: {same}; {rest}{unsure}."
+
+    def whose_told(self) -> str:
+        """Whose the change is, in a word or two, for tables."""
+        change = float(self.verdict.decisive["change"])
+        if self.is_control:
+            return "finetune"
+        if self.control is None:
+            return "no control"
+        if change >= 0:
+            return "no loss"
+        share = self.control.change / change
+        return "finetune" if share >= MOSTLY else ("ReLUs" if share <= 1 - MOSTLY else "both")
+
+    def overall_told(self) -> str:
+        """What happens to all images, and to the classes on average."""
+        overall = self.verdict.overall
+        before, after = self.verdict.balanced()
+        balanced = (
+            ""
+            if math.isnan(before)
+            else f"; balanced accuracy {moved(100 * (after - before))} ({_pair(before, after)})"
+        )
+        limits = f"95 % interval {signed(overall['low'])} to {signed(overall['high'])}"
+        limits = "all seeds agree" if math.isnan(overall["low"]) else limits
+        pair = _pair(overall["before"], overall["after"])
+        return f"Overall accuracy {moved(float(overall['change']))} ({pair}; {limits}){balanced}."
+
+    def sure_told(self) -> str:
+        """What the verdict rests on."""
+        judged = self.verdict
+        kinds = [words for kind, words in _KINDS.items() if kind in set(judged.cells["kind"])]
+        sets = f"Asked are {len(judged.cells)} sets of images: {_listed(kinds)}"
+        if judged.too_small:
+            sets += f"; not asked are {judged.too_small} classes in a group of fewer than {LEAST} images"
+        if judged.seeds > 1:
+            return f"{sets}. The unit is the base network: {judged.seeds} seeds, Student’s t."
+        n = int(judged.overall["n"])
+        return (
+            f"{sets}. It is one network on {n:,} images (Tango’s paired limits); training again with another seed may "
+            "tell otherwise."
+        )
 
     def saved_told(self) -> str:
         """What it saves over each network between the parties."""
@@ -112,15 +163,70 @@ class Candidate:
         told = []
         for protocol in dict.fromkeys(str(row["protocol"]) for row in self.costs):
             own = [row for row in self.costs if row["protocol"] == protocol]
-            over = ", ".join(
+            over = [
                 f"{_percent(row['seconds_saved_percent'])} of the seconds over a {str(row['network']).upper()}"
                 for row in own
                 if not pd.isna(row["seconds_saved_percent"])
-            )
-            basis = ", ".join(dict.fromkeys(str(row["basis"]) for row in own))
-            saved = _percent(own[0]["bytes_saved_percent"])
-            told.append(f"{protocol}: {over + ' and ' if over else ''}{saved} of the bytes ({basis})")
-        return f"It saves {'; '.join(told)}."
+            ]
+            over += [
+                f"{_percent(saved)} of the bytes" for saved in [own[0]["bytes_saved_percent"]] if not pd.isna(saved)
+            ]
+            basis = " and ".join(dict.fromkeys(str(row["saved_basis"]) for row in own))
+            if over:
+                told.append(f"on {protocol} {_listed(over)} ({basis})")
+        compiled = "Compiled as it is" if self.costs[0]["compiled"] else "As it is, not compiled"
+        return f"{compiled}, it saves {'; '.join(told)}." if told else "What the base network costs is not known."
+
+    def saved(self, cost: str, network: str | None = None) -> float:
+        """What it saves of a cost, in per cent, on the first protocol.
+
+        Args:
+            cost: ``bytes``, ``rounds`` or ``seconds``.
+            network: Between the parties; the first by default.
+
+        Returns:
+            The percentage; NaN where it is not known.
+        """
+        for row in self.costs:
+            if row["protocol"] == self.costs[0]["protocol"] and network in (None, row["network"]):
+                return float(row[f"{cost}_saved_percent"])
+        return math.nan
+
+
+def moved(change: float) -> str:
+    """A change in words.
+
+    >>> moved(-1.23), moved(0.0)
+    ('loses 1.2 points', 'stays the same')
+
+    Returns:
+        The words.
+    """
+    if round(abs(change), 1) == 0:
+        return "stays the same"
+    return f"{'loses' if change < 0 else 'gains'} {abs(change):.1f} points"
+
+
+def signed(number: float) -> str:
+    """A number of points with its sign, as pages and the terminal write it.
+
+    >>> signed(-6.04), signed(0.01)
+    ('−6.0', '0.0')
+
+    Returns:
+        The text.
+    """
+    text = f"{number:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def limits_told(cell: Mapping[str, Any]) -> str:
+    """Limits of a change in brackets; nothing where there are none."""
+    return "" if math.isnan(cell["low"]) else f" [{signed(cell['low'])}, {signed(cell['high'])}]"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
 def named(cell: Mapping[str, Any]) -> str:
@@ -145,39 +251,70 @@ def reason(judged: Verdict) -> str:
     """Why a verdict is what it is, in a sentence: who pays, and how sure that is."""
     cell = judged.decisive
     who, change = named(cell), float(cell["change"])
-    verb = "loses" if change < 0 else "gains"
-    moves = f"{who} {verb} {abs(change):.1f} points ({_shares(cell)}{_interval(cell, judged)})"
+    moves = f"{who} {moved(change)} ({_shares(cell, judged)}{_interval(cell, judged)})"
     tolerated = f"the {judged.within:g} points tolerated"
     critical = bool(cell["critical"])
     if judged.answer == MAY_NOT:
         if critical and change >= -judged.within:
             return f"{moves}, and was named critical: its recall may not fall."
-        return f"{moves}, more than {tolerated}; that it loses is beyond chance{_corrected(judged)}."
+        return f"{moves}, more than {tolerated}; that it loses is beyond chance{_corrected(judged)}.{_others(judged)}"
     if judged.answer == MAY:
         sure = f"by their 95 % intervals no group and no class loses more than {tolerated}"
-        return f"{sure}; at worst {moves}." if change < 0 else f"no group or class loses: at worst {moves}; {sure}."
+        worst = f"the one that does worst, {moves}" if change >= 0 else f"at worst {moves}"
+        return f"{sure}; {worst}.{_hinted(judged)}"
     if change < -judged.within:
         doubt = f"more than {tolerated}, but that may be chance"
     elif critical and change < 0:
         doubt = "and was named critical; that may be chance"
+    elif math.isnan(cell["low"]):
+        doubt = f"which does not say that others would lose no more than {tolerated}"
     else:
         doubt = f"so that a loss of more than {tolerated} is not excluded"
     return f"{moves}, {doubt}.{_needed(cell, judged)}"
 
 
-def _shares(cell: Mapping[str, Any]) -> str:
-    return f"{cell['before']:.1%} to {cell['after']:.1%}"
+def _others(judged: Verdict) -> str:
+    """What else loses more than is tolerated, beyond chance."""
+    cells = judged.cells[judged.cells["beyond"]].drop(index=judged.decisive.name).sort_values("change")
+    told = [f"{named(cell)} ({_shares(cell, judged)})" for cell in cells.to_dict("records")]
+    if not told:
+        return ""
+    rest = len(told) - _MENTIONED
+    listed = f"{', '.join(told[:_MENTIONED])} and {rest} more" if rest > 0 else _listed(told)
+    return f" So {'does' if len(told) == 1 else 'do'} {listed}."
+
+
+def _shares(cell: Mapping[str, Any], judged: Verdict) -> str:
+    """How much of a set is right before and after: in images where they are few enough to be counted."""
+    if judged.seeds > 1 or cell["n"] >= _COUNTED:
+        images = "" if judged.seeds > 1 else f" of {int(cell['n']):,} images"
+        return f"{_pair(cell['before'], cell['after'])}{images}"
+    n = int(cell["n"])
+    return f"{round(cell['before'] * n)} to {round(cell['after'] * n)} of {n} images right"
+
+
+def _hinted(judged: Verdict) -> str:
+    """A class in a group that seems to lose more than is tolerated, though that may be chance."""
+    inner = judged.cells[(judged.cells["kind"] == "cell") & (judged.cells["change"] < -judged.within)]
+    if inner.empty:
+        return ""
+    cell = inner.loc[inner["change"].idxmin()]
+    return f" Look at {named(cell)}: it {moved(cell['change'])} on {int(cell['n']):,} images, which may be chance."
+
+
+def _pair(before: float, after: float) -> str:
+    return f"{before:.1%} to {after:.1%}"
 
 
 def _interval(cell: Mapping[str, Any], judged: Verdict) -> str:
     if math.isnan(cell["low"]):
         return f"; all {judged.seeds} seeds agree, so there are no limits"
-    over = f"over {judged.seeds} seeds" if judged.seeds > 1 else f"over {int(cell['n']):,} images"
-    return f"; 95 % interval {cell['low']:+.1f} to {cell['high']:+.1f} {over}"
+    over = f" over {judged.seeds} seeds" if judged.seeds > 1 else ""
+    return f"; 95 % interval {signed(cell['low'])} to {signed(cell['high'])}{over}"
 
 
 def _limits(low: float, high: float) -> str:
-    return "" if math.isnan(low) else f" (95 % interval {low:+.1f} to {high:+.1f})"
+    return "" if math.isnan(low) else f" (95 % interval {signed(low)} to {signed(high)})"
 
 
 def _corrected(judged: Verdict) -> str:
@@ -186,6 +323,8 @@ def _corrected(judged: Verdict) -> str:
 
 def _needed(cell: Mapping[str, Any], judged: Verdict) -> str:
     needed = float(cell["needed"])
+    if math.isnan(cell["low"]):
+        return " More seeds would tell."
     if math.isinf(needed) or needed > MANY:
         return " The measured loss is so near to the tolerance that no reasonable number would tell."
     if judged.seeds > 1:
@@ -197,7 +336,10 @@ def _needed(cell: Mapping[str, Any], judged: Verdict) -> str:
 
 
 def _percent(saved: float) -> str:
-    return f"{saved:.0f} %" if saved >= 0 else f"−{-saved:.0f} % (it costs more)"
+    digits = 1 if 0 < abs(saved) < 1 else 0
+    if round(abs(saved), digits) == 0:
+        return "0 %"
+    return f"{saved:.{digits}f} %" if saved >= 0 else f"−{-saved:.{digits}f} % (it costs more)"
 
 
 def candidates(
@@ -230,7 +372,7 @@ def candidates(
     for model, own in images.items():
         row = about.loc[model]
         judged = verdict([cells(own)], within, critical)
-        control = _control_of(row, about)
+        control = control_of(row, about)
         priced = [] if costs is None else costs[costs["model"] == model].to_dict("records")
         found.append(
             Candidate(
@@ -248,8 +390,16 @@ def candidates(
     return found
 
 
-def _control_of(row: pd.Series[Any], about: pd.DataFrame) -> str | None:
-    """The network that kept all its ReLUs and was trained on alike; of several, that of the same method."""
+def control_of(row: pd.Series[Any], about: pd.DataFrame) -> str | None:
+    """The network that kept all its ReLUs and was trained on alike; of several, that of the same method.
+
+    Args:
+        row: A network: ``stage``, ``method``, ``objective``, ``relus`` and ``total_relus``.
+        about: All networks, by name, with the same columns.
+
+    Returns:
+        Its name, if there is one.
+    """
     whole = about[(about["relus"] == about["total_relus"]) & (about["stage"] == row["stage"])]
     whole = whole[whole["objective"] == row["objective"]]
     if row["relus"] == row["total_relus"] or whole.empty:
@@ -294,19 +444,57 @@ def _seconds(candidate: Candidate) -> float:
     return seconds[0] if seconds else math.inf
 
 
-def headline(found: Sequence[Candidate]) -> str:
-    """Which network may ship, in a sentence."""
+def focus(found: Sequence[Candidate]) -> Candidate | None:
+    """The one that pages show first: the one to ship, else the nearest to that, else the one that loses least."""
     chosen = best(found)
-    if chosen is not None:
-        return f"{chosen.name} may ship: {chosen.reason()}"
+    judged = [each for each in found if not each.is_control] or list(found)
+    if chosen is not None or not judged:
+        return chosen
+    open_ = [each for each in judged if each.answer == CANNOT_TELL]
+    if open_:
+        return max(open_, key=lambda each: _number(each.verdict.decisive["low"]))
+    return max(judged, key=lambda each: float(each.verdict.decisive["change"]))
+
+
+def _number(value: float) -> float:
+    return -math.inf if math.isnan(value) else float(value)
+
+
+def answer_told(found: Sequence[Candidate]) -> str:
+    """Which may ship, in a few words, for the top of a page."""
     judged = [each for each in found if not each.is_control]
     if not judged:
-        return "There is no linearized network to judge."
+        return "There is no linearized network to judge"
     within = judged[0].verdict.within
-    undecided = [each for each in judged if each.answer == CANNOT_TELL]
-    if undecided:
-        nearest = max(undecided, key=lambda each: float(each.verdict.decisive["low"]))
-        sure = f"Of no network is it sure that it keeps every group and class within {within:g} points"
-        return f"{sure}. Nearest is {nearest.name}: {nearest.reason()}"
-    mildest = max(judged, key=lambda each: float(each.verdict.decisive["change"]))
-    return f"No network may ship within {within:g} points. Mildest is {mildest.name}: {mildest.reason()}"
+    if chosen := best(found):
+        more = sum(each.answer == MAY for each in judged) - 1
+        others = f" ({more} more may)" if more else ""
+        return f"{chosen.name}: may ship{others}"
+    if any(each.answer == CANNOT_TELL for each in judged):
+        return f"Of no network is it sure that it keeps every group and class within {within:g} points"
+    return f"No network may ship within {within:g} points"
+
+
+def headline(found: Sequence[Candidate]) -> str:
+    """Which network may ship, in a sentence."""
+    chosen = focus(found)
+    if chosen is None or chosen.is_control:
+        return "There is no linearized network to judge."
+    if chosen.answer == MAY:
+        return f"{chosen.name} may ship: {chosen.reason()}"
+    nearest = "Nearest" if chosen.answer == CANNOT_TELL else "Mildest"
+    return f"{answer_told(found)}. {nearest} is {chosen.name}: {chosen.reason()}"
+
+
+def cautions(found: Sequence[Candidate]) -> list[str]:
+    """What a reader must know before trusting the verdicts."""
+    better = [each for each in found if each.verdict.overall["flag"] == "gain" and each.control is None]
+    better = [each for each in better if not each.is_control]
+    if not better:
+        return []
+    names = "; ".join(each.name for each in better)
+    return [
+        f"More accurate overall than the base network, which was not trained to its best: {names}. Changes there mix "
+        "linearization with further training. Train the base network longer, or add the budget 100 % as a control "
+        "that is finetuned alike."
+    ]
