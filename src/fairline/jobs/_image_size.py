@@ -50,7 +50,7 @@ def settle_image_size(
         return data
     if family != "folder":
         raise FairlineError(
-            f"The size of the images that {weights} was trained on must be said: --data-option image_size=64."
+            f"The size of the images that {weights} was trained on must be said: --image-size 64."
         )
     found = folder.preview(data.root, **data.options)
     fitting = [] if weights is None else _fitting(model, found.num_classes, options or {}, weights)
@@ -66,7 +66,7 @@ def settle_image_size(
     told = "" if weights is None else f", and {weights} fits " + ("several sizes" if fitting else "no common size")
     raise FairlineError(
         f"The images of {data.root} differ in size ({seen}){told}; say which size the network takes: "
-        "--data-option image_size=64."
+        "--image-size 64."
     )
 
 
