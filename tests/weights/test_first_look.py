@@ -193,7 +193,7 @@ def test_a_size_that_nothing_says_is_asked_for(story, tmp_path, weights):
     given = {"weights": tmp_path / "pooled.pth"} if weights else {}
     torch.save(build(model, 7).state_dict(), tmp_path / "pooled.pth")
     data = DataSpec("folder", str(story / "images"))
-    with pytest.raises(FairlineError, match=r"differ in size .*64×64 and 128×128.*image_size=64"):
+    with pytest.raises(FairlineError, match=r"differ in size .*64×64 and 128×128.*--image-size 64"):
         train_job(tmp_path / "out", data, model, epochs=0 if weights else 1, **given)
     asked = replace(data, options={"image_size": 16})
     run = train_job(tmp_path / "out", asked, model, epochs=0 if weights else 1, **given)
