@@ -109,7 +109,7 @@ def test_the_panel_has_every_budget_and_speaks_of_the_fewest_relus():
     frame = pd.concat([base, table(percent=10.0), table()])
     (entry,) = corrections.panel(frame, PREDICTIONS)
     assert entry["verdict"] == corrections.verdict(table(), PREDICTIONS)
-    assert [text.split(" of ")[0] for text in entry["units"]] == ["2 %", "10 %", "100 %"]
+    assert [text.split(", ")[0] for text in entry["units"]] == ["2 % of the ReLUs", "10 % of the ReLUs", "base network"]
     assert entry["table"]["networks"] == ["base network", "10 % of the ReLUs", "2 % of the ReLUs"]
     small = entry["table"]["rows"][2]
     assert small["group"] == "small"

@@ -270,7 +270,7 @@ def units_text(rows: pd.DataFrame, groups: list[str]) -> str:
     agreed = "" if math.isnan(agreement) else f" (rank correlation of estimate and removal {agreement:.2f})"
     rest = ", ".join(f"{wide.loc[group, 'units_for_half']:,.0f} for “{group}”" for group in groups)
     return (
-        f"{rows['budget'].iloc[0]} of the ReLUs, {_overall(rows, 'corrections')[0]:,.0f} units: {share:.0%} of those "
+        f"{of_the_relus(rows['network'].iloc[0])}, {_overall(rows, 'corrections')[0]:,.0f} units: {share:.0%} of those "
         f"that help a group mainly serve one ({chance:.0%} if the same images were dealt out to groups at random). "
         f"Half of what units do for a group’s margin rests on {rest} of them. {how}{agreed}."
     )
