@@ -47,9 +47,11 @@ def test_the_page_is_drawn_in_a_browser_without_a_network(compared, tmp_path):
     document = browser("--dump-dom", (compared / "comparison.html").as_uri(), profile=tmp_path / "profile")
     drawn = re.sub(r"<script.*?</script>", "", document, flags=re.S)
     assert "could not be drawn" not in drawn
-    # Gains, Pareto fronts, drops and layers; no network has all its ReLUs, so there is no control to draw.
-    assert len(re.findall(r'<svg[^>]*class="marks"', document)) == 4
-    assert "No run holds the network at 100 %" in drawn
+    # At three budgets gains, Pareto fronts and layers, at each group drops; no network has all its ReLUs, so there is
+    # no control to draw.
+    frame = prepare(pd.read_parquet(compared / "comparison.parquet"))
+    assert len(re.findall(r'<svg[^>]*class="marks"', document)) == 3 * 3 + len(drop_by_budget(frame))
+    assert "Add the budget 1.0 to the linearize run" in drawn
 
 
 def test_the_page_says_the_numbers_of_the_table(compared):
@@ -79,8 +81,8 @@ def test_masks_are_named_by_what_placed_them(compared):
 
 def test_drops_are_drawn_as_the_table_has_them(compared):
     frame = prepare(pd.read_parquet(compared / "comparison.parquet"))
-    drawn = drop_by_budget(frame).to_dict()
-    rows = [row for part in drawn["datasets"].values() for row in part if row.get("value") is not None]
+    drawn = [panel.to_dict()["datasets"] for panel in drop_by_budget(frame)]
+    rows = [row for data in drawn for part in data.values() for row in part if row.get("value") is not None]
     own = frame[(frame["measure"] == "relative_drop") & (frame["group"] != "worst group")]
     assert sorted(row["value"] for row in rows) == pytest.approx(sorted(own["value"].dropna()))
 
@@ -89,7 +91,7 @@ def test_a_panel_without_a_drop_says_why(compared):
     frame = prepare(pd.read_parquet(compared / "comparison.parquet"))
     group = next(name for name in frame["group"] if name not in ("overall", "worst group"))
     frame.loc[(frame["group"] == group) & (frame["measure"] == "relative_drop"), "value"] = float("nan")
-    titles = [panel["title"] for panel in drop_by_budget(frame).to_dict()["concat"]]
+    titles = [panel.to_dict()["title"] for panel in drop_by_budget(frame)]
     assert {"text": group, "subtitle": "no drop: the base network gets none right"} in titles
     assert group not in titles
 

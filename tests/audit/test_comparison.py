@@ -13,12 +13,16 @@ TOTAL = 1000
 GROUPS = ("many", "few")
 
 
-def scored(seed: int, chances: dict[tuple[str, int], tuple[float, float]], n: int = 300) -> Scored:
+def scored(
+    seed: int, chances: dict[tuple[str, int], tuple[float, float]], n: int = 300, labels: bool = False
+) -> Scored:
     rng = np.random.default_rng(seed)
     groups = (rng.random(n) < 0.2).astype(np.int64)
     ease = rng.random(n)
     correct = {column: ease < np.asarray(chance)[groups] for column, chance in chances.items()}
-    return Scored(groups, correct, TOTAL)
+    return Scored(
+        groups, correct, TOTAL, np.where(groups == 1, rng.integers(0, 2, n), 2 - (ease < 0.5)) if labels else None
+    )
 
 
 CHANCES = {
@@ -70,7 +74,7 @@ def test_every_measure_by_hand():
     assert not ((frame["method"] == "bad") & (frame["measure"] == "beyond_control")).any()
     assert not ((frame["method"] == "erm") & (frame["measure"] == "gain")).any()
     assert not ((frame["measure"] == "beyond_control") & (frame["relus"] == TOTAL)).any()
-    assert not frame.duplicated(["relus", "method", "group", "measure"]).any()
+    assert not frame.duplicated(["relus", "method", "group", "class", "measure"]).any()
 
 
 def test_the_draws_are_paired():
@@ -138,3 +142,59 @@ def test_what_cannot_be_compared():
     lacking = {column: chance for column, chance in CHANCES.items() if column != ("fair", 20)}
     with pytest.raises(FairlineError, match="'fair' with 20 ReLUs is missing for one of the base networks 1 and 2"):
         compare([scored(0, CHANCES), scored(1, lacking)], GROUPS, "erm")
+
+
+def test_classes_are_compared_as_groups_are():
+    """Classes 0 and 1 in the few, 1 and 2 in the many: 0 is the few's alone, 2 the many's, 1 in both."""
+    one = scored(0, CHANCES, labels=True)
+    assert one.labels is not None
+    frame = compare([one], GROUPS, "erm", class_names=("x", "y", "z"), resamples=300)
+    classes = frame[(frame["class"] != "") & (frame["relus"] == 20) & (frame["method"] == "fair")]
+    sets = set(classes[["group", "class"]].itertuples(index=False, name=None))
+    # A class in a group is left out where it is the whole class, as it is then the class's own row.
+    assert sets == {("overall", "x"), ("overall", "y"), ("overall", "z"), ("many", "y"), ("few", "y")}
+    fair, erm = one.correct["fair", 20], one.correct["erm", 20]
+    for (group, label), part in classes.groupby(["group", "class"]):
+        inside = one.labels == "xyz".index(label)
+        if group != "overall":
+            inside &= one.groups == GROUPS.index(group)
+        rows = part.set_index("measure")
+        assert set(rows.index) == {"recall", "gain", "beyond_control"}
+        assert rows.loc["recall", "value"] == pytest.approx(fair[inside].mean())
+        assert rows.loc["gain", "value"] == pytest.approx(100 * (fair[inside].mean() - erm[inside].mean()))
+        assert rows.loc["gain", "low"] <= rows.loc["gain", "value"] <= rows.loc["gain", "high"]
+        assert (rows["n"] == inside.sum()).all()
+    balanced = frame[(frame["measure"] == "balanced_accuracy") & (frame["method"] == "fair") & (frame["relus"] == 20)]
+    assert balanced["value"].item() == pytest.approx(np.mean([fair[one.labels == label].mean() for label in range(3)]))
+    assert balanced["low"].item() < balanced["value"].item() < balanced["high"].item()
+    # Groups are as they were.
+    plain = compare([scored(0, CHANCES)], GROUPS, "erm", resamples=300)
+    own = frame[(frame["class"] == "") & (frame["measure"] != "balanced_accuracy")].reset_index(drop=True)
+    assert set(plain["class"]) == {""}
+    same = ["relus", "method", "group", "measure", "value", "n"]
+    pd.testing.assert_frame_equal(own[same], plain[same])
+
+
+def test_a_class_that_is_a_group_is_compared_once():
+    one = scored(0, CHANCES)
+    frame = compare(
+        [Scored(one.groups, one.correct, TOTAL, one.groups)], GROUPS, "erm", class_names=GROUPS, resamples=50
+    )
+    assert set(frame["class"]) == {""}
+    row = pick(frame, "fair", "balanced_accuracy", "overall")
+    assert row["value"] == pytest.approx(np.mean([pick(frame, "fair", "accuracy", name)["value"] for name in GROUPS]))
+
+
+def test_classes_over_seeds_have_students_interval():
+    replicates = [scored(seed, CHANCES, labels=True) for seed in range(4)]
+    frame = compare(replicates, GROUPS, "erm", class_names=("x", "y", "z"))
+    gains = [
+        100 * (r.correct["fair", 20][r.labels == 0].mean() - r.correct["erm", 20][r.labels == 0].mean())
+        for r in replicates
+    ]
+    row = frame[
+        (frame["class"] == "x") & (frame["measure"] == "gain") & (frame["method"] == "fair") & (frame["relus"] == 20)
+    ].iloc[0]
+    expected = stats.ttest_1samp(gains, 0).confidence_interval()
+    assert row["value"] == pytest.approx(np.mean(gains))
+    assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))

@@ -73,11 +73,25 @@ def test_the_frontier_predicts_what_was_not_measured(predicted, runs):
     for _, part in table.groupby("protocol"):
         ordered = part.sort_values("relus")
         assert ordered["bytes"].is_monotonic_increasing
+    assert (table["lowest"] <= table["worst"]).all()
     accuracy = audit[(audit["measure"] == "accuracy") & (audit["group"] != "overall")]
     worst = accuracy.groupby("model")["value"].min()
     assert table.set_index("model")["worst"].to_dict() == worst.to_dict()
     page = (predicted / "frontier.html").read_text(encoding="utf-8")
-    assert "keeps every group within 20 %" in page
+    assert "within 20 points" in page
+    # Asked anew with another tolerance, the run is judged again, and no cost reckoned.
+    answers = dict(zip(table["model"], table["answer"], strict=True))
+    assert answers.pop("base") == ""
+    assert set(answers.values()) <= {"may ship", "may not ship", "cannot tell"}
+    said = ok("frontier", runs / "audit", "--protocol", "cheetah,delphi", "--within", "99.9", "--out", predicted)
+    again = pd.read_parquet(predicted / "frontier.parquet")
+    assert set(again.loc[again["model"] != "base", "answer"]) == {"may ship"}
+    assert "is the cheapest that may ship" in said
+    assert again["bytes"].tolist() == table["bytes"].tolist()
+    counted = pd.read_parquet(predicted / "cells.parquet")
+    whole = counted[counted["kind"] == "overall"].set_index("model")
+    assert (whole["after"] / whole["n"]).to_dict() == pytest.approx(table.set_index("model")["overall"].to_dict())
+    assert (counted.loc[counted["model"] == "base", ["lost", "gained"]] == 0).all(axis=None)
     assert "cost_groups" in page
 
 

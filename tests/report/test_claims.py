@@ -170,3 +170,12 @@ def test_the_page_says_scale_claims_and_sources(tmp_path):
 
 def test_findings_have_the_fields_that_they_promise():
     assert list(findings(study_table()).columns) == list(Finding.__dataclass_fields__)
+
+
+def test_rows_of_classes_change_no_claim():
+    """A class has rows under its group and under overall, of measures that groups have as well."""
+    table = study_table()
+    classes = table.assign(**{"class": "a class", "value": table["value"] + 9})
+    found = findings(table)
+    pd.testing.assert_frame_equal(findings(pd.concat([table, classes], ignore_index=True)), found)
+    assert (found["verdict"] != UNDECIDED).any()

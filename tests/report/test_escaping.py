@@ -92,6 +92,8 @@ def renamed(run: Path, folder: Path, new: Sequence[str]) -> Run:
         table = pd.read_parquet(file)
         for column in {"group", "worst_group", "drop_group"} & set(table):
             table[column] = table[column].map(lambda name: words.get(name, name))
+        for column in {"lowest_who", "loss_who"} & set(table):
+            table[column] = table[column].str.replace("|".join(PLAIN), lambda found: words[found[0]], regex=True)
         table.to_parquet(file, index=False)
     config = json.loads((copy / "config.json").read_text())
     config["data"] |= {"name": new[0], "options": {"groups": new[1], "image_size": 8}}

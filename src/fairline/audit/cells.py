@@ -7,6 +7,9 @@ data), and a class in a group that is all of either, are named by the group or t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 
 from fairline.data.grouped import OVERALL
@@ -61,3 +64,21 @@ def cells(predictions: pd.DataFrame) -> pd.DataFrame:
     ]
     table = pd.concat([part for part in parts if len(part)], ignore_index=True)
     return table[["kind", "group", "class", *_COUNTS]].astype(dict.fromkeys(_COUNTS, int))
+
+
+def named(cell: Mapping[str, Any]) -> str:
+    """A set of images in words.
+
+    >>> named({"kind": "cell", "group": "old", "class": "melanoma"})
+    'class “melanoma” in group “old”'
+
+    Returns:
+        The words.
+    """
+    if cell["kind"] == "overall":
+        return "overall accuracy"
+    if cell["kind"] == "class":
+        return f"class “{cell['class']}”"
+    if cell["kind"] == "cell":
+        return f"class “{cell['class']}” in group “{cell['group']}”"
+    return f"group “{cell['group']}”"

@@ -19,8 +19,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fairline.audit.accuracy import relative_drop
+from fairline.audit.cells import cells
 from fairline.audit.intervals import (
-    Drawn,
     Floats,
     draw,
     lowest_interval,
@@ -47,11 +47,23 @@ class Scored:
         correct: For each (method, ReLUs kept) whether each sample was right, bool, (n,); the base network under
             :data:`BASE` and its own number of ReLUs.
         total: ReLUs of the base network.
+        labels: Class of each sample, int64, (n,), if classes are compared as well.
     """
 
     groups: NDArray[np.int64]
     correct: Mapping[Column, NDArray[np.bool_]]
     total: int
+    labels: NDArray[np.int64] | None = None
+
+    @property
+    def classes(self) -> list[int]:
+        """Labels that there are; none where classes are not compared."""
+        return [] if self.labels is None else [int(label) for label in np.unique(self.labels)]
+
+    def inside(self, group: int | None, label: int) -> NDArray[np.bool_]:
+        """Which samples are of a class, in one group or in all."""
+        of_class = self.labels == label
+        return np.asarray(of_class if group is None else of_class & (self.groups == group), bool)
 
 
 def compare(
@@ -59,21 +71,23 @@ def compare(
     group_names: Sequence[str],
     baseline: str,
     *,
+    class_names: Sequence[str] = (),
     resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Every method's accuracy at each budget, and its difference to the baseline.
 
     Measures, for each group, for ``overall``, and where marked * for ``worst group`` (the group with the lowest
-    accuracy, whichever that is under each method):
+    accuracy, whichever that is under each method), for each class, and for each class in each group:
 
-    - ``accuracy`` *, in [0, 1];
+    - ``accuracy`` *, in [0, 1]; of a class it is called ``recall``;
     - ``gain`` *: accuracy less the baseline's at the same budget, in percentage points;
     - ``relative_drop``: against the base network, in percent (paper, Section 5.1);
     - ``mitigation_drop``: ``(J(θ̃ʳ) − J(θ̃ʳ_mit)) / J(θ̃ʳ) · 100`` against the baseline at the same budget; negative where
       the method helps (paper, Section 6);
     - ``beyond_control`` *: the gain less the gain at 100 % of the ReLUs, in points. What a method gains there
       repairs the imbalance of the data; only what it gains beyond that repairs linearization;
+    - ``balanced_accuracy`` (``overall`` only): the mean of the classes' recalls, in [0, 1];
     - ``pareto`` (``overall`` only): 1 where no other method at this budget is at least as good both in overall and in
       worst-group accuracy, and better in one.
 
@@ -81,33 +95,45 @@ def compare(
         replicates: One for each base network.
         group_names: Names by index.
         baseline: Method to compare with.
+        class_names: Names by index of :attr:`Scored.labels`, if there are any.
         resamples: Draws, where there is one replicate.
         seed: Of the draws.
 
     Returns:
-        Tidy: ``relus``, ``percent``, ``method``, ``group``, ``measure``, ``value``, ``low``, ``high`` (95 %), ``n``
-        (samples in a replicate, on average) and ``replicates``.
+        Tidy: ``relus``, ``percent``, ``method``, ``group``, ``class`` (empty for all; a class has rows under
+        ``overall``, and under each group that it does not fill or that does not fill it), ``measure``, ``value``,
+        ``low``, ``high`` (95 %), ``n`` (samples in a replicate, on average) and ``replicates``.
 
     Raises:
         FairlineError: A method or budget is missing in one replicate, or the baseline in all.
     """
     columns = _common_columns(replicates)
-    names = [*group_names, OVERALL, WORST]
-    points = [_accuracies(replicate, columns, len(group_names)) for replicate in replicates]
-    drawn = _drawn(replicates[0], columns, len(group_names), resamples, seed) if len(replicates) == 1 else None
-    sizes = np.mean([np.bincount(r.groups, minlength=len(group_names)) for r in replicates], axis=0)
-    n = {**dict(zip(group_names, sizes, strict=True)), OVERALL: sizes.sum(), WORST: math.nan}
+    sets = _class_sets(replicates)
+    labelled = all(replicate.classes for replicate in replicates)
+    names = [(name, "") for name in (*group_names, OVERALL, WORST)]
+    names += [(OVERALL if group is None else group_names[group], class_names[label]) for group, label in sets]
+    points = [_shares(replicate, columns, len(group_names), sets) for replicate in replicates]
+    drawn = _Draws(replicates[0], columns, len(group_names), sets, resamples, seed) if len(replicates) == 1 else None
+    sizes = np.mean([_sizes(replicate, len(group_names), sets) for replicate in replicates], axis=0)
     rows = []
     for own, measure, needed in _contrasts(columns, baseline, replicates[0].total):
         networks = [columns.index(column) for column in needed]
         values = np.stack([measure.of(*point[:, networks].T) for point in points], axis=1)
-        for position, name in enumerate(names):
-            if name == WORST and not measure.of_worst:
-                continue
-            each = values[position]
-            low, high = mean_interval(each) if drawn is None else _limits(measure, networks, drawn, position)
-            row = {**own, "group": name, "measure": measure.name, "value": float(each.mean()), "low": low, "high": high}
-            rows.append({**row, "n": n[name], "replicates": len(replicates)})
+        shown = [at for at, (group, label) in enumerate(names) if measure.of_more or (group != WORST and not label)]
+        found = [
+            (*names[at], values[at], None if drawn is None else drawn.limits(measure, networks, at)) for at in shown
+        ]
+        told = [measure.of_class if label else measure.name for _, label, _, _ in found]
+        n = [sizes[at] for at in shown]
+        if labelled and measure.name == "accuracy":
+            each = np.asarray([_recalls(replicate, needed[0]).mean() for replicate in replicates])
+            found.append((OVERALL, "", each, None if drawn is None else drawn.balanced_limits(networks)))
+            told.append("balanced_accuracy")
+            n.append(sizes[len(group_names)])
+        for (group, label, each, limits), name, size in zip(found, told, n, strict=True):
+            low, high = mean_interval(each) if limits is None else limits
+            row = {**own, "group": group, "class": label, "measure": name, "value": float(each.mean())}
+            rows.append({**row, "low": low, "high": high, "n": size, "replicates": len(replicates)})
     frame = pd.DataFrame(rows)
     return pd.concat([frame, pareto(frame)], ignore_index=True)
 
@@ -121,7 +147,7 @@ class _Measure:
         of: The number, from the networks' accuracies, arrays of one shape.
         networks: Which networks, in the words of :func:`_contrasts`.
         signs: For each network, 1 where the number grows with its accuracy, −1 where it falls.
-        of_worst: Whether it speaks of the worst group as well.
+        of_more: Whether it speaks of the worst group and of classes as well.
         of_baseline: Whether the baseline has it.
     """
 
@@ -129,15 +155,20 @@ class _Measure:
     of: Callable[..., Floats]
     networks: tuple[str, ...]
     signs: tuple[int, ...]
-    of_worst: bool = True
+    of_more: bool = True
     of_baseline: bool = False
+
+    @property
+    def of_class(self) -> str:
+        """Its name where it is of a class."""
+        return "recall" if self.name == "accuracy" else self.name
 
 
 _MEASURES = (
     _Measure("accuracy", lambda own: own, ("own",), (1,), of_baseline=True),
     _Measure("gain", lambda own, other: 100 * (own - other), ("own", "other"), (1, -1)),
-    _Measure("relative_drop", relative_drop, ("base", "own"), (1, -1), of_worst=False, of_baseline=True),
-    _Measure("mitigation_drop", relative_drop, ("other", "own"), (1, -1), of_worst=False),
+    _Measure("relative_drop", relative_drop, ("base", "own"), (1, -1), of_more=False, of_baseline=True),
+    _Measure("mitigation_drop", relative_drop, ("other", "own"), (1, -1), of_more=False),
     _Measure(
         "beyond_control",
         lambda own, other, own_whole, other_whole: 100 * ((own - other) - (own_whole - other_whole)),
@@ -199,27 +230,82 @@ def _common_columns(replicates: Sequence[Scored]) -> list[Column]:
     return columns
 
 
-def _accuracies(scored: Scored, columns: Sequence[Column], num_groups: int) -> Floats:
-    """Accuracy of each group, of all, and of the worst, (A + 2, columns)."""
-    correct = np.stack([scored.correct[column] for column in columns], axis=1).astype(np.float64)
+def _class_sets(replicates: Sequence[Scored]) -> list[tuple[int | None, int]]:
+    """The sets of :func:`fairline.audit.cells.cells` that are no groups: a group, or None for all, and a class."""
+    if not all(replicate.classes for replicate in replicates):
+        return []
+    images = [
+        pd.DataFrame({"group": each.groups, "label": each.labels, "correct": False, "reference_correct": False})
+        for each in replicates
+    ]
+    found = cells(pd.concat(images))
+    found = found[found["kind"].isin(["class", "cell"])]
+    pairs = found[["kind", "group", "class"]].itertuples(index=False, name=None)
+    sets = [(None if kind == "class" else int(group), int(label)) for kind, group, label in pairs]
+    # What a split leaves without an image in one replicate is not compared.
+    return [own for own in sets if all(replicate.inside(*own).any() for replicate in replicates)]
+
+
+def _shares(
+    scored: Scored, columns: Sequence[Column], num_groups: int, sets: Sequence[tuple[int | None, int]]
+) -> Floats:
+    """What is right of each group, of all, of the worst group and of each class set, (A + 2 + sets, columns)."""
+    correct = _stacked(scored, columns).astype(np.float64)
     by_group = np.stack([correct[scored.groups == group].mean(0) for group in range(num_groups)])
-    return np.concatenate([by_group, correct.mean(0)[None], by_group.min(0)[None]])
+    others = [correct[scored.inside(*own)].mean(0) for own in sets]
+    return np.stack([*by_group, correct.mean(0), by_group.min(0), *others])
 
 
-def _drawn(scored: Scored, columns: Sequence[Column], num_groups: int, draws: int, seed: int) -> list[Drawn]:
-    """Draws of the images of each group, and of all."""
-    rng = np.random.default_rng(seed)
-    correct = np.stack([scored.correct[column] for column in columns], axis=1)
-    groups = [draw(correct[scored.groups == group], draws, rng) for group in range(num_groups)]
-    return [*groups, pooled(groups, rng)]
+def _sizes(scored: Scored, num_groups: int, sets: Sequence[tuple[int | None, int]]) -> Floats:
+    """Samples of each group, all, nothing of the worst, and of each class set."""
+    sizes = np.bincount(scored.groups, minlength=num_groups)
+    return np.asarray([*sizes, sizes.sum(), math.nan, *(scored.inside(*own).sum() for own in sets)], float)
 
 
-def _limits(measure: _Measure, networks: list[int], drawn: list[Drawn], position: int) -> tuple[float, float]:
-    """95 % limits over images for the group at a position, all images, or the worst group."""
-    if position < len(drawn):
-        return percentile_interval(measure.of(*drawn[position].shares(networks, measure.signs)))
-    by_group = np.stack([group.shares(networks, measure.signs) for group in drawn[:-1]])
-    if len(networks) == 1:
-        return lowest_interval(measure.of(by_group[:, 0]))
-    # The worst groups of several networks: what biases each of them cancels in their difference.
-    return percentile_interval(measure.of(*by_group.min(0)))
+def _recalls(scored: Scored, column: Column) -> Floats:
+    """Recall of each class that has a sample."""
+    correct = scored.correct[column]
+    return np.asarray([correct[scored.inside(None, label)].mean() for label in scored.classes])
+
+
+def _stacked(scored: Scored, columns: Sequence[Column]) -> NDArray[np.bool_]:
+    return np.stack([scored.correct[column] for column in columns], axis=1)
+
+
+class _Draws:
+    """Draws of the images of each group, of all, of each class set and of each class, for one base network."""
+
+    def __init__(
+        self,
+        scored: Scored,
+        columns: Sequence[Column],
+        num_groups: int,
+        sets: Sequence[tuple[int | None, int]],
+        draws: int,
+        seed: int,
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        correct = _stacked(scored, columns)
+        self._groups = [draw(correct[scored.groups == group], draws, rng) for group in range(num_groups)]
+        self._all = pooled(self._groups, rng)
+        self._sets = [draw(correct[scored.inside(*own)], draws, rng) for own in sets]
+        self._classes = [draw(correct[scored.inside(None, label)], draws, rng) for label in scored.classes]
+
+    def limits(self, measure: _Measure, networks: list[int], position: int) -> tuple[float, float]:
+        """95 % limits over images of what stands at a position of :func:`_shares`."""
+        if position == len(self._groups) + 1:
+            return self._worst(measure, networks)
+        drawn = [*self._groups, self._all, None, *self._sets][position]
+        assert drawn is not None
+        return percentile_interval(measure.of(*drawn.shares(networks, measure.signs)))
+
+    def _worst(self, measure: _Measure, networks: list[int]) -> tuple[float, float]:
+        by_group = np.stack([group.shares(networks, measure.signs) for group in self._groups])
+        if len(networks) == 1:
+            return lowest_interval(measure.of(by_group[:, 0]))
+        # The worst groups of several networks: what biases each of them cancels in their difference.
+        return percentile_interval(measure.of(*by_group.min(0)))
+
+    def balanced_limits(self, networks: list[int]) -> tuple[float, float]:
+        """95 % limits over images of the mean of the classes' recalls."""
+        return percentile_interval(np.mean([own.shares(networks, [1])[0] for own in self._classes], axis=0))

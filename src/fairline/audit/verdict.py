@@ -74,6 +74,16 @@ class Verdict:
         return float(classes["before"].mean()), float(classes["after"].mean())
 
 
+def require_within(within: float) -> None:
+    """Refuse a tolerance that is none.
+
+    Raises:
+        FairlineError: It is not in percentage points, from 0 to 100.
+    """
+    if not 0 <= within < 100:
+        raise FairlineError(f"The loss that is tolerated is in percentage points, from 0 to 100, not {within:g}.")
+
+
 def verdict(counted: Sequence[pd.DataFrame], within: float = 5.0, critical: Sequence[str] = ()) -> Verdict:
     """Judge a network, or a method over several seeds.
 
@@ -108,16 +118,6 @@ def verdict(counted: Sequence[pd.DataFrame], within: float = 5.0, critical: Sequ
     table["inside"] = (table["low"] >= -within) & (~table["critical"] | (table["change"] >= 0))
     answer, decisive = _decided(table)
     return Verdict(answer, within, table, decisive, len(counted), int((~asked).sum()))
-
-
-def require_within(within: float) -> None:
-    """Refuse a tolerance that is none.
-
-    Raises:
-        FairlineError: It is no percentage below 100.
-    """
-    if not 0 <= within < 100:
-        raise FairlineError(f"The loss that is tolerated is in percentage points, from 0 to 100, not {within:g}.")
 
 
 def _decided(table: pd.DataFrame) -> tuple[str, pd.Series[Any]]:

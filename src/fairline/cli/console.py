@@ -199,14 +199,19 @@ def list_networks(run: Run) -> None:
         )
 
 
-def print_comparison(run: Run) -> None:
-    """A comparison's tables, and its page."""
+def print_comparison(run: Run, within: float = 5.0, critical: Sequence[str] = ()) -> None:
+    """A comparison's verdicts and tables, and its page."""
     from fairline.data.grouped import OVERALL, WORST
-    from fairline.report.comparison import limits, prepare, write_comparison
+    from fairline.report.comparison import judged, limits, prepare, write_comparison
+    from fairline.report.verdict import headline, signed
 
     frame = prepare(run.table("comparison.parquet"))
+    found = judged(run, within, critical)
+    if found:
+        _print_verdicts(found)
+        out_console.print(headline(found), highlight=False)
     baseline = frame["baseline"].iloc[0]
-    for budget, part in frame.groupby("budget", sort=False):
+    for budget, part in frame[frame["class"] == ""].groupby("budget", sort=False):
         accuracy = part[part["measure"] == "accuracy"].pivot_table(
             index="method", columns="group", values="value", sort=False
         )
@@ -216,14 +221,14 @@ def print_comparison(run: Run) -> None:
         front = part[part["measure"] == "pareto"].set_index("method")["value"]
         table = accuracy[[OVERALL, WORST]].map("{:.1%}".format)
         table["gain of worst [95 %]"] = [
-            f"{worst.loc[m, 'value']:+.1f} {limits(worst.loc[m])}" if m in worst.index else "" for m in table.index
+            f"{signed(worst.loc[m, 'value'])} {limits(worst.loc[m])}" if m in worst.index else "" for m in table.index
         ]
         table["groups better"] = by_group[by_group["low"] > 0].groupby("method").size().reindex(table.index).fillna(0)
         table["worse"] = by_group[by_group["high"] < 0].groupby("method").size().reindex(table.index).fillna(0)
         table["front"] = ["◆" if front[m] else "" for m in table.index]
         table.index.name = "method"
         print_frame(table, f"{budget} of ReLUs, against {baseline}", {"groups better": ".0f", "worse": ".0f"})
-    path = write_comparison(run.folder)
+    path = write_comparison(run.folder, within=within, critical=critical)
     out_console.print(f"Comparison: {path.resolve()}", soft_wrap=True)
 
 
@@ -333,9 +338,12 @@ def print_compiled(table: pd.DataFrame, plan: pd.DataFrame) -> None:
 
 
 def print_frontier(table: pd.DataFrame, network: str) -> None:
-    """A frontier's tables, one a protocol."""
+    """A frontier's tables, one a protocol, and its verdicts."""
     import pandas as pd
 
+    from fairline.report.verdict import signed
+
+    who = "worst group or class" if "lowest" in table else "worst group"
     for name, part in table.groupby("protocol", sort=False):
         shown = pd.DataFrame(
             {
@@ -344,11 +352,15 @@ def print_frontier(table: pd.DataFrame, network: str) -> None:
                 "rounds": part["rounds"],
                 "seconds": part["seconds"],
                 "overall": part["overall"],
-                "worst group": part["worst"],
-                "drop, %": part["largest_drop"],
+                who: part["lowest" if "lowest" in table else "worst"],
                 "front": part["on_bytes_front"].map({True: "◆", False: ""}),
             }
         ).set_axis(part["model"])
         shown.index.name = "network"
         formats = {"ReLUs": ",.0f", "MB": ".2f", "rounds": ".0f", "seconds": ".2f", "overall": ".1%"}
-        print_frame(shown, f"{name} over {network}", formats | {"worst group": ".1%", "drop, %": "+.1f"})
+        print_frame(shown, f"{name} over {network}", formats | {who: ".1%"})
+    own = table[table["answer"] != ""].drop_duplicates("model") if "answer" in table else table[:0]
+    if len(own):
+        points = [signed(-loss) for loss in own["largest_loss"]]
+        shown = pd.DataFrame({"verdict": own["answer"], "decided by": own["loss_who"], "points": points})
+        print_frame(shown.set_axis(pd.Index(own["model"], name="network")), "against the base network")

@@ -441,15 +441,20 @@ def compare(
     groups: OtherGroups = None,
     split: Annotated[str, typer.Option(help="Part to measure on: train, val or test.")] = "test",
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples, where there is one base network.")] = 2000,
+    within: Within = 5.0,
+    critical: Critical = None,
     root: Root = None,
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """Put methods side by side at equal ReLU budgets: paired differences by group, and the Pareto front.
+    """Put methods side by side at equal ReLU budgets: which may ship, paired differences by group and class, the front.
 
     Runs of several base networks (seeds) are taken as replicates.
     """
+    from fairline.audit.verdict import require_within
     from fairline.jobs import compare_job
+
+    require_within(within)
 
     with progress_bars() as progress:
         run = compare_job(
@@ -464,7 +469,7 @@ def compare(
             device=device,
             progress=progress,
         )
-    print_comparison(run)
+    print_comparison(run, within, critical or [])
 
 
 @app.command()
@@ -566,15 +571,16 @@ def frontier(
     ] = None,
     protocol: CostProtocols = "cheetah",
     network: Wire = "lan",
-    within: Annotated[float, typer.Option(help="Relative accuracy drop, in percent, that any group may suffer.")] = 5.0,
+    within: Within = 5.0,
+    critical: Critical = None,
     results: Annotated[
         Path | None, typer.Option(help="Also write tables, figures and provenance to this folder.")
     ] = None,
 ) -> None:
-    """Accuracy against cost: Pareto front, and the cheapest network that keeps every group's accuracy."""
+    """Accuracy against cost: Pareto front, and the cheapest network that may ship."""
+    from fairline.audit.verdict import require_within
     from fairline.jobs.frontier import frontier_job
     from fairline.private.basis import PREDICTED
-    from fairline.private.frontier import require_within
     from fairline.report.cost_parts import advice
     from fairline.report.costs import answers, write_frontier
     from fairline.report.results import write_frontier_results
@@ -588,6 +594,8 @@ def frontier(
             fixed_point=fixed_point,
             protocols=parse_names(protocol, "protocol"),
             network=network,
+            within=within,
+            critical=critical or [],
             progress=progress,
         )
     table = run.table("frontier.parquet")
@@ -596,9 +604,9 @@ def frontier(
         told = "predicted, not measured" if basis == PREDICTED else basis
         sentence = f"Costs on {name} {told}: {', '.join(part['model'])}."
         out_console.print(sentence, soft_wrap=True, highlight=False, markup=False)
-    for sentence in [*advice(table), *answers(table, within)]:
+    for sentence in [*advice(table), *answers(run, within, critical or [])]:
         out_console.print(sentence, soft_wrap=True, highlight=False)
-    path = write_frontier(run.folder, within=within)
+    path = write_frontier(run.folder, within=within, critical=critical or [])
     out_console.print(f"Page: {path.resolve()}", soft_wrap=True)
     if results is not None:
         out_console.print(f"Results: {write_frontier_results(run.folder, results)}", soft_wrap=True)
@@ -633,16 +641,16 @@ def report(
     command = Run.read(source, "audit", "compare", "frontier", "compile").command
     if costs is not None and command != "audit":
         raise FairlineError(f"The cost panel belongs to the report of an audit; {source} holds a {command} run.")
-    if critical and command != "audit":
-        raise FairlineError(f"A critical class belongs to the report of an audit; {source} holds a {command} run.")
+    if critical and command == "compile":
+        raise FairlineError(f"A critical class is of a page that judges networks; {source} holds a compile run.")
     if command == "audit":
         path = write_report(source, out, costs=costs, within=within, critical=critical or ())
     elif command == "frontier":
-        path = write_frontier(source, out, within=within)
+        path = write_frontier(source, out, within=within, critical=critical or [])
     elif command == "compile":
         path = write_compiled(source, out)
     else:
-        path = write_comparison(source, out)
+        path = write_comparison(source, out, within=within, critical=critical or [])
     out_console.print(f"Report: {path.resolve()}", soft_wrap=True)
     if figures is not None:
         writers = {

@@ -163,7 +163,8 @@ def _kept(
 ) -> list[pd.DataFrame]:
     """What was seen of a family, now or before an interruption."""
     files = [run.checkpoint / f"{position}.{part}.parquet" for part in ("predictions", "layers", "counts")]
-    if not all(path.exists() for path in files):
+    # What an earlier version kept may lack the classes.
+    if not all(path.exists() for path in files) or "label" not in pd.read_parquet(files[0]):
         for file, table in zip(files, look(family), strict=True):
             write_table(file, table)
     return [pd.read_parquet(path) for path in files]
@@ -182,12 +183,14 @@ def _seen(
     parts = load_parts(family.base, root, groups)
     data = parts[split]
     named = np.asarray(data.group_names)[data.groups.cpu().numpy()]
+    classes = np.asarray(data.class_names)[data.labels.cpu().numpy()]
     images, layers = [], []
     for (label, info), folder in _labelled(family):
         model, _ = load_network(folder)
         right = predict(model, data, device=device).argmax(1).cpu() == data.labels.cpu()
         what = {"base": str(family.base.folder), "method": label, "relus": info.relus, "total": info.total}
-        images.append(pd.DataFrame({**what, "sample": range(len(data)), "group": named, "correct": right.numpy()}))
+        own = {"sample": range(len(data)), "label": classes, "group": named, "correct": right.numpy()}
+        images.append(pd.DataFrame({**what, **own}))
         layers += [{**what, **row} for row in _kept_by_layer(model, info)]
         told(label)
     return pd.concat(images), pd.DataFrame(layers), parts["train"].counts().reset_index()
@@ -219,12 +222,14 @@ def _compared(tables: Sequence[pd.DataFrame], baseline: str | None, resamples: i
             )
     if WORST in groups:
         raise FairlineError(f"A comparison speaks of the '{WORST}' of each method; a group cannot be called so.")
-    replicates = [_scored(table, groups) for table in tables]
+    classes = list(dict.fromkeys(pd.concat(tables)["label"]))
+    replicates = [_scored(table, groups, classes) for table in tables]
     if len({replicate.total for replicate in replicates}) > 1:
         raise FairlineError("The base networks have different numbers of ReLUs and cannot be replicates.")
     methods = list(dict.fromkeys(method for method, _ in replicates[0].correct if method != BASE))
     chosen = baseline or ("erm" if "erm" in methods else methods[0])
-    return compare(replicates, groups, chosen, resamples=resamples, seed=seed).assign(baseline=chosen)
+    found = compare(replicates, groups, chosen, class_names=classes, resamples=resamples, seed=seed)
+    return found.assign(baseline=chosen)
 
 
 def _labelled(family: _Family) -> list[tuple[tuple[str, NetworkInfo], Path]]:
@@ -246,11 +251,12 @@ def _labelled(family: _Family) -> list[tuple[tuple[str, NetworkInfo], Path]]:
     return found
 
 
-def _scored(table: pd.DataFrame, group_names: Sequence[str]) -> Scored:
+def _scored(table: pd.DataFrame, group_names: Sequence[str], class_names: Sequence[str]) -> Scored:
     parts = list(table.groupby(["method", "relus"], sort=False))
-    index = {name: position for position, name in enumerate(group_names)}
+    first = parts[0][1]
     return Scored(
-        parts[0][1]["group"].map(index).to_numpy(np.int64),
+        first["group"].map({name: position for position, name in enumerate(group_names)}).to_numpy(np.int64),
         {(str(method), int(relus)): part["correct"].to_numpy(bool) for (method, relus), part in parts},
         int(table["total"].iloc[0]),
+        first["label"].map({name: position for position, name in enumerate(class_names)}).to_numpy(np.int64),
     )

@@ -10,11 +10,13 @@ import pandas as pd
 import torch
 
 from fairline._io import write_table
+from fairline.audit.cells import cells
+from fairline.audit.verdict import require_within
 from fairline.jobs._checkpoints import Checkpoint, find_networks, identities
 from fairline.jobs.costs import priced
 from fairline.private.basis import PREDICTED, basis, same_wire
 from fairline.private.cost import require_cost_model
-from fairline.private.frontier import frontier
+from fairline.private.frontier import BASE, frontier, judge, verdicts
 from fairline.private.plan import graph_digest
 from fairline.private.wire import Network
 from fairline.private.wire import network as find_network
@@ -30,9 +32,13 @@ def frontier_job(
     fixed_point: str | Path | None = None,
     protocols: Sequence[str] = ("cheetah",),
     network: str = "lan",
+    within: float = 5.0,
+    critical: Sequence[str] = (),
     progress: ProgressCallback | None = None,
 ) -> Run:
     """Put the accuracies of an audit beside what its networks cost, into ``out``: ``frontier.parquet``.
+
+    Costs are reckoned once; asked anew with another tolerance, a finished run is only judged again.
 
     Args:
         audit: Folder of an audit run.
@@ -42,14 +48,17 @@ def frontier_job(
         fixed_point: Folder of a ``private fixed-point`` run, shown beside.
         protocols: Keys of ``fairline.private.PROTOCOL_COSTS``.
         network: Between the parties. Measured on loopback, seconds are what was measured plus what this network adds.
+        within: Loss of any group or class that is tolerated, in percentage points.
+        critical: Classes whose recall may not fall.
         progress: Told of every network.
 
     Returns:
-        The run.
+        The run; ``cells.parquet`` counts what each network gets right in each set of images.
 
     Raises:
         FairlineError: The input is wrong, or a network of the audit has changed since.
     """
+    require_within(within)
     source = Run.read(audit, "audit")
     wire = find_network(network)
     for protocol in protocols:
@@ -70,6 +79,8 @@ def frontier_job(
         if not run.finished:
             costs = _costs(found, protocols, wire, _measurements(privates, wire), progress)
             _write_tables(run, source, bits, costs)
+    # A finished run stays so, whatever is asked of it.
+    _judge(run, source, within, critical)
     return run
 
 
@@ -131,11 +142,34 @@ def _cost(told: dict[str, Any], wire: Network, measured: Mapping[str, Any] | Non
 def _write_tables(run: Run, source: Run, bits: Run | None, costs: pd.DataFrame) -> None:
     if bits is not None:
         write_table(run.folder / "fixed_point.parquet", pd.read_parquet(bits.folder / "fixed_point.parquet"))
+    counted = _counted(source)
+    write_table(run.folder / "cells.parquet", counted)
     scores = pd.read_parquet(source.folder / "audit.parquet")
     scores = scores[scores["measure"].isin(["accuracy", "relative_drop"])]
     write_table(run.folder / "accuracy.parquet", scores)
     write_table(run.folder / "counts.parquet", pd.read_parquet(source.folder / "counts.parquet"))
-    write_table(run.folder / "frontier.parquet", frontier(scores, costs))
+    write_table(run.folder / "frontier.parquet", frontier(scores, costs, counted))
+
+
+def _counted(source: Run) -> pd.DataFrame:
+    """The sets of images of each network of an audit, with its ``model``; the base network against itself."""
+    predictions = source.table("predictions.parquet")
+    tables = []
+    for model, own in predictions.groupby("model", sort=False):
+        before = own["correct" if model == BASE else "reference_correct"]
+        tables.append(cells(own.assign(reference_correct=before)).assign(model=model))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _judge(run: Run, source: Run, within: float, critical: Sequence[str]) -> None:
+    """Write verdicts into ``frontier.parquet``; a finished run of an earlier version is counted first."""
+    file = run.folder / "cells.parquet"
+    if not file.exists():
+        write_table(file, _counted(source))
+    table = run.table("frontier.parquet")
+    judged = judge(table, verdicts(run.table("cells.parquet"), within, critical))
+    if not judged.equals(table):
+        write_table(run.folder / "frontier.parquet", judged)
 
 
 def _measurements(runs: Sequence[Run], wire: Network) -> dict[tuple[str, str], dict[str, Any]]:

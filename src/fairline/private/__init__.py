@@ -8,7 +8,7 @@ other engines (extra ``fairline[onnx]``).
 from fairline.private.cost import PROTOCOL_COSTS, Cost, Estimate, ProtocolCost, estimate
 from fairline.private.export import to_graph
 from fairline.private.fixed_point import agreement
-from fairline.private.frontier import cheapest, frontier
+from fairline.private.frontier import cheapest, frontier, judge, verdicts
 from fairline.private.graph import OPERATORS, Node, PlainGraph
 from fairline.private.onnx_graph import write_onnx
 from fairline.private.plan import CAVEATS, PROTOCOLS
@@ -33,8 +33,10 @@ __all__ = [
     "cheapest",
     "estimate",
     "frontier",
+    "judge",
     "measure",
     "run",
     "to_graph",
+    "verdicts",
     "write_onnx",
 ]

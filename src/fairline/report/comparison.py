@@ -10,16 +10,36 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from fairline.audit.cells import named
+from fairline.audit.verdict import CANNOT_TELL, MAY, MAY_NOT
 from fairline.charts import PALETTE, save_charts, themed
 from fairline.data.grouped import OVERALL, WORST
-from fairline.report.figures import METHOD_NAMES, budget_labels, budget_order, group_axis
+from fairline.report import verdict
+from fairline.report.figures import METHOD_NAMES, budget_labels, budget_order
 from fairline.report.page import by_groups, settings, write_page
+from fairline.report.verdict import KINDS, Candidate, limits_told, methods, moved, signed
 from fairline.runs import Run
+
+#: Columns of a figure in its file, and the width of a panel there; on the page a panel is as wide as its card.
+_LAYOUT = {"gain": (1, 560), "pareto": (2, 300), "beyond_control": (1, 560), "drop": (3, 250), "layers": (2, 380)}
 
 
 def prepare(comparison: pd.DataFrame) -> pd.DataFrame:
-    """Rows of ``comparison.parquet`` with ``budget``, a label of ``percent``."""
-    return comparison.assign(budget=comparison["percent"].map(budget_labels(comparison["percent"].unique())))
+    """Rows of ``comparison.parquet`` with ``budget``, a label of ``percent``, and ``who`` they speak of, in words."""
+    # In a comparison of an earlier version all rows are of all classes.
+    frame = comparison if "class" in comparison else comparison.assign(**{"class": ""})
+    return frame.assign(
+        budget=frame["percent"].map(budget_labels(frame["percent"].unique())),
+        who=[who(group, label) for group, label in frame[["group", "class"]].to_numpy()],
+    )
+
+
+def who(group: str, label: str) -> str:
+    """A group, a class, or a class in a group, in words."""
+    if not label:
+        return group
+    kind = "class" if group == OVERALL else "cell"
+    return named({"kind": kind, "group": group, "class": label})
 
 
 def group_order(frame: pd.DataFrame) -> list[str]:
@@ -29,51 +49,63 @@ def group_order(frame: pd.DataFrame) -> list[str]:
     return [OVERALL, WORST, *map(str, own.index)]
 
 
-def colours(methods: Sequence[str]) -> alt.Scale:
-    """One colour a method, the same in every figure; beyond fourteen they repeat."""
-    palette = [*PALETTE, "#B2182B", "#66C2A5", "#BF812D", "#C51B7D"]
-    return alt.Scale(domain=list(methods), range=[palette[i % len(palette)] for i in range(len(methods))])
+def order(frame: pd.DataFrame) -> list[str]:
+    """Everyone the rows speak of: as :func:`group_order`, then classes, then classes in each group."""
+    classes = frame[frame["class"] != ""]
+    at = {group: position for position, group in enumerate(group_order(frame))}
+    classes = classes.sort_values("group", key=lambda groups: groups.map(at), kind="stable")
+    return list(dict.fromkeys([*group_order(frame), *classes["who"]]))
 
 
-def differences(frame: pd.DataFrame, measure: str, title: str) -> Any:
-    """Points with intervals, a panel a budget: groups along x, methods side by side within each."""
-    rows = frame[frame["measure"] == measure]
-    methods = list(dict.fromkeys(frame.loc[frame["measure"] == "accuracy", "method"]))
+def palette(names: Sequence[str]) -> dict[str, str]:
+    """One colour a name, the same in every figure; beyond fourteen they repeat."""
+    chosen = [*PALETTE, "#B2182B", "#66C2A5", "#BF812D", "#C51B7D"]
+    return {name: chosen[i % len(chosen)] for i, name in enumerate(names)}
+
+
+def _colour(column: str, shown: Sequence[str], names: Sequence[str]) -> Any:
+    colours = palette(names)
+    scale = alt.Scale(domain=list(shown), range=[colours[name] for name in shown])
+    return alt.Color(f"{column}:N", sort=list(shown), scale=scale, title=None)
+
+
+def _methods(frame: pd.DataFrame) -> list[str]:
+    return list(dict.fromkeys(frame.loc[frame["measure"] == "accuracy", "method"]))
+
+
+def differences(frame: pd.DataFrame, measure: str, title: str) -> list[Any]:
+    """Points with intervals, a panel a budget: groups and classes from top to bottom, methods one below another."""
+    rows = frame[(frame["measure"] == measure) & ((frame["class"] == "") | (frame["group"] == OVERALL))]
+    methods = _methods(frame)
     drawn = [method for method in methods if method in set(rows["method"])]
-    groups = [group for group in group_order(frame) if group in set(rows["group"])]
-    width = min(880, max(80, 12 * len(drawn)) * len(groups))
-    room = width / len(groups)
+    people = [name for name in order(frame) if name in set(rows["who"])]
     panels = []
     for budget in budget_order(rows):
-        base = alt.Chart(rows[rows["budget"] == budget])
-        x = alt.X("group:N", sort=groups, title=None, axis=group_axis(groups, room, room - 4))
-        offset = alt.XOffset("method:N", sort=drawn, scale=alt.Scale(paddingOuter=0.35))
-        colour = alt.Color(
-            "method:N", sort=drawn, scale=colours(methods), title=None, legend=alt.Legend(values=drawn, labelLimit=320)
-        )
+        own = rows[rows["budget"] == budget]
+        here = [method for method in drawn if method in set(own["method"])]
+        base = alt.Chart(own[["method", "group", "class", "who", "value", "low", "high"]])
+        y = alt.Y("who:N", sort=people, title=None, axis=alt.Axis(labelLimit=150, grid=True))
+        offset = alt.YOffset("method:N", sort=here, scale=alt.Scale(domain=here, paddingOuter=0.4))
+        colour = _colour("method", drawn, methods)
         tooltip = [
             alt.Tooltip("method:N"),
-            alt.Tooltip("group:N"),
+            alt.Tooltip("who:N", title="who"),
             alt.Tooltip("value:Q", format="+.2f", title=title),
             alt.Tooltip("low:Q", format="+.2f", title="95 % from"),
             alt.Tooltip("high:Q", format="+.2f", title="to"),
         ]
-        zero = alt.Chart(pd.DataFrame({"y": [0]})).mark_rule(color="#888", strokeDash=[4, 3]).encode(y="y:Q")
-        whiskers = base.mark_rule(strokeWidth=1.6).encode(x=x, xOffset=offset, y="low:Q", y2="high:Q", color=colour)
+        zero = alt.Chart(pd.DataFrame({"x": [0]})).mark_rule(color="#888", strokeDash=[4, 3]).encode(x="x:Q")
+        x = alt.X("value:Q", title=title, axis=alt.Axis(tickCount=6))
+        whiskers = base.mark_rule(strokeWidth=1.6).encode(y=y, yOffset=offset, x="low:Q", x2="high:Q", color=colour)
         points = base.mark_point(filled=True, size=46, opacity=1).encode(
-            x=x, xOffset=offset, y=alt.Y("value:Q", title=title), color=colour, tooltip=tooltip
+            x=x, y=y, yOffset=offset, color=colour, tooltip=tooltip
         )
-        panels.append(
-            alt.layer(zero, whiskers, points).properties(
-                width=width,
-                height=200,
-                title=f"{budget} of the ReLUs",
-            )
-        )
-    return alt.vconcat(*panels).resolve_scale(color="shared")
+        height = max(22, 13 * len(here)) * own["who"].nunique()
+        panels.append(alt.layer(zero, whiskers, points).properties(height=height, title=f"{budget} of the ReLUs"))
+    return panels
 
 
-def pareto_front(frame: pd.DataFrame) -> Any:
+def pareto_front(frame: pd.DataFrame) -> list[Any]:
     """Overall against worst-group accuracy, a panel a budget; the front is filled and joined."""
     accuracy = frame[(frame["measure"] == "accuracy") & frame["group"].isin([OVERALL, WORST])]
     wide = accuracy.pivot_table(index=["budget", "percent", "method"], columns="group", values="value", sort=False)
@@ -83,9 +115,7 @@ def pareto_front(frame: pd.DataFrame) -> Any:
     panels = []
     for budget in budget_order(table):
         rows = table[table["budget"] == budget]
-        colour = alt.Color(
-            "method:N", sort=methods, scale=colours(methods), title=None, legend=alt.Legend(labelLimit=320)
-        )
+        colour = _colour("method", methods, methods)
         x = alt.X(
             "overall:Q",
             title="overall accuracy",
@@ -95,7 +125,7 @@ def pareto_front(frame: pd.DataFrame) -> Any:
         y = alt.Y(
             "worst:Q",
             title="worst-group accuracy",
-            axis=alt.Axis(format=".0%"),
+            axis=alt.Axis(format=".1%", tickCount=5),
             scale=alt.Scale(zero=False, nice=True, padding=14),
         )
         tooltip = [
@@ -111,11 +141,11 @@ def pareto_front(frame: pd.DataFrame) -> Any:
             .mark_point(filled=False, size=80, opacity=1, strokeWidth=2)
             .encode(x=x, y=y, color=colour, tooltip=tooltip)
         )
-        panels.append(alt.layer(line, hollow, filled).properties(width=300, height=240, title=f"{budget} of the ReLUs"))
-    return alt.concat(*panels, columns=2).resolve_scale(color="shared")
+        panels.append(alt.layer(line, hollow, filled).properties(height=240, title=f"{budget} of the ReLUs"))
+    return panels
 
 
-def kept_by_layer(layers: pd.DataFrame) -> Any:
+def kept_by_layer(layers: pd.DataFrame) -> list[Any]:
     """Share of each layer's ReLUs that is kept, a panel a budget and a line a way to place them."""
     layers = layers.reset_index(drop=True)
     rows = layers[layers["relus"] < layers["total"]].copy()
@@ -140,12 +170,12 @@ def kept_by_layer(layers: pd.DataFrame) -> Any:
                     axis=alt.Axis(labelAngle=-50, labelLimit=120),
                 ),
                 y=alt.Y("share:Q", title="ReLUs kept", axis=alt.Axis(format="%")),
-                color=alt.Color("masks:N", scale=colours(names), title="masks"),
+                color=_colour("masks", names, names),
                 tooltip=["layer:N", "masks:N", alt.Tooltip("share:Q", format=".1%")],
             )
         )
-        panels.append(chart.properties(width=380, height=170, title=f"{budget} of the ReLUs"))
-    return alt.concat(*panels, columns=2).resolve_scale(color="shared")
+        panels.append(chart.properties(height=170, title=f"{budget} of the ReLUs"))
+    return panels
 
 
 def masks_of(layers: pd.DataFrame) -> pd.Series[str]:
@@ -157,10 +187,10 @@ def masks_of(layers: pd.DataFrame) -> pd.Series[str]:
     return names.where(layers["placement"] == "", names + ", " + layers["placement"])
 
 
-def drop_by_budget(frame: pd.DataFrame) -> Any:
+def drop_by_budget(frame: pd.DataFrame) -> list[Any]:
     """Relative accuracy drop against the ReLUs kept, a panel a group and a line a method."""
     rows = frame[(frame["measure"] == "relative_drop") & (frame["percent"] < 100)]
-    methods = list(dict.fromkeys(frame.loc[frame["measure"] == "accuracy", "method"]))
+    methods = _methods(frame)
     panels = []
     for group in group_order(frame):
         own = rows[rows["group"] == group]
@@ -177,13 +207,7 @@ def drop_by_budget(frame: pd.DataFrame) -> Any:
                     axis=alt.Axis(values=sorted(own["percent"].unique()), format=".3~g"),
                 ),
                 y=alt.Y("value:Q", title="relative accuracy drop, %", scale=alt.Scale(zero=True)),
-                color=alt.Color(
-                    "method:N",
-                    sort=methods,
-                    scale=colours(methods),
-                    title=None,
-                    legend=alt.Legend(labelLimit=320, orient="bottom", columns=3),
-                ),
+                color=_colour("method", methods, methods),
                 tooltip=[
                     "method:N",
                     "budget:N",
@@ -197,63 +221,136 @@ def drop_by_budget(frame: pd.DataFrame) -> Any:
         title: Any = group
         if own["value"].isna().all():
             title = alt.TitleParams(group, subtitle="no drop: the base network gets none right")
-        panels.append(alt.layer(zero, chart).properties(width=250, height=190, title=title))
-    return alt.concat(*panels, columns=3).resolve_scale(color="shared")
+        panels.append(alt.layer(zero, chart).properties(height=190, title=title))
+    return panels
 
 
-def figures(frame: pd.DataFrame, layers: pd.DataFrame) -> dict[str, Any]:
-    """All figures that the rows allow, by file name.
+def panels(frame: pd.DataFrame, layers: pd.DataFrame) -> dict[str, list[Any]]:
+    """All figures that the rows allow, panel by panel, by name.
 
     Args:
         frame: From :func:`prepare`.
         layers: Rows of ``layers.parquet``.
 
     Returns:
-        Altair charts.
+        Altair charts without a width.
     """
-    made: dict[str, Any] = {}
+    made: dict[str, list[Any]] = {}
     if (frame["measure"] == "gain").any():
-        made["gain"] = themed(differences(frame, "gain", "gain, points"))
-    made["pareto"] = themed(pareto_front(frame))
+        made["gain"] = differences(frame, "gain", "gain, points")
+    made["pareto"] = pareto_front(frame)
     if (frame["measure"] == "beyond_control").any():
-        made["beyond_control"] = themed(differences(frame, "beyond_control", "gain beyond the control, points"))
+        made["beyond_control"] = differences(frame, "beyond_control", "gain beyond the control, points")
     drops = frame[(frame["measure"] == "relative_drop") & (frame["percent"] < 100)]
     if drops["percent"].nunique() > 1:
-        made["drop"] = themed(drop_by_budget(frame))
+        made["drop"] = drop_by_budget(frame)
     if masks_of(layers).nunique() > 1:
-        made["layers"] = themed(kept_by_layer(layers))
+        made["layers"] = kept_by_layer(layers)
     return made
 
 
-def write_comparison(run_folder: str | Path, out: str | Path | None = None) -> Path:
+def figures(frame: pd.DataFrame, layers: pd.DataFrame) -> dict[str, Any]:
+    """The figures of :func:`panels`, each whole, by file name."""
+    made = {name: themed(_joined(name, own)) for name, own in panels(frame, layers).items()}
+    return {name: chart.configure_legend(orient="bottom", columns=3, labelLimit=320) for name, chart in made.items()}
+
+
+def _joined(name: str, own: Sequence[Any]) -> Any:
+    columns, width = _LAYOUT[name]
+    return alt.concat(*(panel.properties(width=width) for panel in own), columns=columns).resolve_scale(color="shared")
+
+
+def _fluid(name: str, panel: Any) -> Any:
+    """As wide as its place on the page, which has legends of its own, and headings of what can be folded."""
+    own = panel.properties(width="container")
+    if name in ("gain", "beyond_control"):
+        own.title = alt.Undefined
+    return themed(own).configure_legend(disable=True)
+
+
+def write_comparison(
+    run_folder: str | Path, out: str | Path | None = None, *, within: float = 5.0, critical: Sequence[str] = ()
+) -> Path:
     """Write the page of a compare run.
 
     Args:
         run_folder: Folder of a finished compare run.
         out: The HTML file; ``comparison.html`` in that folder by default.
+        within: Loss against the base network that is tolerated, in percentage points.
+        critical: Classes whose recall may not fall.
 
     Returns:
         The file.
 
     Raises:
-        FairlineError: The folder holds no finished comparison.
+        FairlineError: The folder holds no finished comparison, the tolerance is none, or there is no such class.
     """
     run = Run.read(run_folder, "compare")
     frame = prepare(run.table("comparison.parquet"))
-    groups = group_order(frame)
+    found = judged(run, within, critical)
+    layers = run.table("layers.parquet")
+    own = panels(frame, layers)
+    drawn = {f"{name}-{at}": _fluid(name, panel) for name, all_of in own.items() for at, panel in enumerate(all_of)}
     return write_page(
         Path(out) if out is not None else run.folder / "comparison.html",
         "comparison.html.j2",
-        figures(frame, run.table("layers.parquet")),
+        drawn,
         title=f"Methods at equal ReLU budgets: {run.data.name}{by_groups(run)}",
         baseline=frame["baseline"].iloc[0],
-        headline=headline(frame),
-        warnings=warnings(frame, run),
+        headline=headline(frame, found),
+        verdicts=verdict_table(found),
+        answers=", ".join(f"{count} {answer}" for answer, count in _counted(found).items()),
+        within=f"{within:g}",
+        warnings=warnings(frame, run, found) + verdict.cautions(found),
         interval=_interval(frame, run),
-        groups=groups,
-        tables=[(budget, table(frame, budget, groups)) for budget in budget_order(frame)],
+        panels={name: [f"{name}-{at}" for at in range(len(all_of))] for name, all_of in own.items()},
+        budgets=budget_order(frame[frame["measure"] == "gain"]),
+        beyond_budgets=budget_order(frame[frame["measure"] == "beyond_control"]),
+        legends={name: legend(name, frame, layers) for name in own},
+        has_classes=bool((frame["class"] != "").any()),
+        tables=[(budget, table(frame, budget)) for budget in budget_order(frame)],
         settings=settings(run),
     )
+
+
+def legend(name: str, frame: pd.DataFrame, layers: pd.DataFrame) -> list[tuple[str, str]]:
+    """Names and colours of what a figure draws."""
+    if name == "layers":
+        return list(palette(list(dict.fromkeys(masks_of(layers)[layers["relus"] < layers["total"]]))).items())
+    measures = {"pareto": "accuracy", "drop": "relative_drop"}
+    drawn = set(frame.loc[frame["measure"] == measures.get(name, name), "method"])
+    return [(method, colour) for method, colour in palette(_methods(frame)).items() if method in drawn]
+
+
+def judged(run: Run, within: float = 5.0, critical: Sequence[str] = ()) -> list[Candidate]:
+    """The verdict of each method and budget of a compare run; see :func:`fairline.report.verdict.methods`."""
+    return methods(prepare(run.table("comparison.parquet")), run.table("predictions.parquet"), within, critical)
+
+
+def verdict_table(found: Sequence[Candidate]) -> list[dict[str, str]]:
+    """A row for each method and budget: its verdict, and the set of images that decides."""
+    rows = []
+    for each in found:
+        cell = each.verdict.decisive
+        rows.append(
+            {
+                "method": each.variant,
+                "budget": each.budget,
+                "answer": each.answer,
+                "kind": KINDS[each.answer],
+                "who": named(cell),
+                "change": f"{signed(cell['change'])} {limits(cell)}",
+                "reason": each.reason(),
+                "control": each.control_told(),
+            }
+        )
+    return rows
+
+
+def _counted(found: Sequence[Candidate]) -> dict[str, int]:
+    """How many have each verdict."""
+    answers = [each.answer for each in found]
+    return {answer: answers.count(answer) for answer in (MAY, MAY_NOT, CANNOT_TELL) if answer in answers}
 
 
 def write_comparison_figures(run_folder: str | Path, folder: str | Path) -> list[Path]:
@@ -263,96 +360,128 @@ def write_comparison_figures(run_folder: str | Path, folder: str | Path) -> list
     return save_charts(charts, Path(folder))
 
 
-def headline(frame: pd.DataFrame) -> list[str]:
-    """What happened at the smallest budget, and whether the gains are repairs of linearization."""
+def headline(frame: pd.DataFrame, found: Sequence[Candidate]) -> list[str]:
+    """Which network may ship; then how the methods compare at the smallest budget, and what the best one's verdict is.
+
+    Args:
+        frame: From :func:`prepare`.
+        found: From :func:`judged`; empty where there is no verdict.
+
+    Returns:
+        Sentences.
+    """
     baseline = str(frame["baseline"].iloc[0])
     # Only some methods may have gone on to smaller budgets.
     budget = budget_order(frame[(frame["method"] == baseline) & (frame["measure"] == "accuracy")])[-1]
-    here = frame[(frame["budget"] == budget)].set_index(["measure", "group", "method"]).sort_index()
+    own = frame[(frame["budget"] == budget) & (frame["class"] == "")]
+    here = own.set_index(["measure", "group", "method"]).sort_index()
     worst = here.loc["accuracy", WORST]["value"]
     best = str(worst.idxmax())
-    before, after = (here.loc["accuracy", OVERALL]["value"][method] for method in (baseline, best))
-    if best == baseline:
-        sentences = [
-            f"With {budget} of the ReLUs no method has a higher worst-group accuracy than “{baseline}” "
-            f"({worst[best]:.1%})."
-        ]
-    else:
-        row = here.loc[("gain", WORST, best)]
-        sure = "" if row["low"] > 0 else ", which does not exclude chance"
-        sentences = [
-            f"With {budget} of the ReLUs “{best}” has the highest worst-group accuracy: {worst[best]:.1%}, where "
-            f"“{baseline}” has {worst[baseline]:.1%} (gain {row['value']:+.1f} points, {_interval_of(row)}"
-            f"{sure}). Overall accuracy goes from {before:.1%} to {after:.1%}."
-        ]
-    front = frame[(frame["measure"] == "pareto") & (frame["budget"] == budget) & (frame["value"] == 1)]["method"]
+    sentences = [verdict.headline(found)] if found else []
+    sentences.append(_best_told(here, budget, baseline, best) + _answer_told(found, best, budget))
+    front = own[(own["measure"] == "pareto") & (own["value"] == 1)]["method"]
     sentences.append(f"On the Pareto front there: {', '.join(f'“{name}”' for name in front)}.")
-    control = frame[(frame["measure"] == "beyond_control") & (frame["group"] == WORST) & (frame["budget"] == budget)]
-    if len(control) and best in set(control["method"]):
-        row = control[control["method"] == best].iloc[0]
+    if ("beyond_control", WORST, best) in here.index:
+        row = here.loc[("beyond_control", WORST, best)]
         told = "more than" if row["low"] > 0 else ("less than" if row["high"] < 0 else "not told apart from")
         sentences.append(
-            f"That gain is {told} what the same method gains with all ReLUs ({row['value']:+.1f} points beyond it, "
+            f"That gain is {told} what the same method gains with all ReLUs ({signed(row['value'])} points beyond it, "
             f"{_interval_of(row)})."
         )
     return sentences
 
 
+def _best_told(here: pd.DataFrame, budget: str, baseline: str, best: str) -> str:
+    worst = here.loc["accuracy", WORST]["value"]
+    if best == baseline:
+        return (
+            f"With {budget} of the ReLUs no method has a higher worst-group accuracy than “{baseline}” "
+            f"({worst[best]:.1%})."
+        )
+    before, after = (here.loc["accuracy", OVERALL]["value"][method] for method in (baseline, best))
+    row = here.loc[("gain", WORST, best)]
+    sure = "" if row["low"] > 0 else ", which does not exclude chance"
+    return (
+        f"With {budget} of the ReLUs “{best}” has the highest worst-group accuracy: {worst[best]:.1%}, where "
+        f"“{baseline}” has {worst[baseline]:.1%} (gain {signed(row['value'])} points, {_interval_of(row)}"
+        f"{sure}). Overall accuracy: {after:.1%}, where “{baseline}” has {before:.1%}."
+    )
+
+
+def _answer_told(found: Sequence[Candidate], method: str, budget: str) -> str:
+    """The best of all may yet be one that may not ship."""
+    for each in found:
+        if (each.variant, each.budget) == (method, budget):
+            told = "it is undecided whether it may ship" if each.answer == CANNOT_TELL else f"it {each.answer}"
+            change = f"{named(each.verdict.decisive)} {moved(each.verdict.decisive['change'])}"
+            return f" Against the base network {told}: {change}."
+    return ""
+
+
 def limits(row: Mapping[str, Any]) -> str:
-    """``[-0.4, +1.2]``; seeds that agree wholly do not tell how far others would be."""
-    return "no limits" if math.isnan(row["low"]) else f"[{row['low']:+.1f}, {row['high']:+.1f}]"
+    """``[−0.4, +1.2]``; seeds that agree wholly do not tell how far others would be."""
+    return limits_told(row).strip() or "no limits"
 
 
 def _interval_of(row: Mapping[str, Any]) -> str:
     if math.isnan(row["low"]):
         return "the same for every seed, hence without limits"
-    return f"95 % interval {row['low']:+.1f} to {row['high']:+.1f}"
+    return f"95 % interval {signed(row['low'])} to {signed(row['high'])}"
 
 
-def warnings(frame: pd.DataFrame, run: Run) -> list[str]:
+def warnings(frame: pd.DataFrame, run: Run, found: Sequence[Candidate]) -> list[str]:
     """What a reader must know before trusting the numbers."""
-    found = []
+    told = []
+    if not found:
+        told.append(
+            "This comparison was made before classes were written down, so nothing tells whether a network may ship: "
+            "a class may be lost that no group shows. Compare the runs again, into another folder."
+        )
     replicates = int(frame["replicates"].iloc[0])
     if replicates == 1:
-        found.append(
+        told.append(
             "One base network: the intervals speak of the test images drawn, not of training again. Compare several "
             "seeds before choosing a method."
         )
     elif replicates < 5:
-        found.append(
+        told.append(
             f"{replicates} base networks: Student’s interval from so few is wide, and what it does not exclude is not "
             "shown to be absent."
         )
     pairs = int(frame["measure"].eq("gain").sum())
     if pairs > 20:
-        found.append(
+        told.append(
             f"{pairs} differences are shown. At 95 % about one in twenty excludes zero by chance alone; trust what "
             "holds at several budgets."
         )
     if run.config["split"] != "test":
-        found.append(f"These numbers are from the {run.config['split']} part, which training or selection has seen.")
-    return found
+        told.append(f"These numbers are from the {run.config['split']} part, which training or selection has seen.")
+    return told
 
 
-def table(frame: pd.DataFrame, budget: str, groups: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of the page's table of one budget: methods, with a cell a group."""
+def table(frame: pd.DataFrame, budget: str) -> list[dict[str, Any]]:
+    """The page's table of one budget: for each group, class and class in a group, a row a method."""
     rows = frame[frame["budget"] == budget]
-    cells = rows.set_index(["method", "group", "measure"]).sort_index()
+    found = rows.set_index(["who", "method", "measure"]).sort_index()
+    front = rows[(rows["measure"] == "pareto") & (rows["value"] == 1)]["method"]
     made = []
-    for method in dict.fromkeys(rows["method"]):
-        row: dict[str, Any] = {"method": method, "cells": []}
-        row["pareto"] = bool(cells.loc[(method, OVERALL, "pareto"), "value"])
-        for group in groups:
-            cell = {"accuracy": f"{cells.loc[(method, group, 'accuracy'), 'value']:.1%}"}
-            if (method, group, "gain") in cells.index:
-                gain = cells.loc[(method, group, "gain")]
-                cell["gain"] = f"{gain['value']:+.1f}"
-                cell["interval"] = limits(gain)
-                cell["sure"] = "gain" if gain["low"] > 0 else ("loss" if gain["high"] < 0 else "")
-            if (method, group, "mitigation_drop") in cells.index:
-                cell["mitigation"] = f"drop {cells.loc[(method, group, 'mitigation_drop'), 'value']:+.1f} %"
-            row["cells"].append(cell)
-        made.append(row)
+    for name in order(rows):
+        own = []
+        for method in dict.fromkeys(rows["method"]):
+            share = "accuracy" if (name, method, "accuracy") in found.index else "recall"
+            row = {"method": method, "share": f"{found.loc[(name, method, share), 'value']:.1%}"}
+            if (name, method, "gain") in found.index:
+                gain = found.loc[(name, method, "gain")]
+                row["gain"], row["interval"] = signed(gain["value"]), limits(gain)
+                row["sure"] = "gain" if gain["low"] > 0 else ("loss" if gain["high"] < 0 else "")
+            if (name, method, "mitigation_drop") in found.index:
+                row["mitigation"] = f"drop {found.loc[(name, method, 'mitigation_drop'), 'value']:+.1f} %"
+            if name == OVERALL:
+                row["front"] = "◆" if method in set(front) else ""
+                if (name, method, "balanced_accuracy") in found.index:
+                    row["balanced"] = f"balanced {found.loc[(name, method, 'balanced_accuracy'), 'value']:.1%}"
+            own.append(row)
+        made.append({"who": name, "share": share, "rows": own})
     return made
 
 

@@ -11,16 +11,19 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from fairline.audit.cells import named
+from fairline.audit.verdict import CANNOT_TELL, MAY, require_within
 from fairline.charts import PALETTE, save_charts, themed
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 from fairline.jobs.costs import COLUMNS
 from fairline.private.basis import PREDICTED
 from fairline.private.cost import COSTS, PROTOCOL_COSTS
-from fairline.private.frontier import cheapest
+from fairline.private.frontier import cheapest, judge, verdicts
 from fairline.private.plan import CAVEATS
 from fairline.report import cost_parts, figures
 from fairline.report.page import settings, write_page
+from fairline.report.verdict import KINDS, Candidate, headline, signed
 from fairline.runs import Run
 
 #: What a private inference is paid in: column, unit, and what a value is divided by.
@@ -49,6 +52,10 @@ def _priced(run: Run) -> pd.DataFrame:
         table["basis"] = table["source"].replace(words)
         lacking = {name: math.nan for name in COLUMNS if name not in table and name not in ("model", "network")}
         table = table.assign(**lacking | {"compiled": False, "replace": "", "replace_in": ""})
+    if "lowest" not in table:
+        # Classes did not count then.
+        names = [named({"kind": "group", "group": group}) for group in table["worst_group"]]
+        table = table.assign(lowest=table["worst"], lowest_who=names)
     return table
 
 
@@ -95,9 +102,9 @@ def savings(run: Run, costs_run: Run | None = None) -> pd.DataFrame:
 
 
 def frontier_charts(table: pd.DataFrame, legend: bool = True) -> dict[str, Any]:
-    """Draw worst-group (filled) and overall (hollow) accuracy against bytes, rounds and seconds.
+    """Draw accuracy of the worst group or class (filled) and of all (hollow) against bytes, rounds and seconds.
 
-    The dashed line joins the networks that no other beats in worst-group accuracy at their price.
+    The dashed line joins the networks that no other beats in the worst at their price.
 
     Args:
         table: Rows of ``frontier.parquet``, from :func:`prepare`.
@@ -143,10 +150,12 @@ def _frontier_chart(table: pd.DataFrame, protocol: str, cost: str, colour: alt.C
         alt.Tooltip("x:Q", format=",.4~g", title=unit),
         alt.Tooltip("basis:N", title="cost"),
         alt.Tooltip("overall:Q", format=".1%"),
-        alt.Tooltip("worst:Q", format=".1%", title="worst group"),
-        alt.Tooltip("worst_group:N", title="which is"),
+        alt.Tooltip("lowest:Q", format=".1%", title="worst group or class"),
+        alt.Tooltip("lowest_who:N", title="which is"),
     ]
-    accuracy = alt.Y("worst:Q", title="accuracy", axis=alt.Axis(format=".0%"), scale=y)
+    accuracy = alt.Y(
+        "lowest:Q", title="all (hollow), worst group or class (filled)", axis=alt.Axis(format=".0%"), scale=y
+    )
     line = (
         alt.Chart(known[known[f"on_{cost}_front"]])
         .mark_line(color="#777", strokeDash=[4, 3], strokeWidth=1)
@@ -260,33 +269,78 @@ def _page_charts(table: pd.DataFrame, scores: pd.DataFrame) -> dict[str, dict[st
     }
 
 
-def answers(table: pd.DataFrame, within: float) -> list[str]:
-    """The cheapest network that keeps every group within a drop, in a sentence a protocol."""
+def judged(run: Run, within: float = 5.0, critical: Sequence[str] = ()) -> tuple[pd.DataFrame, list[Candidate]]:
+    """The networks of a frontier run and their verdicts.
+
+    Args:
+        run: The frontier run.
+        within: Loss of any group or class that is tolerated, in percentage points.
+        critical: Classes whose recall may not fall.
+
+    Returns:
+        Rows of :func:`prepare`, with the columns of :func:`fairline.private.frontier.judge`; and a candidate for each
+        network that was made of the base network. A run of an earlier version, which counted no classes, has none.
+
+    Raises:
+        FairlineError: The tolerance is none, or there is no such class.
+    """
+    table, _ = prepare(run)
+    require_within(within)
+    if not (run.folder / "cells.parquet").exists():
+        return table, []
+    found = verdicts(run.table("cells.parquet"), within, critical)
+    about = table.drop_duplicates("model").set_index("model")
+    candidates = [
+        Candidate(
+            model,
+            str(about.loc[model, "variant"]),
+            str(about.loc[model, "budget"]),
+            int(about.loc[model, "relus"]),
+            float(about.loc[model, "percent"]),
+            own,
+            is_control=bool(about.loc[model, "relus"] == about.loc[model, "total_relus"]),
+        )
+        for model, own in found.items()
+        if model in about.index
+    ]
+    return judge(table, found), candidates
+
+
+def answers(run: Run, within: float = 5.0, critical: Sequence[str] = ()) -> list[str]:
+    """The cheapest network that may ship, in a sentence a protocol; see :func:`judged` for what is asked."""
+    return _answers(*judged(run, within, critical))
+
+
+def _answers(table: pd.DataFrame, found: Sequence[Candidate]) -> list[str]:
+    if not found:
+        return [
+            "This frontier was made before classes were counted, so nothing tells whether a network may ship. "
+            "Repeat its command, which counts them."
+        ]
+    names = {each.model: each for each in found}
+    undecided = {each.model for each in found if each.answer == CANNOT_TELL and not each.is_control}
+    if not any(each.answer == MAY and not each.is_control for each in found):
+        return [headline(found), *_listed("Undecided", [names[model].name for model in names if model in undecided])]
     sentences = []
     for protocol, part in table.groupby("protocol", sort=False):
+        # As the report chooses: by seconds, where they are known of all.
+        cost = "seconds" if part.loc[part["answer"] == MAY, "seconds"].notna().all() else "bytes"
+        chosen = cheapest(part, cost=cost)
+        assert chosen is not None
         dearest = part[part["relus"] == part["relus"].max()].iloc[0]
-        found = cheapest(part, within)
-        if found is None:
-            sentences.append(f"On {protocol} no network keeps every group within {within:g} % of its accuracy.")
-            continue
-        told = (
-            f"On {protocol} the cheapest network that keeps every group within {within:g} % of its accuracy is "
-            f"{found['model']}: {found['relus']:,} of {found['total_relus']:,} ReLUs, {_price(found)}"
+        share = f", {chosen['bytes'] / dearest['bytes']:.0%} of the bytes with {dearest['relus']:,} ReLUs"
+        own = names[chosen["model"]]
+        sentences.append(
+            f"On {protocol} {own.name} is the cheapest that may ship, in {cost}: {_price(chosen)}{share}. It may, as "
+            f"{own.reason()}"
         )
-        if found["bytes"] < dearest["bytes"]:
-            told += f" ({found['bytes'] / dearest['bytes']:.0%} of the bytes with {dearest['relus']:,} ReLUs)"
-        if found["drop_group"]:
-            loss = found["largest_drop"]
-            told += f"; “{found['drop_group']}” {'loses' if loss > 0 else 'gains'} {abs(loss):.1f} %, at worst"
-        sure = cheapest(part, within, sure=True)
-        if sure is None:
-            told += ". With 95 % confidence in every group none does."
-        elif sure["model"] != found["model"]:
-            told += f". With 95 % confidence in every group it is {sure['model']}, {_price(sure)}."
-        else:
-            told += ", and with 95 % confidence in every group."
-        sentences.append(told)
+        cheaper = part[part["model"].isin(undecided) & (part[cost] < chosen[cost])].sort_values(cost, kind="stable")
+        sentences += _listed("Cheaper there, but undecided", [names[model].name for model in cheaper["model"]])
     return sentences
+
+
+def _listed(what: str, names: Sequence[str]) -> list[str]:
+    return [f"{what}: {'; '.join(names)}."] if names else []
 
 
 def _price(row: dict[str, Any]) -> str:
@@ -310,8 +364,11 @@ def cost_table(table: pd.DataFrame) -> list[dict[str, Any]]:
                 "seconds": seconds,
                 "basis": row["basis"],
                 "overall": f"{row['overall']:.1%}",
-                "worst": f"{row['worst']:.1%} ({row['worst_group']})",
-                "drop": f"{row['largest_drop']:+.1f} % ({row['drop_group']})" if row["drop_group"] else "",
+                "worst": f"{row['lowest']:.1%} ({row['lowest_who']})",
+                "drop": f"drop {row['largest_drop']:+.1f} % ({row['drop_group']})" if row["drop_group"] else "",
+                "answer": row.get("answer", ""),
+                "kind": KINDS.get(row.get("answer", ""), ""),
+                "change": f"{signed(-row['largest_loss'])} ({row['loss_who']})" if row.get("loss_who") else "",
                 "front": row["on_bytes_front"],
             }
         )
@@ -342,31 +399,38 @@ def fixed_point_table(run: Run) -> list[dict[str, str]]:
     return rows
 
 
-def panel(folder: str | Path, within: float, audit: Run | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def panel(
+    folder: str | Path, within: float, audit: Run | None = None, critical: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the template ``costs.html.j2`` shows of a frontier run.
 
     Args:
         folder: Of the frontier run.
-        within: Drop in percent that any group may suffer.
+        within: Loss of any group or class that is tolerated, in percentage points.
         audit: The audit that it must belong to, if any.
+        critical: Classes whose recall may not fall.
 
     Returns:
         Charts by name, and the panel's content.
 
     Raises:
-        FairlineError: The folder holds no finished frontier run, or that of another audit.
+        FairlineError: The folder holds no finished frontier run, or that of another audit; the tolerance is none, or
+            there is no such class.
     """
     run = Run.read(folder, "frontier")
     if audit is not None and Path(run.config["audit"]["folder"]).resolve() != audit.folder.resolve():
         raise FairlineError(
             f"{folder} is the frontier of the audit {run.config['audit']['folder']}, not of {audit.folder}."
         )
-    table, scores = prepare(run)
+    _, scores = prepare(run)
+    table, found = judged(run, within, critical)
     charts = _page_charts(table, scores)
     names, parts = cost_parts.parts_table(table)
     content = {
         "fixed_point": fixed_point_table(run),
-        "answers": answers(table, within),
+        "answers": _answers(table, found),
+        "judged": bool(found),
+        "within": f"{within:g}",
         "advice": cost_parts.advice(table),
         "charts": {kind: list(drawn) for kind, drawn in charts.items()},
         "legends": {
@@ -388,22 +452,25 @@ def _caveats(protocols: Sequence[str]) -> list[str]:
     return [CAVEATS.get(name, f"{name}: predicted from {PROTOCOL_COSTS[name].source}.") for name in protocols]
 
 
-def write_frontier(folder: str | Path, out: str | Path | None = None, *, within: float = 5.0) -> Path:
+def write_frontier(
+    folder: str | Path, out: str | Path | None = None, *, within: float = 5.0, critical: Sequence[str] = ()
+) -> Path:
     """Write the page of a frontier run.
 
     Args:
         folder: Folder of a finished frontier run.
         out: The HTML file; ``frontier.html`` in that folder by default.
-        within: Drop in percent that any group may suffer.
+        within: Loss of any group or class that is tolerated, in percentage points.
+        critical: Classes whose recall may not fall.
 
     Returns:
         The file.
 
     Raises:
-        FairlineError: The folder holds no finished frontier run.
+        FairlineError: The folder holds no finished frontier run, the tolerance is none, or there is no such class.
     """
     run = Run.read(folder, "frontier")
-    charts, content = panel(folder, within)
+    charts, content = panel(folder, within, critical=critical)
     return write_page(
         Path(out) if out is not None else run.folder / "frontier.html",
         "frontier.html.j2",

@@ -65,7 +65,7 @@ def write_report(
     priced: dict[str, Any] = {}
     content: dict[str, Any] = {}
     if costs is not None:
-        priced, content = cost_panel.panel(costs, within, run)
+        priced, content = cost_panel.panel(costs, within, run, critical)
     return write_page(
         Path(out) if out is not None else run.folder / "report.html",
         "report.html.j2",

@@ -43,7 +43,7 @@ def panels(table: pd.DataFrame) -> list[Panel]:
 
 
 def rows_of(table: pd.DataFrame, panel: Panel) -> pd.DataFrame:
-    """The base networks of a panel and all that was made of them by the method alone.
+    """The base networks of a panel and all that was made of them by the method alone, in all their classes.
 
     Masks that were learned under another objective, that empty layers or that have a surrogate are another method's.
 
@@ -52,12 +52,13 @@ def rows_of(table: pd.DataFrame, panel: Panel) -> pd.DataFrame:
         panel: Which.
 
     Returns:
-        Its rows with ``budget``, a label of the share of ReLUs kept; empty if there are none.
+        Its rows with ``budget``, a label of the share of ReLUs kept; empty if there are none. Rows of one class are
+        left out: they stand under their group, or under ``overall``, and would count twice.
 
     Raises:
         FairlineError: Two studies, or two masks of one, hold the panel, so that its numbers would be of two recipes.
     """
-    fits = (table["data"] == panel.data) & (table["model"] == panel.model)
+    fits = (table["data"] == panel.data) & (table["model"] == panel.model) & (table["class"] == "")
     made = table[fits & (table["method"] == panel.method) & _plain(table)]
     studies = list(made["study"].unique())
     if len(studies) > 1:

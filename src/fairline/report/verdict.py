@@ -11,15 +11,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from fairline.audit.cells import cells
+from fairline.audit.cells import cells, named
+from fairline.audit.comparison import BASE
+from fairline.audit.intervals import mean_interval
 from fairline.audit.paired import change_interval
 from fairline.audit.verdict import CANNOT_TELL, LEAST, MAY, MAY_NOT, Verdict, verdict
 from fairline.data.grouped import OVERALL
 
 #: Of a loss, the share that the control has as well from which on it is "mostly" or "hardly" the ReLUs.
 MOSTLY = 2 / 3
+
+#: What a page styles an answer by.
+KINDS = {MAY: "may", MAY_NOT: "may-not", CANNOT_TELL: "open"}
 
 #: Sets of images, of :mod:`fairline.audit.cells`, in words.
 _KINDS = {"overall": "all", "group": "groups", "class": "classes", "cell": "classes in a group"}
@@ -229,24 +235,6 @@ def _listed(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
-def named(cell: Mapping[str, Any]) -> str:
-    """A set of images in words.
-
-    >>> named({"kind": "cell", "group": "old", "class": "melanoma"})
-    'class “melanoma” in group “old”'
-
-    Returns:
-        The words.
-    """
-    if cell["kind"] == "overall":
-        return "overall accuracy"
-    if cell["kind"] == "class":
-        return f"class “{cell['class']}”"
-    if cell["kind"] == "cell":
-        return f"class “{cell['class']}” in group “{cell['group']}”"
-    return f"group “{cell['group']}”"
-
-
 def reason(judged: Verdict) -> str:
     """Why a verdict is what it is, in a sentence: who pays, and how sure that is."""
     cell = judged.decisive
@@ -382,7 +370,9 @@ def candidates(
                 int(row["relus"]),
                 float(row["percent"]),
                 judged,
-                None if control is None else _against(judged, own, images[control], _control_name(about.loc[control])),
+                None
+                if control is None
+                else _against(judged, [(own, images[control])], _control_name(about.loc[control])),
                 bool(row["relus"] == row["total_relus"]),
                 tuple(priced),
             )
@@ -408,12 +398,84 @@ def control_of(row: pd.Series[Any], about: pd.DataFrame) -> str | None:
     return str((own if len(own) else whole).index[0])
 
 
-def _control_name(row: pd.Series[Any]) -> str:
+def _control_name(row: Mapping[str, Any]) -> str:
     return f"{row['variant']}, {row['budget']} of the ReLUs"
 
 
-def _against(judged: Verdict, own: pd.DataFrame, other: pd.DataFrame, name: str) -> Control | None:
-    """A network beside its control in the set that decides."""
+def methods(
+    frame: pd.DataFrame, predictions: pd.DataFrame, within: float = 5.0, critical: Sequence[str] = ()
+) -> list[Candidate]:
+    """Judge every method of a comparison at every budget; with several base networks, over these.
+
+    Args:
+        frame: Rows of ``comparison.parquet`` with ``budget``, a label of ``percent``.
+        predictions: ``predictions.parquet`` of the comparison.
+        within: Loss that is tolerated, in percentage points.
+        critical: Classes whose recall may not fall.
+
+    Returns:
+        A candidate for each method and budget, in the order of the comparison; none where a comparison of an earlier
+        version does not tell the classes.
+
+    Raises:
+        FairlineError: The tolerance is no percentage, or there is no such class.
+    """
+    if "label" not in predictions:
+        return []
+    parts = dict(list(predictions.groupby(["method", "relus", "base"], sort=False)))
+    bases = list(dict.fromkeys(predictions["base"]))
+    total = int(predictions["total"].iloc[0])
+    before = {base: parts[BASE, total, base].set_index("sample")["correct"] for base in bases}
+
+    def images(method: str, relus: int) -> list[pd.DataFrame]:
+        own = [parts[method, relus, base] for base in bases if (method, relus, base) in parts]
+        return [
+            part.assign(index=part["sample"], reference_correct=part["sample"].map(before[str(part["base"].iloc[0])]))
+            for part in own
+        ]
+
+    found = []
+    about = frame[["method", "relus", "percent", "budget"]].drop_duplicates(["method", "relus"])
+    controls = list(about.loc[about["relus"] == total, "method"])
+    for row in about.to_dict("records"):
+        own = images(row["method"], row["relus"])
+        # With all ReLUs kept nothing is left of how masks were found.
+        alike = [name for name in controls if _finetune(name) == _finetune(row["method"])]
+        control = row["method"] if row["method"] in controls else next(iter(alike), "")
+        whole = images(control, total)
+        judged = verdict([cells(part) for part in own], within, critical)
+        is_control = row["relus"] == total
+        name = f"{control}, 100 % of the ReLUs"
+        found.append(
+            Candidate(
+                f"{row['method']}, {row['relus']} ReLUs",
+                row["method"],
+                row["budget"],
+                int(row["relus"]),
+                float(row["percent"]),
+                judged,
+                _against(judged, list(zip(own, whole, strict=True)), name) if whole and not is_control else None,
+                is_control,
+            )
+        )
+    return found
+
+
+def _finetune(method: str) -> str:
+    """What a method of a comparison does beside placing ReLUs.
+
+    >>> _finetune("random: masks layers emptied, lagrangian mu=0.5, labels only")
+    'lagrangian mu=0.5, labels only'
+
+    Returns:
+        The end of its name (see :func:`fairline.jobs.compare.method_label`).
+    """
+    parts = method.rpartition(": ")[2].split(", ")
+    return ", ".join(parts[1:] if parts[0].startswith("masks ") else parts)
+
+
+def _against(judged: Verdict, pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], name: str) -> Control:
+    """A network beside its control in the set that decides; or those of each seed."""
     cell = judged.decisive
 
     def of(images: pd.DataFrame) -> pd.DataFrame:
@@ -424,19 +486,30 @@ def _against(judged: Verdict, own: pd.DataFrame, other: pd.DataFrame, name: str)
             chosen = chosen[chosen["label"] == cell["class"]]
         return chosen.set_index("index").sort_index()
 
-    mine, whole = of(own), of(other)
-    lost = int((whole["correct"] & ~mine["correct"]).sum())
-    gained = int((mine["correct"] & ~whole["correct"]).sum())
-    low, high = (100 * float(limit) for limit in change_interval(lost, gained, len(mine)))
-    change = 100 * float(whole["correct"].mean() - whole["reference_correct"].astype(bool).mean())
-    return Control(name, change, 100 * (gained - lost) / len(mine), low, high)
+    chosen = [(of(own), of(other)) for own, other in pairs]
+    beyond = [100 * (float(mine["correct"].mean()) - float(whole["correct"].mean())) for mine, whole in chosen]
+    change = [
+        100 * float(whole["correct"].mean() - whole["reference_correct"].astype(bool).mean()) for _, whole in chosen
+    ]
+    if len(chosen) == 1:
+        mine, whole = chosen[0]
+        lost = int((whole["correct"] & ~mine["correct"]).sum())
+        gained = int((mine["correct"] & ~whole["correct"]).sum())
+        low, high = (100 * float(limit) for limit in change_interval(lost, gained, len(mine)))
+    else:
+        low, high = mean_interval(np.asarray(beyond))
+    return Control(name, float(np.mean(change)), float(np.mean(beyond)), low, high)
 
 
 def best(found: Sequence[Candidate]) -> Candidate | None:
     """The one to ship: of those that may, the cheapest in seconds where that is known of all, else in ReLUs."""
     may = [each for each in found if each.answer == MAY and not each.is_control]
     priced = all(each.costs for each in may)
-    return min(may, key=lambda each: (_seconds(each) if priced else 0.0, each.relus), default=None)
+    return min(may, key=lambda each: (_seconds(each) if priced else 0.0, each.relus, -_change(each)), default=None)
+
+
+def _change(candidate: Candidate) -> float:
+    return float(candidate.verdict.decisive["change"])
 
 
 def _seconds(candidate: Candidate) -> float:
@@ -498,3 +571,25 @@ def cautions(found: Sequence[Candidate]) -> list[str]:
         "linearization with further training. Train the base network longer, or add the budget 100 % as a control "
         "that is finetuned alike."
     ]
+
+
+__all__ = [
+    "KINDS",
+    "MANY",
+    "MOSTLY",
+    "Candidate",
+    "Control",
+    "answer_told",
+    "best",
+    "candidates",
+    "cautions",
+    "control_of",
+    "focus",
+    "headline",
+    "limits_told",
+    "methods",
+    "moved",
+    "named",
+    "reason",
+    "signed",
+]

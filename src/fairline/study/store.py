@@ -40,6 +40,7 @@ COLUMNS = (
     "reached",
     "split",
     "group",
+    "class",
     "measure",
     "value",
     "low",
@@ -64,7 +65,8 @@ def collect(spec: StudySpec, storage: Storage) -> pd.DataFrame:
 
     Returns:
         The table, empty if no audit is finished, with the columns :data:`COLUMNS`. ``value``, ``low`` and ``high``
-        (95 % limits, missing where a measure has none) have the unit of the measure; ``n`` counts images measured,
+        (95 % limits, missing where a measure has none) have the unit of the measure; ``class`` is empty but for rows
+        of one class (its recall, in all images or in a group); ``n`` counts images measured,
         ``train_n`` training images; ``asked`` is the ReLU count that the network was made for, ``relus`` what it has;
         options and ``versions`` are JSON; ``cell`` names the audit in the store, ``commit``, ``device``, ``versions``
         and ``started`` are those of the run that made the network.
@@ -77,7 +79,7 @@ def collect(spec: StudySpec, storage: Storage) -> pd.DataFrame:
         if cell.kind != "audit" or not storage.finished(cell):
             continue
         folder = storage.fetch(cell)
-        table = _read(folder / "audit.parquet")
+        table = _with_class(_read(folder / "audit.parquet"))
         counts = _read(folder / "counts.parquet")
         made = read_json(storage.fetch(cell.parents[0]) / "environment.json")
         sizes = counts[counts["part"] == "train"].set_index("group")["n"]
@@ -156,11 +158,16 @@ def _tables(source: str) -> list[pd.DataFrame]:
 
 
 def _checked(file: Path) -> pd.DataFrame:
-    table = _read(file)
+    table = _with_class(_read(file))
     missing = [name for name in COLUMNS if name not in table]
     if missing:
         raise FairlineError(f"{file} is not the table of a study: it has no column '{missing[0]}'.")
     return table
+
+
+def _with_class(table: pd.DataFrame) -> pd.DataFrame:
+    """Audits of earlier versions told of no class."""
+    return table if "class" in table else table.assign(**{"class": ""})
 
 
 def _read(file: Path) -> pd.DataFrame:
