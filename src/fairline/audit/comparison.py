@@ -4,6 +4,20 @@ The formulas are those of the paper's Sections 5.1 and 6. One base network: limi
 :mod:`fairline.audit.intervals`, which draws the same images for every method. Several base networks (seeds): a method's
 number is the mean over them, and the interval is Student's over their paired differences, which holds what training and
 split change as well.
+
+The measures of :func:`compare`, for each group, for ``overall``, and where marked * for ``worst group`` (the group with the lowest
+accuracy, whichever that is under each method), for each class, and for each class in each group:
+
+- ``accuracy`` *, in [0, 1]; of a class it is called ``recall``;
+- ``gain`` *: accuracy less the baseline's at the same budget, in percentage points;
+- ``relative_drop``: against the base network, in percent (paper, Section 5.1);
+- ``mitigation_drop``: ``(J(θ̃ʳ) − J(θ̃ʳ_mit)) / J(θ̃ʳ) · 100`` against the baseline at the same budget; negative where
+  the method helps (paper, Section 6);
+- ``beyond_control`` *: the gain less the gain at 100 % of the ReLUs, in points. What a method gains there
+  repairs the imbalance of the data; only what it gains beyond that repairs linearization;
+- ``balanced_accuracy`` (``overall`` only): the mean of the classes' recalls, in [0, 1];
+- ``pareto`` (``overall`` only): 1 where no other method at this budget is at least as good both in overall and in
+  worst-group accuracy, and better in one.
 """
 
 from __future__ import annotations
@@ -77,19 +91,7 @@ def compare(
 ) -> pd.DataFrame:
     """Every method's accuracy at each budget, and its difference to the baseline.
 
-    Measures, for each group, for ``overall``, and where marked * for ``worst group`` (the group with the lowest
-    accuracy, whichever that is under each method), for each class, and for each class in each group:
-
-    - ``accuracy`` *, in [0, 1]; of a class it is called ``recall``;
-    - ``gain`` *: accuracy less the baseline's at the same budget, in percentage points;
-    - ``relative_drop``: against the base network, in percent (paper, Section 5.1);
-    - ``mitigation_drop``: ``(J(θ̃ʳ) − J(θ̃ʳ_mit)) / J(θ̃ʳ) · 100`` against the baseline at the same budget; negative where
-      the method helps (paper, Section 6);
-    - ``beyond_control`` *: the gain less the gain at 100 % of the ReLUs, in points. What a method gains there
-      repairs the imbalance of the data; only what it gains beyond that repairs linearization;
-    - ``balanced_accuracy`` (``overall`` only): the mean of the classes' recalls, in [0, 1];
-    - ``pareto`` (``overall`` only): 1 where no other method at this budget is at least as good both in overall and in
-      worst-group accuracy, and better in one.
+    Measures are those of the module's table.
 
     Args:
         replicates: One for each base network.
@@ -119,23 +121,39 @@ def compare(
     for own, measure, needed in _contrasts(columns, baseline, replicates[0].total):
         networks = [columns.index(column) for column in needed]
         values = np.stack([measure.of(*point[:, networks].T) for point in points], axis=1)
-        shown = [at for at, (group, label) in enumerate(names) if measure.of_more or (group != WORST and not label)]
         found = [
-            (*names[at], values[at], None if drawn is None else drawn.limits(measure, networks, at)) for at in shown
+            (
+                *names[at],
+                measure.called(names[at][1]),
+                values[at],
+                None if drawn is None else drawn.limits(measure, networks, at),
+                sizes[at],
+            )
+            for at in range(len(names))
+            if measure.speaks_of(*names[at])
         ]
-        told = [measure.of_class if label else measure.name for _, label, _, _ in found]
-        n = [sizes[at] for at in shown]
         if labelled and measure.name == "accuracy":
             each = np.asarray([_recalls(replicate, needed[0]).mean() for replicate in replicates])
-            found.append((OVERALL, "", each, None if drawn is None else drawn.balanced_limits(networks)))
-            told.append("balanced_accuracy")
-            n.append(sizes[len(group_names)])
-        for (group, label, each, limits), name, size in zip(found, told, n, strict=True):
-            low, high = mean_interval(each) if limits is None else limits
-            row = {**own, "group": group, "class": label, "measure": name, "value": float(each.mean())}
-            rows.append({**row, "low": low, "high": high, "n": size, "replicates": len(replicates)})
+            limits = None if drawn is None else drawn.balanced_limits(networks)
+            found.append((OVERALL, "", "balanced_accuracy", each, limits, sizes[len(group_names)]))
+        rows += [_row(own, *one) for one in found]
     frame = pd.DataFrame(rows)
     return pd.concat([frame, pareto(frame)], ignore_index=True)
+
+
+def _row(
+    own: Mapping[str, Any],
+    group: str,
+    label: str,
+    measure: str,
+    each: Floats,
+    limits: tuple[float, float] | None,
+    n: float,
+) -> dict[str, Any]:
+    """A row of the table; ``each`` is a value a replicate, between which the limits lie where images give none."""
+    low, high = mean_interval(each) if limits is None else limits
+    row = {**own, "group": group, "class": label, "measure": measure, "value": float(each.mean())}
+    return {**row, "low": low, "high": high, "n": n, "replicates": len(each)}
 
 
 @dataclass(frozen=True)
@@ -158,10 +176,13 @@ class _Measure:
     of_more: bool = True
     of_baseline: bool = False
 
-    @property
-    def of_class(self) -> str:
-        """Its name where it is of a class."""
-        return "recall" if self.name == "accuracy" else self.name
+    def called(self, label: str) -> str:
+        """Its name of a class, or of all."""
+        return "recall" if label and self.name == "accuracy" else self.name
+
+    def speaks_of(self, group: str, label: str) -> bool:
+        """Whether it has a row for a group, and a class or all."""
+        return self.of_more or (group != WORST and not label)
 
 
 _MEASURES = (

@@ -49,9 +49,7 @@ def settle_image_size(
     if family not in _RESIZED or "image_size" in data.options or not (own or weights is not None):
         return data
     if family != "folder":
-        raise FairlineError(
-            f"The size of the images that {weights} was trained on must be said: --image-size 64."
-        )
+        raise FairlineError(f"The size of the images that {weights} was trained on must be said: --image-size 64.")
     found = folder.preview(data.root, **data.options)
     fitting = [] if weights is None else _fitting(model, found.num_classes, options or {}, weights)
     if len(fitting) == 1:
@@ -65,8 +63,7 @@ def settle_image_size(
     seen = " and ".join(f"{height}×{width}" for height, width in found.sizes) or "unreadable ones"
     told = "" if weights is None else f", and {weights} fits " + ("several sizes" if fitting else "no common size")
     raise FairlineError(
-        f"The images of {data.root} differ in size ({seen}){told}; say which size the network takes: "
-        "--image-size 64."
+        f"The images of {data.root} differ in size ({seen}){told}; say which size the network takes: --image-size 64."
     )
 
 

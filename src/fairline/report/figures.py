@@ -330,15 +330,6 @@ def dots(
         title=None,
         legend=alt.Legend(orient="bottom", columns=3, symbolOpacity=1),
     )
-    number = form or ".3~f"
-    tooltip = [
-        alt.Tooltip("who:N", title="who"),
-        alt.Tooltip("network:N", title="ReLUs kept"),
-        alt.Tooltip("value:Q", format=number, title=title),
-        alt.Tooltip("low:Q", format=number, title="95 % from"),
-        alt.Tooltip("high:Q", format=number, title="to"),
-        alt.Tooltip("n:Q", format=",", title="images"),
-    ]
     base = alt.Chart(rows)
     x = alt.X("value:Q", title=title, scale=ends, axis=axis)
     layers = [
@@ -351,11 +342,22 @@ def dots(
         y=y, yOffset=offset, x=alt.X("low:Q", title=title, scale=ends, axis=axis), x2="high:Q", color=colour
     )
     point = base.mark_point(filled=True, size=55, opacity=1).encode(
-        y=y, yOffset=offset, x=x, color=colour, tooltip=tooltip
+        y=y, yOffset=offset, x=x, color=colour, tooltip=_told_of_a_dot(title, form or ".3~f")
     )
     # Room between two of them, for the eye to tell them apart.
     height = len(order) * max(22, 11 * len(networks) + 8)
     return alt.layer(*layers, whisker, point).properties(width="container", height=height)
+
+
+def _told_of_a_dot(title: str, number: str) -> list[alt.Tooltip]:
+    return [
+        alt.Tooltip("who:N", title="who"),
+        alt.Tooltip("network:N", title="ReLUs kept"),
+        alt.Tooltip("value:Q", format=number, title=title),
+        alt.Tooltip("low:Q", format=number, title="95 % from"),
+        alt.Tooltip("high:Q", format=number, title="to"),
+        alt.Tooltip("n:Q", format=",", title="images"),
+    ]
 
 
 def _who(groups: pd.Series[str], n: dict[str, int]) -> pd.Series[str]:

@@ -50,8 +50,7 @@ def write_report(
         The file.
 
     Raises:
-        FairlineError: The folder holds no finished audit, the costs are of another one, the tolerance is none or there
-            is no such class.
+        FairlineError: The folder holds no finished audit, the costs are another's, or the tolerance or a class is none.
     """
     run = Run.read(audit, "audit")
     frame, found = judged(run, within, critical, costs)
@@ -62,10 +61,7 @@ def write_report(
     charts = figures.figures(frame, found, within)
     why = explanations.figures(frame, predictions) if explanations.explains(frame) else {}
     split = corrections.figures(frame)
-    priced: dict[str, Any] = {}
-    content: dict[str, Any] = {}
-    if costs is not None:
-        priced, content = cost_panel.panel(costs, within, run, critical)
+    priced, content = ({}, {}) if costs is None else cost_panel.panel(costs, within, run, critical)
     return write_page(
         Path(out) if out is not None else run.folder / "report.html",
         "report.html.j2",
@@ -78,21 +74,14 @@ def write_report(
         warnings=cautions(found) + warnings(frame, run) + explanations.warnings(frame),
         cards=[_card(frame, found, variant, charts) for variant in variants],
         why=_by_variant(why, variants),
-        why_told=explanations.told(frame, found),
-        # What may ship stands at the top, and nowhere else.
+        # What may ship stands at the top alone.
         costs=content | {"answers": []} if content else {},
         corrections=corrections.panel(frame, predictions) if split else [],
         correction_charts=split.keys(),
-        bounds=[(variant, table) for variant in variants if (table := explanations.bound_table(frame, variant))],
-        binary=explanations.binary_table(frame),
-        balance=explanations.balance_table(frame),
-        measured=set(frame["measure"]),
+        **_explained(frame, found, variants),
         gaps=_gap_table(frame),
         counts=_counts_table(run.table("counts.parquet")),
         settings=settings(run),
-        has_drop=bool((frame["measure"] == "relative_drop").any()),
-        has_linearized=bool((frame["stage"] != "base").any()),
-        has_control=any(each.control is not None for each in found),
         rare=_rare(frame),
         within=within,
         critical=list(critical),
@@ -100,6 +89,20 @@ def write_report(
         resamples=run.config["resamples"],
         split=run.config["split"],
     )
+
+
+def _explained(frame: pd.DataFrame, found: Sequence[Candidate], variants: Sequence[str]) -> dict[str, Any]:
+    """What the template shows of why groups pay, and what it asks of the rows."""
+    return {
+        "why_told": explanations.told(frame, found),
+        "bounds": [(variant, table) for variant in variants if (table := explanations.bound_table(frame, variant))],
+        "binary": explanations.binary_table(frame),
+        "balance": explanations.balance_table(frame),
+        "measured": set(frame["measure"]),
+        "has_drop": bool((frame["measure"] == "relative_drop").any()),
+        "has_linearized": bool((frame["stage"] != "base").any()),
+        "has_control": any(each.control is not None for each in found),
+    }
 
 
 def judged(
