@@ -5,8 +5,8 @@ The formulas are those of the paper's Sections 5.1 and 6. One base network: limi
 number is the mean over them, and the interval is Student's over their paired differences, which holds what training and
 split change as well.
 
-The measures of :func:`compare`, for each group, for ``overall``, and where marked * for ``worst group`` (the group with the lowest
-accuracy, whichever that is under each method), for each class, and for each class in each group:
+The measures of :func:`compare`, for each group, for ``overall``, and where marked * for ``worst group`` (the group with
+the lowest accuracy, whichever that is under each method), for each class, and for each class in each group:
 
 - ``accuracy`` *, in [0, 1]; of a class it is called ``recall``;
 - ``gain`` *: accuracy less the baseline's at the same budget, in percentage points;
