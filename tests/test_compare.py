@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from fairline.report.comparison import drop_by_budget, masks_of, prepare
+from fairline.report.verdict import signed
 from tests.commands import FINETUNE, LINEARIZE, fairline, ok
 from tests.test_cli import contents, kill_when
 from tests.test_report import CHROMIUM, browser
@@ -47,10 +48,10 @@ def test_the_page_is_drawn_in_a_browser_without_a_network(compared, tmp_path):
     document = browser("--dump-dom", (compared / "comparison.html").as_uri(), profile=tmp_path / "profile")
     drawn = re.sub(r"<script.*?</script>", "", document, flags=re.S)
     assert "could not be drawn" not in drawn
-    # At three budgets gains, Pareto fronts and layers, at each group drops; no network has all its ReLUs, so there is
-    # no control to draw.
+    # Gains of the smallest budget (the others are folded), Pareto fronts and layers of three, drops of each group; no
+    # network has all its ReLUs, so there is no control to draw.
     frame = prepare(pd.read_parquet(compared / "comparison.parquet"))
-    assert len(re.findall(r'<svg[^>]*class="marks"', document)) == 3 * 3 + len(drop_by_budget(frame))
+    assert len(re.findall(r'<svg[^>]*class="marks"', document)) == 1 + 3 + 3 + len(drop_by_budget(frame))
     assert "Add the budget 1.0 to the linearize run" in drawn
 
 
@@ -59,7 +60,7 @@ def test_the_page_says_the_numbers_of_the_table(compared):
     text = html.unescape((compared / "comparison.html").read_text(encoding="utf-8"))
     gains = table[(table["measure"] == "gain") & (table["group"] != "overall")]
     for value, low, high in gains[["value", "low", "high"]].to_numpy():
-        assert f"{value:+.1f}<br>[{low:+.1f}, {high:+.1f}]" in text
+        assert f"{signed(value)}<br>[{signed(low)}, {signed(high)}]" in text
     for value in table[table["measure"] == "mitigation_drop"]["value"]:
         assert f"drop {value:+.1f} %" in text
     assert "One base network" in text
