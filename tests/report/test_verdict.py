@@ -104,7 +104,7 @@ def test_what_gains_at_worst_may_ship_and_is_not_said_to_lose():
     found = [candidate(counted(("a", "x", 4000, 2000, 0, 90), ("b", "y", 4000, 2000, 0, 70)))]
     assert found[0].answer == MAY
     said = told.headline(found)
-    assert "the one that does worst, group “b” gains 1.8 points" in said
+    assert "even the one that does worst loses nothing: group “b” gains 1.8 points" in said
     assert not re.search(r"\bloses \d", said)
     assert found[0].whose_told() == "no control"
 

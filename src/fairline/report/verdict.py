@@ -248,7 +248,7 @@ def reason(judged: Verdict) -> str:
         return f"{moves}, more than {tolerated}; that it loses is beyond chance{_corrected(judged)}.{_others(judged)}"
     if judged.answer == MAY:
         sure = f"by their 95 % intervals no group and no class loses more than {tolerated}"
-        worst = f"the one that does worst, {moves}" if change >= 0 else f"at worst {moves}"
+        worst = f"even the one that does worst loses nothing: {moves}" if change >= 0 else f"at worst {moves}"
         return f"{sure}; {worst}.{_hinted(judged)}"
     if change < -judged.within:
         doubt = f"more than {tolerated}, but that may be chance"
