@@ -29,6 +29,7 @@ def study_table(
     ratio: float = 2.0,
     distance: float = 0.5,
     groups: dict[str, int] = GROUPS,
+    data_options: str = "",
     noise: float = 0.1,
 ) -> pd.DataFrame:
     """Rows of one panel.
@@ -47,6 +48,7 @@ def study_table(
         ratio: Gradient norm and λ_max of the smallest over the largest group; the margins' inverse.
         distance: Growth of ‖θ̃ − θ‖ for each halving.
         groups: Training images.
+        data_options: As JSON.
         noise: Of the accuracies over seeds, in points.
     """
     rng = np.random.default_rng(0)
@@ -63,6 +65,7 @@ def study_table(
                     "scale": "Planted: numbers of a test.",
                     "data": data,
                     "data_label": data,
+                    "data_options": data_options,
                     "model": model,
                     "seed": seed,
                     "stage": "finetuned" if finetune else "base",

@@ -12,7 +12,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fairline.errors import FairlineError
 from fairline.report.claims import CLAIMS, FAILS, HOLDS, UNDECIDED, Finding, findings, judge, summary, write_claims
 from tests.report.study_table import study_table
 
@@ -150,9 +149,30 @@ def test_the_side_is_that_of_the_threshold(sign):
 
 
 def test_two_studies_of_one_panel_are_not_mixed():
-    table = pd.concat([study_table(), study_table(study="again")])
-    with pytest.raises(FairlineError, match="is in the studies planted and again; choose one"):
-        findings(table)
+    table = pd.concat([study_table(), study_table(study="again", slope=-4.0)])
+    found = findings(table).query("claim == 1").set_index("panel")["verdict"]
+    usual = "UTKFace, race · ResNet-18 · SNL"
+    assert dict(found) == {f"{usual} · planted": "holds", f"{usual} · again": "does not hold"}
+    # A base network of both is one.
+    assert len(findings(table).query("claim == 3")) == 1
+
+
+def test_any_data_groups_network_and_masks_are_tested():
+    own = {"data": "folder", "model": "files/mine.py:net", "method": "random"}
+    mine = study_table(**own).assign(data_label="faces")
+    by_age = study_table(**own).assign(data_label="ages", data_options='{"groups": "age"}')
+    found = findings(pd.concat([mine, by_age]))
+    assert set(found["verdict"]) == {"holds"}
+    titles = {"faces (folder) · mine.py:net · random", "ages (folder) · mine.py:net · random · by age"}
+    assert set(found.query("claim == 6")["panel"]) == titles
+
+
+def test_what_claims_do_not_speak_of_is_left_out():
+    table = study_table()
+    without_plain = table[table["finetune"] != "erm"]
+    assert findings(without_plain).empty
+    one_group = table[table["group"].isin(["large", "overall"])]
+    assert findings(one_group).empty
 
 
 def test_the_page_says_scale_claims_and_sources(tmp_path):

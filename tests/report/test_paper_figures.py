@@ -11,8 +11,9 @@ from scipy import stats
 
 from fairline.charts import save_charts
 from fairline.errors import FairlineError
+from fairline.report.claims import findings
 from fairline.report.panels import Panel, finetuned, mitigation_drop, over_seeds, rows_of, variants_of_mu
-from fairline.report.paper_figures import FIGURES, draw
+from fairline.report.paper_figures import FIGURES, draw, draw_others
 from tests.report.study_table import BUDGETS, GROUPS, study_table
 
 DIGITS = {str(digit): 1000 - 90 * digit for digit in range(10)}
@@ -187,8 +188,61 @@ def test_what_is_not_held_is_said():
         draw(table, [7])
     with pytest.raises(FairlineError, match="has no empirical figure 2; it has 1, 3"):
         draw(table, [2])
-    with pytest.raises(FairlineError, match="what any figure of the paper shows"):
-        draw(study_table(data="digits"))
+    assert draw(study_table(data="digits")) == {}
+
+
+def titles(chart) -> list[str]:
+    """Of a figure's panels."""
+    return [panel["title"]["text"] for panel in json.loads(chart.to_json())["concat"]]
+
+
+def test_any_study_is_drawn_and_the_papers_panels_are_a_selection():
+    paper = study_table(seeds=(0, 1))
+    own = study_table(study="own", data="folder", model="mine.py:net", seeds=(0, 1)).assign(data_label="faces")
+    by_gender = study_table(study="genders", data_options='{"groups": "gender"}', seeds=(0, 1))
+    table = pd.concat([paper, own, by_gender], ignore_index=True)
+    assert [json.loads(chart.to_json())["title"]["text"] for chart in draw(table, [1]).values()]
+    drawn = draw_others(table)
+    assert {"accuracy_by_group", "overall_accuracy", "relative_drop", "gradient_norm", "hessian_max"} < set(drawn)
+    assert {"margin", "mitigation_lagrangian", "explanations_1", "explanations_2"} < set(drawn)
+    expected = ["faces (folder) · mine.py:net · SNL", "UTKFace, race · ResNet-18 · SNL · by gender"]
+    assert titles(drawn["relative_drop"]) == expected
+    assert titles(draw(table, [1])[1]) == ["UTKFace, race · ResNet-18 · SNL"]
+    assert draw_others(paper) == {}
+    # The numbers are those of the table.
+    shown = {row["value"] for row in contents(drawn["relative_drop"])}
+    drops = own.query("measure == 'relative_drop' and finetune == 'erm'").groupby(["percent", "group"])["value"].mean()
+    assert all(any(abs(value - other) < 1e-9 for other in shown) for value in drops)
+
+
+def test_recipes_that_share_a_panel_of_the_paper_are_drawn_apart():
+    table = study_table(seeds=(0, 1))
+    again = table[table["stage"] == "finetuned"].assign(masks="again")
+    both = pd.concat([table, again], ignore_index=True)
+    assert draw(both) == {}
+    usual = "UTKFace, race · ResNet-18 · SNL"
+    assert titles(draw_others(both)["relative_drop"]) == [f"{usual} · snl", f"{usual} · again"]
+    two = pd.concat([table, study_table(study="other", seeds=(0, 1))], ignore_index=True)
+    assert titles(draw_others(two)["relative_drop"]) == [f"{usual} · planted", f"{usual} · other"]
+
+
+@pytest.mark.parametrize("data", ["digits", "utkface:race"])
+@pytest.mark.parametrize(
+    "missing", ["stage == 'base'", "finetune == 'erm'", "percent < 100 and seed == 0", "percent < 50"]
+)
+def test_whatever_a_study_holds_so_far_it_is_drawn_and_tested(data, missing):
+    table = study_table(data=data, seeds=(0, 1))
+    held = table.drop(table.query(missing).index)
+    assert all(chart is not None for chart in [*draw(held).values(), *draw_others(held).values()])
+    findings(held)
+
+
+def test_of_many_groups_the_extremes_are_shown():
+    table = study_table(
+        study="ages", data="folder", groups={f"{age} years": 3000 - age for age in range(100)}, seeds=(0,)
+    )
+    shown = {row["group"] for row in contents(draw_others(table)["relative_drop"])}
+    assert shown == {"0 years", "1 years", "98 years", "99 years"}
 
 
 def test_files_of_three_formats(tmp_path):

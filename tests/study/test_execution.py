@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,11 +19,13 @@ import pytest
 import torch
 from pandas.testing import assert_frame_equal
 
+from fairline._cores import quota
 from fairline.errors import FairlineError
 from fairline.study.cells import Cell, cells_of, require_known
+from fairline.study.estimate import estimate
 from fairline.study.executors import Local, RayCluster, WorkerLost
 from fairline.study.run import run_study, status
-from fairline.study.spec import load_spec
+from fairline.study.spec import Masks, load_spec
 from fairline.study.storage import Storage
 from fairline.study.store import COLUMNS, read_results
 from tests.commands import ENVIRONMENT, Started, command, fairline, ok
@@ -271,6 +274,66 @@ def test_a_study_takes_no_more_threads_than_it_was_given(given, jobs, each):
         torch.set_num_threads(before)
 
 
+def _all_threads() -> dict[str, int]:
+    """What each library of this process takes, after each has worked."""
+    import numpy as np
+    from threadpoolctl import threadpool_info
+
+    from fairline.data import _images
+
+    torch.ones(600, 600) @ torch.ones(600, 600)
+    np.ones((600, 600)) @ np.ones((600, 600))
+    pools = {f"{each['internal_api']} {each['prefix']}": each["num_threads"] for each in threadpool_info()}
+    return {**pools, "torch": torch.get_num_threads(), "decoding": _images._THREADS}
+
+
+def test_no_library_of_a_worker_takes_more_and_this_process_is_left_as_it_was(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = dict(os.environ)
+    pool = Local(2, threads=1)
+    try:
+        taken = pool.submit(_all_threads).result()
+    finally:
+        pool.close()
+    assert len(taken) > 2
+    assert set(taken.values()) == {1}
+    assert dict(os.environ) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity is Linux's")
+@pytest.mark.parametrize("variables", [{}, {"OMP_NUM_THREADS": "1"}])
+def test_a_study_keeps_to_the_cores_of_its_process(variables):
+    known = "import os, sys; "
+    if not variables:
+        known += "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+    code = known + "from fairline.study.executors import Local; from fairline.data import _images; "
+    code += "print(Local(1).threads, Local(2).threads, _images._THREADS)"
+    plain = {name: value for name, value in ENVIRONMENT.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=plain | variables, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["1", "1", "1"]
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({"cpu.max": ""}, None),
+        ({}, None),
+    ],
+)
+def test_the_quota_of_a_control_group_is_known(tmp_path, files, cores):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert quota(tmp_path) == cores
+
+
 def test_a_worker_that_dies_is_told_apart_from_a_cell_that_fails():
     pool = Local(1)
     try:
@@ -376,6 +439,16 @@ def test_a_dry_run_estimates_from_steps_and_then_from_what_was_run(finished, tmp
     (train,) = (line for line in said.splitlines() if "train" in line)
     assert train.replace("│", " ").split()[:4] == ["train", "2", "1", "1"]
     assert "measured" in train
+    # Another network under the same settings: its epochs are known, its speed is not.
+    wider = tmp_path / "wider.yaml"
+    wider.write_text(SPEC.read_text().replace("width: 4", "width: 5").replace("digits_tiny", "wider"))
+    spec = load_spec(wider)
+    table = estimate([spec], Storage(str(store))).set_index("kind")
+    assert table.loc["linearize", "basis"] == "past epochs"
+    assert table.loc["train", "basis"] == "reckoned"
+    many = {**spec.model_dump()["masks"]["plain"], "settings": {"max_epochs": 2000}}
+    longer = spec.model_copy(update={"masks": {"plain": Masks(**many)}})
+    assert estimate([longer], Storage(str(store))).set_index("kind").loc["linearize", "basis"] == "reckoned"
 
 
 def test_an_audit_without_the_base_network_has_a_frontier(finished, tmp_path):

@@ -265,11 +265,15 @@ def test_the_choice_of_layers_is_part_of_an_estimate():
 def test_a_network_of_ones_own_is_part_of_its_cells(tmp_path):
     (tmp_path / "blocks.py").write_text("WIDTH = 2\n")
     (tmp_path / "mine.py").write_text("import blocks\ndef net(num_classes): ...\n")
-    spec = load_spec(SPEC)
-    own = spec.model_copy(update={"model": spec.model.model_copy(update={"name": f"{tmp_path}/mine.py:net"})})
+    file = tmp_path / "own.yaml"
+    file.write_text(SPEC.read_text().replace("{name: cnn, options: {width: 4}}", '{name: "mine.py:net"}'))
+    spec, own = load_spec(SPEC), load_spec(file)
     before = [cell.key for cell in cells_of(own)]
-    assert [cell.key for cell in cells_of(own)] == before
+    assert [cell.key for cell in cells_of(load_spec(file))] == before
     (tmp_path / "blocks.py").write_text("WIDTH = 3\n")
-    assert not set(before) & {cell.key for cell in cells_of(own)}
+    assert not set(before) & {cell.key for cell in cells_of(load_spec(file))}
+    # What was noted stays, and so do the names of the cells, wherever the files are.
+    (tmp_path / "mine.py").unlink()
+    assert [cell.key for cell in cells_of(own)] == before
     # Cells of fairline's own networks keep their names.
     assert all("model_files" not in cell.arguments for cell in cells_of(spec))

@@ -131,7 +131,12 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1,
 #: Kept here so that help need not load torch; a test compares it with the registry.
 LINEARIZERS = ("snl", "deepreduce", "senet", "autorep", "coordinate_descent", "layerwise", "magnitude", "random")
 OBJECTIVES = ("erm", "lagrangian", "group_dro", "chi2_dro", "arl", "reweighting", "logit_adjust")
-ObjectiveName = Annotated[str, typer.Option("--objective", help=f"What to minimise: {', '.join(OBJECTIVES)}.")]
+ObjectiveName = Annotated[
+    str,
+    typer.Option(
+        "--objective", help=f"What to minimise: {', '.join(OBJECTIVES)}, or your own as file.py:Class or module:Class."
+    ),
+]
 ObjectiveOption = Annotated[
     list[str] | None,
     typer.Option("--objective-option", metavar="KEY=VALUE", help="Option of the objective, e.g. violation=signed."),

@@ -217,6 +217,14 @@ def linearize(
     lam: Annotated[float | None, typer.Option(help="Weight of Σ|m| at the start (snl: 1e-05).")] = None,
     max_epochs: Annotated[int | None, typer.Option(help="Stop here at the latest (snl: 2000).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images in a step (snl: 256).")] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Settings that reach the budgets in a few epochs, made for data and network (snl); options win "
+            "over them. Quick, not as good.",
+        ),
+    ] = False,
     granularity: Annotated[str | None, typer.Option(help="pixel, channel or layer (snl: pixel).")] = None,
     objective: ObjectiveName = "erm",
     mu: Mu = None,
@@ -281,6 +289,8 @@ def linearize(
         precision=precision,
     )
     settings = {**parse_options(option), **named}
+    if quick:
+        settings = _quick(source, parse_budgets(budgets), method, settings, root, device)
     costly = {**parse_options(cost_option), **drop_none(protocol=for_cost, network=network, minimise=minimise)}
     if costly and for_cost is None:
         raise FairlineError(f"{', '.join(costly)}: options of masks for a cost need a protocol, --for-cost.")
@@ -301,6 +311,17 @@ def linearize(
         **settings,
     )
     list_networks(run)
+
+
+def _quick(
+    source: Path, budgets: list[float], method: str, given: dict[str, Any], root: Path | None, device: str | None
+) -> dict[str, Any]:
+    """Settings for a short run, said and then used as if they had been given."""
+    from fairline.jobs import quick_settings
+
+    proposed = quick_settings(source, budgets, method, given, root=None if root is None else str(root), device=device)
+    err_console.print(f"Quick settings: {proposed}", highlight=False, soft_wrap=True)
+    return {**proposed.settings, **given}
 
 
 @app.command()

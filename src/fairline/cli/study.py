@@ -130,19 +130,24 @@ def study_figures(
     only: Annotated[str | None, typer.Option(help="Numbers in the paper, comma-separated; all by default.")] = None,
     formats: Annotated[str, typer.Option("--format", help="Comma-separated: png, svg, pdf.")] = "png,svg,pdf",
 ) -> None:
-    """Draw the empirical figures of the paper (1, 3–9, 11–15) from what studies measured."""
+    """Draw what studies measured: the paper's empirical figures (1, 3–9, 11–15), and all that those do not show."""
     from fairline.charts import save_charts
-    from fairline.report.paper_figures import FIGURES, draw
+    from fairline.report.paper_figures import FIGURES, draw, draw_others
 
     wanted = parse_names(formats, "format")
     for name in wanted:
         if name not in ("png", "svg", "pdf"):
             raise FairlineError(f"The format is png, svg or pdf, not '{name}'.")
-    drawn = draw(_chosen_results(sources, study), None if only is None else parse_counts(only, "Figures"))
-    files = save_charts({f"figure_{number:02d}": chart for number, chart in drawn.items()}, to, wanted)
-    out_console.print(f"Figures {', '.join(map(str, drawn))}: {len(files)} files in {to}", soft_wrap=True)
+    table = _chosen_results(sources, study)
+    drawn = draw(table, None if only is None else parse_counts(only, "Figures"))
+    others = draw_others(table) if only is None else {}
+    if not drawn and not others:
+        raise FairlineError("No study here has finetuned networks whose measures could be drawn.")
+    files = save_charts({f"figure_{number:02d}": chart for number, chart in drawn.items()} | others, to, wanted)
+    names = ", ".join([*map(str, drawn), *others])
+    out_console.print(f"Figures {names}: {len(files)} files in {to}", soft_wrap=True)
     missing = [str(number) for number in FIGURES if number not in drawn]
-    if missing and only is None:
+    if missing and drawn and only is None:
         out_console.print(f"No study here holds what figures {', '.join(missing)} show.", soft_wrap=True)
 
 
@@ -152,10 +157,18 @@ def study_report(
     out: Annotated[Path, typer.Option("--out", help="HTML file to write.")],
     study: Chosen = "*",
     table: Annotated[Path | None, typer.Option("--table", help="Also write the findings there, as CSV.")] = None,
+    audits: Annotated[
+        Path | None,
+        typer.Option(
+            "--audits",
+            help="Also write the fairness report of every audit there, under its name in its study (stores).",
+        ),
+    ] = None,
 ) -> None:
     """Write the page that puts each claim of the paper beside what was measured and says whether it holds."""
     from fairline._io import write_text
     from fairline.report.claims import CLAIMS, findings, summary, write_claims
+    from fairline.report.results import write_audits
 
     rows = _chosen_results(sources, study)
     found = findings(rows)
@@ -166,3 +179,6 @@ def study_report(
         write_text(table, found.to_csv(index=False, float_format="%.5g"))
         out_console.print(f"Findings: {table.resolve()}", soft_wrap=True)
     out_console.print(f"Page: {write_claims(rows, found, out).resolve()}", soft_wrap=True)
+    if audits is not None:
+        pages = write_audits(sources, list(rows["study"].unique()), audits)
+        out_console.print(f"Reports: {len(pages)} pages in {audits.resolve()}", soft_wrap=True)

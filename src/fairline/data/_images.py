@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fairline._cores import given
 from fairline._io import json_digest
 from fairline.data._packed import Images, PackedFile, PackedImages
 from fairline.data._packing import InMemory, Item, Packing, Shape, open_packed, packed_place, packing
@@ -29,9 +29,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 #: Counts the changes of what pictures are decoded to; packed images of another number are not taken.
 DECODER = 1
 
-#: Images that one thread decodes in a row, and threads.
+#: Images that one thread decodes in a row, and threads, as many as this process was given.
 _CHUNK = 16
-_THREADS = min(32, (os.cpu_count() or 1) + 4)
+_THREADS = min(32, given())
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from fairline.jobs.demo import run_demo
 from fairline.jobs.finetune import ablate_job, finetune_job, last_layer_job
 from fairline.jobs.imported import import_job
 from fairline.jobs.linearize import build_linearizer, linearize_job
+from fairline.jobs.quick import quick_settings
 from fairline.jobs.theory import theory_job
 from fairline.jobs.train import train_job
 
@@ -20,6 +21,7 @@ __all__ = [
     "import_job",
     "last_layer_job",
     "linearize_job",
+    "quick_settings",
     "run_demo",
     "theory_job",
     "train_job",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fairline._io import resolve_device
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.jobs._common import STUDENTS, Rows, built_on, do_once, load_base, load_parts, remake
+from fairline.jobs._objective import known_by, try_before
 from fairline.jobs._precision import settle
 from fairline.jobs.compare import compare_job
 from fairline.runs import NetworkInfo, Run
@@ -43,7 +44,8 @@ def finetune_job(
     Args:
         source: A linearize run.
         out: The run folder.
-        objective: A key of ``fairline.objectives.REGISTRY``.
+        objective: A key of ``fairline.objectives.REGISTRY``, or ``file.py:Class`` of the user's own; that is tried on
+            two images first, and what its code says is part of what the run is known by.
         objective_options: Its options.
         distill: Whether the base network teaches.
         preset: One of ``fairline.linearize.FINETUNE_PRESETS``; settings and options that are given win over it.
@@ -63,17 +65,13 @@ def finetune_job(
     settings = {**chosen.get("settings", {}), **settings}
     options = {**chosen.get("objective", {}), **(objective_options or {})}
     objectives.build(objective, **options)
-    config = {
-        **built_on(parent),
-        "objective": objective,
-        "objective_options": options,
-        "distill": distill,
-        "settings": settings,
-        "seed": seed,
-    }
+    known = known_by(objective, options)
+    config = {**built_on(parent), **known, "distill": distill, "settings": settings, "seed": seed}
+    data = cache(partial(load_parts, parent, root))
+    try_before(out, objective, options, data)
 
     def work(run: Run) -> None:
-        base, parts = load_base(parent)[0], load_parts(parent, root)
+        base, parts = load_base(parent)[0], data()
         arithmetic = settle(run, settings.get("precision"), base, parts["train"], where, agreed)
         build = partial(objectives.build, objective, **options)
         taught: dict[str, Any] = {"seed": seed, "device": where, **settings, "precision": arithmetic}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fairline._io import resolve_device
 from fairline._registry import build_named
 from fairline.compiler.mask_cost import PredictedCost
 from fairline.jobs._common import built_on, do_once, load_base, load_parts
+from fairline.jobs._objective import known_by, try_before
 from fairline.jobs._precision import settle
 from fairline.linearize import ForCost, Linearized
 from fairline.masking import surrogate_of
@@ -53,7 +55,8 @@ def linearize_job(
         out: The run folder.
         budgets: ReLUs to keep; see :func:`fairline.linearize.resolve_budgets`.
         method: A key of ``fairline.linearize.REGISTRY``.
-        objective: What the masks are learned under; a key of ``fairline.objectives.REGISTRY``.
+        objective: What the masks are learned under; a key of ``fairline.objectives.REGISTRY``, or the user's
+            own as for :func:`~fairline.jobs.finetune.finetune_job`.
         objective_options: Its options.
         for_cost: Layers are emptied first: settings of :class:`~fairline.linearize.ForCost` and of the predicted cost.
         root: Where the data are now, if they have moved.
@@ -76,10 +79,12 @@ def linearize_job(
     config = {**built_on(parent), **asked, **({} if for_cost is None else {"for_cost": dict(for_cost)})}
     placement = _placement(fair, settings, linearizer.for_cost)
     common = replace(info, stage="linearized", method=method, seed=seed, placement=placement)
+    parts = cache(partial(load_parts, parent, root))
+    try_before(out, objective, objective_options or {}, parts)
 
     def work(run: Run) -> None:
         rows: list[dict[str, float]] = []
-        data, val = (parts := load_parts(parent, root))["train"], parts["val"]
+        data, val = parts()["train"], parts()["val"]
         watched: dict[str, Any] = {"progress": progress, "checkpoint": run.checkpoint, "history": rows, "device": where}
         in_it = replace(linearizer, precision=settle(run, settings.get("precision"), teacher, data, where, agreed))
         for cut in in_it.linearize(teacher, data, budgets, val=val, **watched):
@@ -94,7 +99,7 @@ def _fair(objective: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the config says of an objective of the placement; nothing for plain distillation."""
     if objective == "erm" and not options:
         return {}
-    return {"objective": objective, "objective_options": dict(options or {})}
+    return known_by(objective, options or {})
 
 
 def build_linearizer(
@@ -119,7 +124,7 @@ def build_linearizer(
     """
     given: dict[str, Any] = dict(settings)
     if fair := _fair(objective, objective_options):
-        given["objective"] = objectives.build(fair["objective"], **fair["objective_options"])
+        given["objective"] = objectives.build(objective, **fair["objective_options"])
     if for_cost is not None:
         given["for_cost"] = _choice(for_cost)
     return linearizers.build(method, **given)

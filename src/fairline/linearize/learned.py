@@ -8,6 +8,7 @@ Source: Cho et al. (ICML 2022), Algorithm 1, lines 1 to 11; ``protect`` and ``em
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from torch.optim import Adam, Optimizer
 
 from fairline.errors import FairlineError
 from fairline.linearize.base import Cut, Linearization, Linearizer
+from fairline.linearize.pace import WINDOW, epochs_left
 from fairline.linearize.protect import Protection, covered
 from fairline.masking import (
     GRANULARITIES,
@@ -48,6 +50,9 @@ class MaskLearning(Linearizer):
         lam: λ at the start.
         growth: Factor by which λ grows after an epoch in which the number of ReLUs did not fall below its lowest.
         patience: Epochs before λ may grow.
+        pace: Epochs within which the last budget should be reached. Where the same share of ReLUs closes in each, so
+            many are open by now; after an epoch with more, λ grows too, and once more for each time that there are
+            twice as many, three times at most. None is as published: λ grows where none closes.
         threshold: Where a mask counts as a ReLU.
         lr: Of Adam.
         temperature: T of the distillation.
@@ -78,6 +83,7 @@ class MaskLearning(Linearizer):
     lam: float = 1e-5
     growth: float = 1.1
     patience: int = 5
+    pace: int | None = None
     threshold: float = 1e-2
     lr: float = 1e-3
     temperature: float = 4.0
@@ -106,6 +112,8 @@ class MaskLearning(Linearizer):
                 f"{self.title} needs growth ≥ 1, patience ≥ 0 and max_epochs ≥ 1, "
                 f"not {self.growth}, {self.patience} and {self.max_epochs}."
             )
+        if self.pace is not None and not self.pace > self.patience:
+            raise FairlineError(f"{self.title} needs pace > patience, not {self.pace} and {self.patience}.")
         if not self.protect >= 0 or self.protect_samples < 1:
             raise FairlineError(
                 f"{self.title} needs protect ≥ 0 and protect_samples ≥ 1, "
@@ -147,6 +155,27 @@ class MaskLearning(Linearizer):
     def charged(self, kept: Tensor, budget: int) -> Tensor:
         """What is paid for of Σ wᵢ·mᵢ (scalar) on the way to a budget; all of it, unless a subclass says otherwise."""
         return kept
+
+    def steps_to_close(self) -> float:
+        """How many steps a mask needs to close, at least; 0 where nothing is known of it."""
+        return 0.0
+
+    def _warn_if_short(self, images: int) -> None:
+        """Say before a run that its epochs are too few for any mask to close, where that is sure."""
+        steps = math.ceil(images / self.batch_size)
+        needed = self.steps_to_close() / steps
+        if needed > self.max_epochs:
+            logger.warning(
+                "%s: at lr %g a mask needs about %.0f steps to close, %d epochs of %d steps, and there are %d "
+                "at most: no budget will be reached. Give a larger lr, smaller batches or more epochs; --quick chooses "
+                "them.",
+                self.title,
+                self.lr,
+                self.steps_to_close(),
+                math.ceil(needed),
+                steps,
+                self.max_epochs,
+            )
 
     def epochs_at_budget(self) -> int:
         """How long a run stays at a budget before the network is taken; by default it is taken when it is crossed."""
@@ -238,6 +267,7 @@ class MaskLearning(Linearizer):
 
     def _learned(self, run: Linearization) -> Iterator[Cut]:
         """A network for each budget below what is open."""
+        self._warn_if_short(len(run.train))
         self.prepare(run.student)
         learning = _Learning(self, run)
         for epoch in learning.epochs():
@@ -337,20 +367,38 @@ class _Learning:
         return self.state.lam * self.scale * self.method.charged(torch.stack(sums).sum(), self.aim)
 
     def report(self, update: Progress) -> None:
-        """Where the run ends is not known beforehand; the count says how far it is."""
+        """Where the run ends, as the ReLUs close now; the count says how far it is."""
         state, run = self.state, self.run
+        left = self.epochs_left()
         message = f"epoch {state.epoch + 1}, {state.count:,} of {run.total:,} ReLUs open, aim {run.asked[-1]:,}"
-        cast(ProgressCallback, run.progress)(replace(update, message=message))
+        if left is None:
+            message += f", time left not known yet (at most {self.method.max_epochs} epochs)"
+        per_epoch = cast(int, update.total) // self.method.max_epochs
+        total = None if left is None else max(update.done, math.ceil((state.epoch + left) * per_epoch))
+        cast(ProgressCallback, run.progress)(replace(update, total=total, message=message))
+
+    def epochs_left(self) -> float | None:
+        """Epochs after the last whole one, if ReLUs go on closing as they did; None where nothing tells."""
+        method, state = self.method, self.state
+        most = method.max_epochs - state.epoch
+        counts = [self.run.open] * (len(state.rows) < WINDOW) + [int(row["relus"]) for row in state.rows[-WINDOW:]]
+        left = epochs_left(counts, self.aims[-1], most) if state.met < len(self.aims) else 0.0
+        if left is None:
+            return None
+        # Where a run stays at each budget, what is left of that.
+        staying = method.epochs_at_budget() * (len(self.aims) - state.met) - max(0, state.reached - 1)
+        # At least the epoch under way.
+        return min(float(most), max(1.0, left + max(0, staying)))
 
     def after(self, epoch: Epoch) -> None:
         """Count, let λ grow, empty layers, set prices, and note it all in the history."""
         method, state = self.method, self.state
         state.epoch = epoch.epoch
         state.count = open_relus(method, self.run.student)
-        if state.count < state.lowest:
-            state.lowest = state.count
-        elif epoch.epoch > method.patience and not state.reached:
-            state.lam *= method.growth
+        fell = state.count < state.lowest
+        state.lowest = min(state.count, state.lowest)
+        if epoch.epoch > method.patience and not state.reached:
+            state.lam *= method.growth ** max(self.behind(), 0.0 if fell else 1.0)
         if method.empty_layers > 0:
             method._empty(self.layers, state)
             state.count = open_relus(method, self.run.student)
@@ -365,6 +413,15 @@ class _Learning:
             row["protected_group"] = worst
         row["layers"] = sum(bool(method.open(layer).any()) for layer in self.layers.values())
         state.rows.append(row)
+
+    def behind(self) -> float:
+        """How far the run is behind its pace: 0 if it is not, else from 1 to 3."""
+        method, state = self.method, self.state
+        if method.pace is None:
+            return 0.0
+        share = min(1.0, (state.epoch - method.patience) / (method.pace - method.patience))
+        allowed = self.run.open * (max(self.aims[-1], 1) / self.run.open) ** max(0.0, share)
+        return min(3.0, 1 + math.log2(state.count / allowed)) if state.count > allowed else 0.0
 
     @property
     def aim(self) -> int:

@@ -34,6 +34,10 @@ class SNL(MaskLearning):
     lam: float = 1e-5
     threshold: float = 1e-2
 
+    def steps_to_close(self) -> float:
+        """From one to the threshold: Adam moves a mask by about the learning rate a step."""
+        return (1 - self.threshold) / self.lr
+
     def sparsity(self, layer: MaskedReLU) -> Tensor:
         """|m|."""
         return cast(Tensor, layer.weight).abs()

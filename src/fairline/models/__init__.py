@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from fairline import _own as own
 from fairline.errors import FairlineError
-from fairline.models import own
 
 #: Architecture → (module, function). The function takes num_classes, in_channels, image_size and its options.
 REGISTRY: dict[str, tuple[str, str]] = {
@@ -99,7 +99,7 @@ def files(name: str) -> dict[str, str]:
     Raises:
         FairlineError: A file cannot be read, or the module cannot be imported.
     """
-    return own.files(name) if own.is_own(name) else {}
+    return own.files(name)
 
 
 def image_sides(image_size: int | Sequence[int]) -> tuple[int, int]:

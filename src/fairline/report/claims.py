@@ -1,9 +1,9 @@
 """The claims of the paper as tests on what studies measured, and the page that puts the two side by side.
 
-A claim is tested in every panel (data, network, method) that has what it speaks of. One number is taken of each seed;
-its mean over seeds, with Student's 95 % interval, decides: the claim *holds* where the whole interval lies on its side
-of a threshold, *does not hold* where the whole interval lies on the other, and is *undecided* otherwise, and with one
-seed.
+A claim is tested in every panel (a study's data, network and masks) that has what it speaks of. One number is taken
+of each seed; its mean over seeds, with Student's 95 % interval, decides: the claim *holds* where the whole interval
+lies on its side of a threshold, *does not hold* where the whole interval lies on the other, and is *undecided*
+otherwise, and with one seed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fairline.report.panels import (
     rows_of,
     variants_of_mu,
 )
-from fairline.report.paper_figures import FIGURES
+from fairline.report.paper_figures import FIGURES, draw, draw_others
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 
@@ -168,6 +168,16 @@ def _disparity_slopes(rows: pd.DataFrame) -> tuple[pd.Series, str]:
     return _slopes(difference), note
 
 
+def _tested(table: pd.DataFrame) -> list[Panel]:
+    """Panels that have groups to compare and a plain finetune, of which the claims speak."""
+    held = []
+    for panel in panels(table):
+        rows = rows_of(table, panel)
+        if len(finetuned(rows)) and rows.loc[rows["group"] != OVERALL, "group"].nunique() > 1:
+            held.append(panel)
+    return held
+
+
 def _judged_slopes(claim: int, panel: Panel, table: pd.DataFrame, more: str = "") -> Iterator[Finding]:
     """Test that the disparity grows; where no drop is defined, the finding says so."""
     rows = rows_of(table, panel)
@@ -178,13 +188,13 @@ def _judged_slopes(claim: int, panel: Panel, table: pd.DataFrame, more: str = ""
 
 def disparity_grows(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 1."""
-    for panel in panels(table):
+    for panel in _tested(table):
         yield from _judged_slopes(1, panel, table)
 
 
 def gradient_norms_higher(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 2."""
-    for panel in panels(table):
+    for panel in _tested(table):
         rows = rows_of(table, panel)
         own = _lowest(finetuned(rows))
         yield from _ratio(2, panel, own, "gradient_norm", f"at {own['budget'].iloc[0]} of the ReLUs")
@@ -193,13 +203,16 @@ def gradient_norms_higher(table: pd.DataFrame) -> Iterator[Finding]:
 def eigenvalues_higher(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 3; a base network that several methods share is tested once."""
     seen = set()
-    for panel in panels(table):
-        if (panel.data, panel.model) in seen:
-            continue
-        seen.add((panel.data, panel.model))
+    for panel in _tested(table):
         rows = rows_of(table, panel)
-        base = Panel(panel.data, panel.model, "base network")
-        yield from _ratio(3, base, rows[rows["stage"] == "base"], "hessian_max", "of the base network")
+        rows = rows[rows["stage"] == "base"]
+        # Named by what they hold: studies share them.
+        known = (panel.data, panel.model, panel.label, *sorted(set(rows["cell"])))
+        if known not in seen:
+            seen.add(known)
+            yield from _ratio(
+                3, replace(panel, method="base network", mark=""), rows, "hessian_max", "of the base network"
+            )
 
 
 def _ratio(claim: int, panel: Panel, rows: pd.DataFrame, measure: str, note: str) -> Iterator[Finding]:
@@ -216,7 +229,7 @@ def _ratio(claim: int, panel: Panel, rows: pd.DataFrame, measure: str, note: str
 
 def margins_lower(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 4."""
-    for panel in panels(table):
+    for panel in _tested(table):
         rows = _lowest(finetuned(rows_of(table, panel)))
         if "margin" in set(rows["measure"]):
             largest, smallest = _extremes(rows)
@@ -227,7 +240,7 @@ def margins_lower(table: pd.DataFrame) -> Iterator[Finding]:
 
 def distance_grows(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 5."""
-    for panel in panels(table):
+    for panel in _tested(table):
         rows = finetuned(rows_of(table, panel))
         if "parameter_distance" in set(rows["measure"]):
             slopes = _slopes(_wide(rows, "parameter_distance")[OVERALL])
@@ -237,8 +250,10 @@ def distance_grows(table: pd.DataFrame) -> Iterator[Finding]:
 
 def accuracy_hardly_moves(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 6."""
-    for panel in panels(table):
+    for panel in _tested(table):
         rows = rows_of(table, panel)
+        if not (rows["stage"] == "base").any():
+            continue
         own = _lowest(finetuned(rows))
         base = _wide(rows[rows["stage"] == "base"], "accuracy")[OVERALL].droplevel("percent")
         after = _wide(own, "accuracy")[OVERALL].droplevel("percent")
@@ -248,22 +263,22 @@ def accuracy_hardly_moves(table: pd.DataFrame) -> Iterator[Finding]:
 
 def deepreduce_is_worse(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 7."""
-    held = panels(table)
+    held = _tested(table)
     for panel in held:
-        other = Panel(panel.data, panel.model, DR)
-        if panel.method != SNL or other not in held:
+        other = _like(panel, held, method=DR)
+        if panel.method != SNL or other is None:
             continue
         rows, others = (_lowest(finetuned(rows_of(table, one))) for one in (panel, other))
         _, smallest = _extremes(rows)
         drops = [smallest.of(_wide(one, "relative_drop")).droplevel("percent") for one in (rows, others)]
         note = f"{smallest}, SNL at {rows['budget'].iloc[0]}, DeepReDuce at {others['budget'].iloc[0]} of the ReLUs"
-        where = Panel(panel.data, panel.model, "DeepReDuce less SNL").title
+        where = replace(panel, method="DeepReDuce less SNL").title
         yield judge(7, where, (drops[1] - drops[0]).dropna(), note=note)
 
 
 def mitigation_helps_all(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 8: told of the group that gains least."""
-    for panel in panels(table):
+    for panel in _tested(table):
         rows = rows_of(table, panel)
         if not len(finetuned(rows, "lagrangian")):
             continue
@@ -278,7 +293,7 @@ def mitigation_helps_all(table: pd.DataFrame) -> Iterator[Finding]:
 
 def mitigation_helps_the_smallest(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 11."""
-    for panel in panels(table):
+    for panel in _tested(table):
         rows = rows_of(table, panel)
         if len(finetuned(rows, "lagrangian")):
             _, smallest = _extremes(rows)
@@ -293,7 +308,7 @@ def _gains(rows: pd.DataFrame) -> pd.DataFrame:
 
 def step_hardly_matters(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 9."""
-    for panel in panels(table):
+    for panel in _tested(table):
         rows = rows_of(table, panel)
         variants = variants_of_mu(rows)
         if len(variants) < 2:
@@ -312,13 +327,20 @@ def step_hardly_matters(table: pd.DataFrame) -> Iterator[Finding]:
 
 def other_networks_alike(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 10: claim 1 in other networks; how far they differ from ResNet-18 is in the note."""
-    held = panels(table)
+    held = _tested(table)
     for panel in held:
         if panel.model not in (VGG, WRN):
             continue
-        twin = Panel(panel.data, R18, panel.method)
-        usual = f"; ResNet-18: {_disparity_slopes(rows_of(table, twin))[0].mean():+.2f}" if twin in held else ""
+        twin = _like(panel, held, model=R18)
+        usual = f"; ResNet-18: {_disparity_slopes(rows_of(table, twin))[0].mean():+.2f}" if twin is not None else ""
         yield from _judged_slopes(10, panel, table, usual)
+
+
+def _like(panel: Panel, held: Sequence[Panel], **differs: str) -> Panel | None:
+    """The panel of the same data that differs in its network or method alone; of the same study, if that has one."""
+    kind = replace(panel, **differs).kind
+    alike = [other for other in held if other.kind == kind and other.label == panel.label]
+    return min(alike, key=lambda other: other.study != panel.study, default=None)
 
 
 #: The claims, by number.
@@ -410,10 +432,8 @@ def findings(table: pd.DataFrame) -> pd.DataFrame:
         table: The table of one or more studies (:mod:`fairline.study.store`).
 
     Returns:
-        A row for each claim and panel, with the fields of :class:`Finding`.
-
-    Raises:
-        FairlineError: Two studies hold the same panel.
+        A row for each claim and panel, with the fields of :class:`Finding`. What several studies or masks hold is
+        tested in each.
     """
     found = [asdict(finding) for claim in CLAIMS.values() for finding in claim.test(table)]
     return pd.DataFrame(found, columns=list(Finding.__dataclass_fields__))
@@ -453,7 +473,8 @@ def write_claims(table: pd.DataFrame, found: pd.DataFrame, target: Path) -> Path
     Raises:
         FairlineError: The table does not suit, or the file cannot be written.
     """
-    drawn = {f"figure_{number}": figure(table) for number, figure in FIGURES.items()}
+    papers = draw(table)
+    drawn = {f"figure_{number}": chart for number, chart in papers.items()} | draw_others(table)
     words = summary(found)
     claims = []
     for number, claim in CLAIMS.items():
@@ -466,10 +487,11 @@ def write_claims(table: pd.DataFrame, found: pd.DataFrame, target: Path) -> Path
     return write_page(
         target,
         "claims.html.j2",
-        {name: chart for name, chart in drawn.items() if chart is not None},
+        drawn,
         title="The paper's claims beside what was measured",
         claims=claims,
-        missing=[number for number, chart in zip(FIGURES, drawn.values(), strict=True) if chart is None],
+        missing=[number for number in FIGURES if number not in papers] if papers else [],
+        papers=bool(papers),
         scales=list(dict.fromkeys(table["scale"])),
         studies=[
             {**row, "seeds": seeds[row["study"]], "commit": commits[row["study"]], "device": devices[row["study"]]}

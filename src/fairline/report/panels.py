@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -23,23 +23,90 @@ _MODELS = {R18: "ResNet-18", R34: "ResNet-34", VGG: "VGG-19", WRN: "WRN-22-8"}
 
 @dataclass(frozen=True)
 class Panel:
-    """What one panel is of."""
+    """What one panel is of: a selection of rows of one recipe. The paper's are named by data, network and method alone.
+
+    Attributes:
+        data: Data set.
+        model: Network.
+        method: Linearizer.
+        study: Only of this study; of any, if empty.
+        label: Only of the data of this name in its study.
+        masks: Only of the masks of this name in its study, whatever they were placed for; plain ones, if empty.
+        mark: What else the title says, where it would be another's.
+    """
 
     data: str
     model: str = R18
     method: str = SNL
+    study: str = ""
+    label: str = ""
+    masks: str = ""
+    mark: str = ""
 
     @property
     def title(self) -> str:
         """In words."""
-        method = METHOD_NAMES.get(self.method, self.method)
-        return f"{_DATA.get(self.data, self.data)} · {_MODELS.get(self.model, self.model)} · {method}"
+        method = METHOD_NAMES.get(self.method, self.method.replace("_", " "))
+        model = _MODELS.get(self.model, self.model.rpartition("/")[2])
+        known = _DATA.get(self.data, self.data)
+        # What a loader is called says little of the user's own data.
+        own = self.label and self.data not in _DATA and self.label != self.data
+        data = f"{self.label} ({known})" if own else known
+        return " · ".join(filter(None, [data, model, method, self.mark]))
+
+    @property
+    def kind(self) -> tuple[str, str, str]:
+        """Data, model and method."""
+        return self.data, self.model, self.method
+
+    def of(self, table: pd.DataFrame) -> pd.Series[bool]:
+        """Which rows are of its data and network, its study and label, and of all classes."""
+        fits = (table["data"] == self.data) & (table["model"] == self.model) & (table["class"] == "")
+        for column, wanted in (("study", self.study), ("data_label", self.label)):
+            if wanted:
+                fits &= table[column] == wanted
+        # What the paper shows, it shows by the groups that the data have of themselves.
+        return fits if self.label else fits & ~table["data_options"].str.contains('"groups"', regex=False)
+
+    def made(self, table: pd.DataFrame) -> pd.Series[bool]:
+        """Which rows are of networks that were made by its method."""
+        recipe = table["masks"] == self.masks if self.masks else _plain(table)
+        return self.of(table) & (table["stage"] == "finetuned") & (table["method"] == self.method) & recipe
 
 
-def panels(table: pd.DataFrame) -> list[Panel]:
-    """Every combination of data, model and linearizer that was finetuned."""
-    own = table[_plain(table)][["data", "model", "method"]].drop_duplicates()
-    return [Panel(*row) for row in own.itertuples(index=False, name=None)]
+def panels(table: pd.DataFrame, *, plain: bool = True) -> list[Panel]:
+    """Every recipe that was finetuned: of each study, data set and masks.
+
+    Args:
+        table: All rows.
+        plain: Whether only masks count that were placed as the method says, for nothing else and without a surrogate.
+
+    Returns:
+        The panels, each with a title of its own.
+    """
+    rows = table[_plain(table) if plain else table["stage"] == "finetuned"]
+    columns = ["data", "model", "method", "study", "data_label", "masks"]
+    rows = rows[[*columns, "data_options"]].drop_duplicates(columns)
+    found = [
+        replace(Panel(data, model, method, study, label, masks), mark=_grouping(options))
+        for data, model, method, study, label, masks, options in rows.itertuples(index=False, name=None)
+    ]
+    by_title: dict[str, list[Panel]] = {}
+    for panel in found:
+        by_title.setdefault(panel.title, []).append(panel)
+    return [replace(panel, mark=_mark(panel, by_title[panel.title])) for panel in found]
+
+
+def _grouping(options: str) -> str:
+    """The groups that were asked for, in words; empty for those that the data have of themselves."""
+    groups = (json.loads(options) if options else {}).get("groups")
+    return f"by {groups if isinstance(groups, str) else ' × '.join(groups)}" if groups else ""
+
+
+def _mark(panel: Panel, alike: list[Panel]) -> str:
+    """Its grouping, and what tells a panel from others of its title."""
+    told = [getattr(panel, name) for name in ("label", "masks", "study") if len({getattr(o, name) for o in alike}) > 1]
+    return ", ".join(filter(None, [panel.mark, *told]))
 
 
 def rows_of(table: pd.DataFrame, panel: Panel) -> pd.DataFrame:
@@ -58,23 +125,30 @@ def rows_of(table: pd.DataFrame, panel: Panel) -> pd.DataFrame:
     Raises:
         FairlineError: Two studies, or two masks of one, hold the panel, so that its numbers would be of two recipes.
     """
-    fits = (table["data"] == panel.data) & (table["model"] == panel.model) & (table["class"] == "")
-    made = table[fits & (table["method"] == panel.method) & _plain(table)]
+    made = table[panel.made(table)]
     studies = list(made["study"].unique())
     if len(studies) > 1:
         names = " and ".join(studies)
         raise FairlineError(f"{panel.title} is in the studies {names}; choose one, as with --study {studies[0]}.")
-    masks = list(made["masks"].unique())
-    if len(masks) > 1:
-        raise FairlineError(
-            f"{panel.title} has the masks {' and '.join(masks)} in study {studies[0]}, and none is the panel."
-        )
-    base = table[fits & (table["stage"] == "base") & table["study"].isin(studies)]
+    for what, column in (("masks", "masks"), ("data", "data_label")):
+        held = list(made[column].unique())
+        if len(held) > 1:
+            raise FairlineError(
+                f"{panel.title} has the {what} {' and '.join(held)} in study {studies[0]}, and none is the panel."
+            )
+    base = table[panel.of(table) & (table["stage"] == "base") & table["study"].isin(studies)]
+    base = base[base["data_label"].isin(made["data_label"].unique())]
     rows = pd.concat([base, made], ignore_index=True)
     # Where a method keeps what it can, as DeepReDuce does, seeds differ; the budget asked for is the same.
     asked = rows.groupby("asked")["percent"].mean()
     labels = budget_labels(asked.unique())
     return rows.assign(percent=rows["asked"].map(asked), budget=rows["asked"].map(asked).map(labels))
+
+
+def recipes(table: pd.DataFrame, panel: Panel) -> list[tuple[str, str, str]]:
+    """Study, data and masks by their names in it, of every recipe whose rows a panel holds."""
+    made = table[panel.made(table)][["study", "data_label", "masks"]].drop_duplicates()
+    return list(made.itertuples(index=False, name=None))
 
 
 def _plain(table: pd.DataFrame) -> pd.Series[bool]:
@@ -85,6 +159,13 @@ def finetuned(rows: pd.DataFrame, objective: str = "erm") -> pd.DataFrame:
     """Rows of the networks finetuned under one objective; of several variants of it, the one without a label."""
     own = rows[(rows["stage"] == "finetuned") & (rows["objective"] == objective)]
     return own[own["finetune"] == objective] if (own["finetune"] == objective).any() else own
+
+
+def reference(rows: pd.DataFrame) -> str:
+    """The finetune that others are set beside: plain distillation if there is one, else the first; empty for none."""
+    plain = finetuned(rows)
+    own = plain if len(plain) else rows[rows["stage"] == "finetuned"]
+    return str(own["finetune"].iloc[0]) if len(own) else ""
 
 
 def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
@@ -139,7 +220,7 @@ def mitigation_drop(rows: pd.DataFrame, finetune: str = "lagrangian") -> pd.Data
     """
     accuracy = rows[(rows["measure"] == "accuracy") & (rows["stage"] == "finetuned")]
     keys = ["percent", "budget", "group", "seed"]
-    before = finetuned(accuracy).set_index(keys)
+    before = accuracy[accuracy["finetune"] == reference(rows)].set_index(keys)
     after = accuracy[accuracy["finetune"] == finetune].set_index(keys)
     joined = before[["value", "n", "train_n"]].join(after["value"].rename("after"), how="inner").reset_index()
     joined = joined[joined["value"] > 0]

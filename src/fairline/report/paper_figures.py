@@ -1,14 +1,16 @@
-"""The empirical figures of the paper, one function each, from the table of a study (:mod:`fairline.study.store`).
+"""What studies measured, drawn, from their table (:mod:`fairline.study.store`): any panels, or the paper's selection.
 
-Each takes all rows and returns an Altair chart, or None where no study holds what it shows; panels that are missing
-are left out. Means and Student's 95 % intervals over seeds; with one seed, the audit's own interval. Figures 2 and 10
-are of theory and in :mod:`fairline.report.theory`.
+Each figure of the paper is a function of all rows; :data:`KINDS` draws the same for any panels. Both return an Altair
+chart, or None where no study holds what it shows; panels that are missing are left out. Means and Student's 95 %
+intervals over seeds; with one seed, the audit's own interval. Figures 2 and 10 are of theory and in
+:mod:`fairline.report.theory`.
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import altair as alt
@@ -33,17 +35,22 @@ from fairline.report.panels import (
     finetuned,
     mitigation_drop,
     over_seeds,
+    panels,
+    recipes,
+    reference,
     rows_of,
     variants_of_mu,
 )
 
-#: Data of which the paper shows the two most and the two least represented classes of the test part.
+#: Data of which the paper shows the two most and the two least represented classes of the test part; of others too,
+#: where there are more groups than a panel has room for.
 _EXTREMES = frozenset({SVHN, CIFAR})
+_ROOM = 8
 _GROUP_AXIS = "group (training images above the bars)"
 
 
 def _shown_groups(rows: pd.DataFrame, data: str) -> pd.DataFrame:
-    if data not in _EXTREMES:
+    if data not in _EXTREMES and rows["group"].nunique() <= _ROOM:
         return rows
     sizes = rows[rows["group"] != OVERALL].groupby("group")["n"].max().sort_values(ascending=False, kind="stable")
     names = list(sizes.index)
@@ -162,14 +169,21 @@ def figure_4(table: pd.DataFrame) -> Any:
 
 def figure_5(table: pd.DataFrame) -> Any:
     """Overall accuracy at each budget, and the base network's as a red line; ages, ResNet-18, SNL and DeepReDuce."""
+    wanted = [Panel(AGE), Panel(AGE, method=DR)]
+    return _overall(table, wanted, "Figure 5: overall accuracy by budget (red: all ReLUs, not finetuned)")
+
+
+def _overall(table: pd.DataFrame, wanted: Sequence[Panel], title: str) -> Any:
     charts, used = [], []
-    for panel in (Panel(AGE), Panel(AGE, method=DR)):
+    for panel in wanted:
         rows = rows_of(table, panel)
         rows = rows[(rows["measure"] == "accuracy") & (rows["group"] == OVERALL)]
         if not len(rows):
             continue
         base = over_seeds(rows[rows["stage"] == "base"])
-        own = over_seeds(finetuned(rows))
+        own = over_seeds(_reference(rows))
+        if own.empty or base.empty:
+            continue
         line = alt.Chart(base).mark_rule(color="#C00000", strokeWidth=2).encode(y="value:Q")
         x = alt.X("budget:N", sort=budget_order(own), title="ReLUs kept", axis=alt.Axis(labelAngle=0))
         boxes = alt.Chart(own).mark_bar(color="#8bb8da", stroke="#1f4e79", strokeWidth=0.5, width=34)
@@ -183,7 +197,6 @@ def figure_5(table: pd.DataFrame) -> Any:
             )
         )
         used.append(rows)
-    title = "Figure 5: overall accuracy by budget (red: all ReLUs, not finetuned)"
     return _arranged(charts, 2, title, pd.concat(used)) if charts else None
 
 
@@ -218,8 +231,19 @@ def figure_8(table: pd.DataFrame) -> Any:
     rows = rows_of(table, panel)
     if not len(rows):
         return None
-    own = over_seeds(finetuned(rows))
-    charts = []
+    charts = _distance_and_scatters(over_seeds(_reference(rows)))
+    title = f"Figure 8: distance of the weights, gradient norms and margins ({panel.title})"
+    return _arranged(charts, 3, title, rows) if charts else None
+
+
+def _reference(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the finetune that others are set beside."""
+    return rows[(rows["stage"] == "finetuned") & (rows["finetune"] == reference(rows))]
+
+
+def _distance_and_scatters(own: pd.DataFrame) -> list[Any]:
+    """Distance of the weights by budget; accuracy against what may explain it, at the lowest."""
+    charts: list[Any] = []
     distance = own[(own["measure"] == "parameter_distance") & (own["percent"] > 0)]
     if len(distance):
         x = alt.X(
@@ -241,8 +265,7 @@ def figure_8(table: pd.DataFrame) -> Any:
     for measure, title in (("gradient_norm", "gradient norm"), ("margin", "softmax margin p₁ − p₂")):
         if measure in set(lowest["measure"]):
             charts.append(_scatter(lowest, measure, f"{title}, {lowest['budget'].iloc[0]} of the ReLUs"))
-    title = f"Figure 8: distance of the weights, gradient norms and margins ({panel.title})"
-    return _arranged(charts, 3, title, rows) if charts else None
+    return charts
 
 
 def _scatter(rows: pd.DataFrame, measure: str, title: str) -> Any:
@@ -253,7 +276,8 @@ def _scatter(rows: pd.DataFrame, measure: str, title: str) -> Any:
     order = group_order(rows)
     x = alt.X("value_x:Q", title=title, scale=alt.Scale(zero=False, padding=24))
     y = alt.Y("value:Q", title="group accuracy", axis=_percent_axis(), scale=alt.Scale(padding=14))
-    colour = alt.Color("group:N", sort=order, scale=alt.Scale(domain=order, range=PALETTE[: len(order)]), title="group")
+    shades = [PALETTE[place % len(PALETTE)] for place in range(len(order))]
+    colour = alt.Color("group:N", sort=order, scale=alt.Scale(domain=order, range=shades), title="group")
     drawn = alt.Chart(wide)
     return alt.layer(
         drawn.mark_rule(opacity=0.5).encode(x=x, y="low:Q", y2="high:Q", color=colour),
@@ -355,12 +379,120 @@ FIGURES: dict[int, Callable[[pd.DataFrame], Any]] = {
 }
 
 
-def draw(table: pd.DataFrame, numbers: Sequence[int] | None = None) -> dict[int, Any]:
-    """Draw figures.
+#: What the paper's figures show.
+PAPER = frozenset(
+    (data, model, method)
+    for data, model, method in (
+        *((data, model, SNL) for data in (RACE, AGE) for model in (R18, R34, VGG, WRN)),
+        *((data, R18, DR) for data in (RACE, AGE)),
+        *((data, model, SNL) for data in (SVHN, CIFAR) for model in (R18, R34)),
+    )
+)
+
+
+def _kind(measure: str, title: str, axis_title: str, **more: Any) -> Callable[[pd.DataFrame, Sequence[Panel]], Any]:
+    return lambda table, wanted: _by_group(table, wanted, title, measure, axis_title, **{"pick": _reference, **more})
+
+
+def _bases(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows["stage"] == "base"]
+
+
+#: Figures of any panels, by name of the file.
+KINDS: dict[str, Callable[[pd.DataFrame, Sequence[Panel]], Any]] = {
+    "accuracy_by_group": _kind("accuracy", "Accuracy by group", "accuracy", with_base=True, axis=_percent_axis),
+    "overall_accuracy": lambda table, wanted: _overall(
+        table, wanted, "Overall accuracy by budget (red: all ReLUs, not finetuned)"
+    ),
+    "relative_drop": _kind("relative_drop", "Relative accuracy drop", DROP),
+    "gradient_norm": _kind("gradient_norm", "Gradient norms by group", "gradient norm", with_base=True),
+    "hessian_max": _kind(
+        "hessian_max",
+        "Largest Hessian eigenvalue by group, base network",
+        "λ_max of the group Hessian",
+        pick=_bases,
+    ),
+    "margin": _kind("margin", "Softmax margin by group", "softmax margin p₁ − p₂", with_base=True),
+}
+
+
+def _mitigations(table: pd.DataFrame, wanted: Sequence[Panel]) -> dict[str, Any]:
+    """What each other finetune changes, a figure each."""
+    held = [(panel, rows_of(table, panel)) for panel in wanted]
+    others: dict[str, list[Panel]] = {}
+    for panel, rows in held:
+        for name in rows.loc[rows["stage"] == "finetuned", "finetune"].unique():
+            if name != reference(rows):
+                others.setdefault(str(name), []).append(panel)
+    return {
+        f"mitigation_{slug(name)}": _by_group(
+            table,
+            own,
+            f"What {name} changes",
+            "mitigation_drop",
+            "drop after it, % (below 0: helped)",
+            pick=partial(mitigation_drop, finetune=name),
+        )
+        for name, own in others.items()
+    }
+
+
+def _explained(table: pd.DataFrame, wanted: Sequence[Panel]) -> dict[str, Any]:
+    """Distance of the weights, and what may explain who pays, a figure a panel."""
+    found: dict[str, Any] = {}
+    for place, panel in enumerate(wanted, start=1):
+        rows = rows_of(table, panel)
+        charts = _distance_and_scatters(over_seeds(_reference(rows)))
+        title = f"Distance of the weights, gradient norms and margins ({panel.title})"
+        name = "explanations" if len(wanted) == 1 else f"explanations_{place}"
+        found[name] = _arranged(charts, 3, title, rows) if charts else None
+    return found
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's.
+
+    >>> slug("erm, last layer")
+    'erm_last_layer'
+
+    Returns:
+        Small letters, digits and underscores.
+    """
+    return "_".join("".join(c if c.isalnum() else " " for c in name).split()).lower()
+
+
+def papers_part(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of which the paper's figures can be drawn: without those of panels that several recipes hold."""
+    mixed = [panel for kind in sorted(PAPER) if len(recipes(table, panel := Panel(*kind))) > 1]
+    for panel in mixed:
+        table = table[~panel.made(table)]
+    return table
+
+
+def draw_others(table: pd.DataFrame) -> dict[str, Any]:
+    """Draw every panel that no figure of the paper shows: of any data, groups, network and masks.
 
     Args:
         table: The table of one or more studies.
-        numbers: Which; all that the table allows, by default.
+
+    Returns:
+        The charts by name; empty if there is no such panel.
+    """
+    taken = {held[0] for kind in PAPER if len(held := recipes(table, Panel(*kind))) == 1}
+    wanted = [p for p in panels(table, plain=False) if (p.study, p.label, p.masks) not in taken]
+    if not wanted:
+        return {}
+    drawn = {name: kind(table, wanted) for name, kind in KINDS.items()}
+    drawn |= _mitigations(table, wanted) | _explained(table, wanted)
+    return {name: chart for name, chart in drawn.items() if chart is not None}
+
+
+def draw(table: pd.DataFrame, numbers: Sequence[int] | None = None) -> dict[int, Any]:
+    """Draw figures of the paper.
+
+    Args:
+        table: The table of one or more studies.
+        numbers: Which; all that the table allows, by default, of panels that one recipe holds.
 
     Returns:
         The charts by number.
@@ -371,11 +503,9 @@ def draw(table: pd.DataFrame, numbers: Sequence[int] | None = None) -> dict[int,
     for number in numbers or ():
         if number not in FIGURES:
             raise FairlineError(f"The paper has no empirical figure {number}; it has {', '.join(map(str, FIGURES))}.")
-    drawn = {number: FIGURES[number](table) for number in numbers or FIGURES}
+    rows = table if numbers else papers_part(table)
+    drawn = {number: FIGURES[number](rows) for number in numbers or FIGURES}
     missing = [number for number, chart in drawn.items() if chart is None]
     if numbers and missing:
         raise FairlineError(f"No study here holds what figure {missing[0]} shows.")
-    made = {number: chart for number, chart in drawn.items() if chart is not None}
-    if not made:
-        raise FairlineError("No study here holds what any figure of the paper shows.")
-    return made
+    return {number: chart for number, chart in drawn.items() if chart is not None}

@@ -11,8 +11,10 @@ import pandas as pd
 
 from fairline._io import atomic_path, make_folder, read_json, write_table, write_text
 from fairline.charts import save_charts
+from fairline.errors import FairlineError
 from fairline.report import costs
 from fairline.report.comparison import write_comparison_figures
+from fairline.report.html import write_report
 from fairline.runs import Run, provenance
 from fairline.study.cells import cells_of
 from fairline.study.spec import StudySpec
@@ -53,13 +55,44 @@ def write_study_results(spec: StudySpec, out: str | Path, results: str | Path) -
     machines: list[dict[str, Any]] = [read_json(storage.fetch(cell) / "environment.json") for cell in cells]
     content = {
         "study": spec.name,
-        "scale": spec.scale,
+        "scale": spec.said,
         "spec_hash": spec.digest,
         "seeds": spec.seeds,
         **provenance(machines),
     }
     write_text(folder / "provenance.json", json.dumps(content, indent=2) + "\n")
     return folder
+
+
+def write_audits(sources: Sequence[str | Path], studies: Sequence[str], target: str | Path) -> list[Path]:
+    """Write the fairness report of every finished audit of some studies.
+
+    Args:
+        sources: Their stores.
+        studies: Names of the studies.
+        target: Folder of the pages, ``STUDY/DATA-SEED/NAME.html``.
+
+    Returns:
+        The pages.
+
+    Raises:
+        FairlineError: No source is a store, which alone holds audits.
+    """
+    pages = []
+    for source in sources:
+        storage = Storage(str(source))
+        for name in storage.studies() if storage.remote or (Path(source) / "cells").is_dir() else []:
+            if name not in studies:
+                continue
+            spec = StudySpec.model_validate(storage.read_json(f"{name}/spec.json"))
+            for cell in cells_of(spec):
+                if cell.kind == "audit" and storage.finished(cell):
+                    page = Path(target) / name / f"{cell.where}.html"
+                    make_folder(page.parent)
+                    pages.append(write_report(storage.fetch(cell), page))
+    if not pages:
+        raise FairlineError("No store with finished audits was given; tables of results hold none.")
+    return pages
 
 
 def write_frontier_results(folder: str | Path, target: str | Path) -> Path:
@@ -92,7 +125,7 @@ def write_frontier_results(folder: str | Path, target: str | Path) -> Path:
     machines = [read_json(each / "environment.json") for each in [*lineage, *(r.folder for r in measured), run.folder]]
     studies = _studies(lineage)
     content = {
-        "studies": [{"name": s.name, "spec_hash": s.digest, "scale": s.scale, "seeds": s.seeds} for s in studies],
+        "studies": [{"name": s.name, "spec_hash": s.digest, "scale": s.said, "seeds": s.seeds} for s in studies],
         "seeds": sorted({int(each["seed"]) for each in run.config["lineage"].values() if "seed" in each}),
         "measured": [{**each.config, "networks": len(each.config["networks"])} for each in measured],
         **provenance(machines),

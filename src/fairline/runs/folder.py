@@ -242,6 +242,8 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
 
     >>> difference({"seed": 0, "settings": {"lr": 0.1}}, {"seed": 0, "settings": {"lr": 0.2}})
     'settings.lr is 0.1 there and 0.2 here'
+    >>> difference({"code": {"mine.py": "0f3a"}}, {"code": {"mine.py": "91bc"}})
+    'mine.py has changed since'
 
     Returns:
         It, in words; empty if there is none.
@@ -252,6 +254,8 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             return difference(before, after, f"{prefix}{key}.")
+        if prefix.startswith("code.") and before and after:
+            return f"{key} has changed since"
         return f"{prefix}{key} is {before!r} there and {after!r} here"
     return ""
 

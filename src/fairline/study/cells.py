@@ -18,7 +18,9 @@ from typing import Any, cast
 
 from fairline import data, jobs, models, objectives
 from fairline._io import json_digest
+from fairline._own import files, identity, is_own, located
 from fairline.audit import REGISTRY as MEASURES
+from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.ranks import launch
 from fairline.runs import DataSpec, Run
@@ -84,13 +86,13 @@ def require_known(spec: StudySpec) -> None:
         raise FairlineError(f"Study '{spec.name}', {named[0]}; choose among {', '.join(MEASURES)}.")
     checks: list[tuple[str, Callable[[], object]]] = [
         # Ten classes of small images: the smallest network that tells whether the options are known.
-        ("model", lambda: models.build(spec.model.name, 10, 3, 32, **spec.model.options))
+        ("model", lambda: models.build(located(spec.model.name, spec.folder), 10, 3, 32, **spec.model.options))
     ]
     for name, masks in spec.masks.items():
-        placed_under = masks.method, masks.objective, masks.options
+        placed_under = masks.method, located(masks.objective, spec.folder), masks.options
         checks.append((f"masks.{name}", partial(jobs.build_linearizer, *placed_under, **masks.settings)))
     checks += [
-        (f"methods.{place}", partial(objectives.build, method.objective, **method.options))
+        (f"methods.{place}", partial(objectives.build, located(method.objective, spec.folder), **method.options))
         for place, method in enumerate(spec.methods)
     ]
     for where, call in (("train", train), ("finetune", finetune)):
@@ -103,6 +105,41 @@ def require_known(spec: StudySpec) -> None:
             check()
         except FairlineError as error:
             raise FairlineError(f"Study '{spec.name}', {where}: {error}") from None
+
+
+def try_objectives(spec: StudySpec, root: str | None) -> None:
+    """Refuse, before anything is trained, objectives of the user's own that are not whole.
+
+    Args:
+        spec: The study.
+        root: Where the data are; they are loaded only where there is such an objective.
+
+    Raises:
+        FairlineError: One fails on two images of the study's data; see :func:`fairline.objectives.try_on`.
+    """
+    tried = [
+        (f"methods.{place}", method.objective, method.options)
+        for place, method in enumerate(spec.methods)
+        if is_own(method.objective)
+    ]
+    tried += [
+        (f"masks.{name}", masks.objective, masks.options)
+        for name, masks in spec.masks.items()
+        if is_own(masks.objective)
+    ]
+    if not tried:
+        return
+    for source in spec.data.values():
+        train = DataSpec(source.name, root, source.options, spec.seeds[0]).load()[1]["train"]
+        for where, objective, options in tried:
+            try:
+                objectives.try_on(located(objective, spec.folder), options, partial(_same, train))
+            except FairlineError as error:
+                raise FairlineError(f"Study '{spec.name}', {where}: {error}") from None
+
+
+def _same(train: GroupedData) -> GroupedData:
+    return train
 
 
 def cells_of(spec: StudySpec) -> list[Cell]:
@@ -150,14 +187,15 @@ def _base(spec: StudySpec, name: str, seed: int) -> Cell:
         "settings": {"augment": False, **spec.train},
         "seed": seed,
     }
-    if model_files := models.files(spec.model.name):
-        arguments["model_files"] = model_files
+    if spec.model.name in spec.code:
+        arguments["model_files"] = spec.code[spec.model.name]
     about = {
         "data_label": name,
         "data": source.name,
         "data_options": source.options,
         "model": spec.model.name,
         "model_options": spec.model.options,
+        "own_model": located(spec.model.name, spec.folder),
         "seed": seed,
         "masks": "",
         "finetune": "",
@@ -168,26 +206,48 @@ def _base(spec: StudySpec, name: str, seed: int) -> Cell:
 
 def _placed(spec: StudySpec, masks: str, base: Cell) -> Cell:
     """The linearization of a base network; ``masks`` names the placement."""
-    arguments = {**spec.masks[masks].model_dump(mode="json"), "seed": base.about["seed"]}
-    return Cell("linearize", arguments, (base,), _beside(base, f"masks-{masks}"), {**base.about, "masks": masks})
+    placed = spec.masks[masks]
+    arguments = {
+        **placed.model_dump(mode="json"),
+        **_named(spec, placed.objective),
+        "seed": base.about["seed"],
+    }
+    about = {**base.about, "masks": masks, "own": _where(spec, placed.objective)}
+    return Cell("linearize", arguments, (base,), _beside(base, f"masks-{masks}"), about)
 
 
 def _finetuned(spec: StudySpec, method: Finetune, placed: Cell) -> list[Cell]:
     """A finetune of linearized networks, and their last layers retrained if the method says so."""
     seed = placed.about["seed"]
     arguments = {
-        "objective": method.objective,
+        **_named(spec, method.objective),
         "options": method.options,
         "settings": {"augment": False, "select": "accuracy", **spec.finetune},
         "seed": seed,
     }
-    about = {**placed.about, "finetune": method.folder, "objective_options": method.options}
+    about = {
+        **placed.about,
+        "finetune": method.folder,
+        "objective_options": method.options,
+        "own": _where(spec, method.objective),
+    }
     name = _beside(placed, f"{placed.about['masks']}-{method.folder}")
     cells = [Cell("finetune", arguments, (placed,), name, about)]
     if method.last_layer:
         retrained = {**about, "finetune": f"{method.folder}, last layer"}
         cells.append(Cell("last-layer", {"seed": seed}, (cells[0],), f"{name}-last-layer", retrained))
     return cells
+
+
+def _named(spec: StudySpec, objective: str) -> dict[str, Any]:
+    """What a cell is known by of its objective; of the user's own its code too, wherever it lies."""
+    code = spec.code.get(objective)
+    return {"objective": identity(objective), **({"code": code} if code else {})}
+
+
+def _where(spec: StudySpec, objective: str) -> str:
+    """Where an objective of the user's own is found; empty for others."""
+    return located(objective, spec.folder) if is_own(objective) else ""
 
 
 def _audited(spec: StudySpec, cell: Cell) -> Cell:
@@ -255,20 +315,42 @@ def _train(cell: Cell, folder: Path, _parents: Sequence[Path], common: dict[str,
     source, model = given["data"], given["model"]
     spec = DataSpec(source["name"], common.pop("root"), source["options"], given["seed"])
     settings = {"seed": given["seed"], "agreed": _agreed(folder), **common, **given["settings"]}
-    return jobs.train_job(folder, spec, model["name"], model["options"], **settings)
+    name = _unchanged(str(cell.about.get("own_model") or model["name"]), given.get("model_files", {}))
+    return jobs.train_job(folder, spec, name, model["options"], **settings)
+
+
+def _objective(cell: Cell) -> str:
+    """The objective that a cell is computed under.
+
+    Returns:
+        Its name, with the path of the user's own.
+
+    Raises:
+        FairlineError: Its code is no longer what the cell is known by.
+    """
+    return _unchanged(str(cell.about.get("own") or cell.arguments["objective"]), cell.arguments.get("code", {}))
+
+
+def _unchanged(name: str, code: Mapping[str, str]) -> str:
+    """A name, if its code is still what a cell is known by."""
+    now = files(name) if code else {}
+    for file in {**code, **now}:
+        if code.get(file) != now.get(file):
+            raise FairlineError(f"{file} has changed since the study began; start the study again.")
+    return name
 
 
 def _linearize(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:
     given = cell.arguments
     settings = {"seed": given["seed"], "agreed": _agreed(folder), **common, **given["settings"]}
-    placed_under = given["method"], given["objective"], given["options"]
+    placed_under = given["method"], _objective(cell), given["options"]
     return jobs.linearize_job(parents[0], folder, given["budgets"], *placed_under, **settings)
 
 
 def _finetune(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:
     given = cell.arguments
     settings = {"seed": given["seed"], "agreed": _agreed(folder), **common, **given["settings"]}
-    return jobs.finetune_job(parents[0], folder, given["objective"], given["options"], **settings)
+    return jobs.finetune_job(parents[0], folder, _objective(cell), given["options"], **settings)
 
 
 def _last_layer(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:

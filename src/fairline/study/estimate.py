@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fairline import linearize, models
-from fairline._io import json_digest, resolve_device
+from fairline._io import json_digest, read_table, resolve_device
 from fairline.runs import DataSpec
 from fairline.study.cells import Cell, cells_of, require_known
 from fairline.study.spec import StudySpec
@@ -43,8 +43,9 @@ def estimate(
 
     Returns:
         A row for each kind of cell: ``kind``, ``cells``, ``finished``, ``left``, ``seconds`` (of all that are left,
-        one after another), ``basis`` (``measured``: equal cells but for the seed were run here; ``reckoned``: from
-        epochs, images and the speed of training steps, at most; ``unknown`` counts as nothing).
+        one after another), ``basis`` (``measured``: equal cells but for the seed were run here; ``past epochs``: masks
+        were learned here under the same settings, and took so many epochs; ``reckoned``: from epochs, images and the
+        speed of training steps, at most; ``unknown`` counts as nothing).
 
     Raises:
         FairlineError: A study names what nothing here knows, or the data cannot be loaded.
@@ -52,7 +53,7 @@ def estimate(
     for spec in specs:
         require_known(spec)
     cells = list({cell.key: cell for spec in specs for cell in cells_of(spec)}.values())
-    before = _measured(storage)
+    before, learned = _measured(storage), _learned(storage)
     speeds: dict[str, tuple[float, int]] = {}
     rows = []
     for cell in cells:
@@ -63,8 +64,11 @@ def estimate(
             if known:
                 seconds, basis = sum(known) / len(known), "measured"
             else:
-                epochs = _epochs(cell)
-                basis = "unknown" if epochs is None else "reckoned"
+                epochs = learned.get(_recipe(cell.kind, cell.arguments))
+                basis = "past epochs"
+                if epochs is None:
+                    epochs = _epochs(cell)
+                    basis = "unknown" if epochs is None else "reckoned"
                 if epochs:
                     rate, images = _speed(cell, root, jobs, device, speeds)
                     seconds = epochs * images / rate
@@ -90,6 +94,30 @@ def _measured(storage: Storage) -> dict[str, list[float]]:
         if not note["resumed"]:
             found.setdefault(_signature(note, known), []).append(float(note["seconds"]))
     return found
+
+
+def _learned(storage: Storage) -> dict[str, float]:
+    """Passes over the training images that mask learning took in finished cells.
+
+    Masks are learned until the last budget is reached, mostly long before ``max_epochs``.
+
+    Returns:
+        Their mean over the cells of each recipe.
+    """
+    found: dict[str, list[int]] = {}
+    for key, note in storage.notes().items():
+        file = storage.local / "cells" / key / "metrics.parquet"
+        if note["kind"] != "linearize" or not file.exists():
+            continue
+        rows = read_table(file)
+        if "relus" in rows:
+            found.setdefault(_recipe("linearize", note["arguments"]), []).append(int(rows["relus"].notna().sum()))
+    return {recipe: _DISTILLING * sum(epochs) / len(epochs) for recipe, epochs in found.items()}
+
+
+def _recipe(kind: str, arguments: Mapping[str, Any]) -> str:
+    """How masks are learned, whatever the data, the network and the seed."""
+    return json_digest({"kind": kind, **{name: value for name, value in arguments.items() if name != "seed"}})
 
 
 def _signature(content: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> str:
@@ -143,7 +171,11 @@ def _speed(
         part = parts["train"]
         where = resolve_device(device)
         network = models.build(
-            model["name"], part.num_classes, part.images.shape[1], part.images.shape[2:], **model["options"]
+            str(base.about.get("own_model") or model["name"]),
+            part.num_classes,
+            part.images.shape[1],
+            part.images.shape[2:],
+            **model["options"],
         ).to(where)
         size = min(int((DEFAULTS | base.arguments["settings"])["batch_size"]), len(part))
         images = torch.rand(size, *part.images.shape[1:], device=where)

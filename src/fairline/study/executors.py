@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fairline._cores import quota, told_to_children
 from fairline.errors import FairlineError
 from fairline.ranks import end_with_parent
 from fairline.runs import keep_data
@@ -54,7 +55,9 @@ class Local:
         if jobs < 1:
             raise FairlineError(f"A study needs one job at least, not {jobs}.")
         self.slots = jobs
-        self.threads = threads or max(1, torch.get_num_threads() // jobs)
+        # PyTorch knows OMP_NUM_THREADS and the affinity, but no quota.
+        whole = min(torch.get_num_threads(), quota() or torch.get_num_threads())
+        self.threads = threads or max(1, whole // jobs)
         self._pool: ProcessPoolExecutor | None = None
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -67,7 +70,10 @@ class Local:
                     self.slots, mp_context=get_context("spawn"), initializer=prepare, initargs=(self.threads,)
                 )
             try:
-                self._pool.submit(work, *arguments).add_done_callback(lambda done: _pass_on(done, told))
+                # It starts a process where none is idle.
+                with told_to_children(self.threads):
+                    submitted = self._pool.submit(work, *arguments)
+                submitted.add_done_callback(lambda done: _pass_on(done, told))
                 return told
             except BrokenProcessPool:
                 self._pool.shutdown(wait=False, cancel_futures=True)

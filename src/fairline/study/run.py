@@ -20,7 +20,7 @@ from fairline._io import read_json, write_json
 from fairline.errors import FairlineError
 from fairline.ranks import RankLost
 from fairline.runs import FolderInUse, Run, difference
-from fairline.study.cells import Cell, cells_of, compute, require_known
+from fairline.study.cells import Cell, cells_of, compute, require_known, try_objectives
 from fairline.study.executors import Executor, Local, WorkerLost
 from fairline.study.spec import StudySpec
 from fairline.study.storage import Storage
@@ -70,19 +70,21 @@ def run_study(
     for one in specs:
         require_known(one)
     for one in specs:
+        if not all(storage.finished(cell) for cell in cells_of(one)):
+            try_objectives(one, root)
         _claim(one, storage)
     by_study = {one.name: cells_of(one) for one in specs}
     cells = _in_order(specs, by_study)
     runner = executor or Local()
     try:
         work = partial(run_cell, storage=storage, root=root, device=device, devices=devices)
-        errors = _run_cells(cells, storage, runner, work, progress, "study " + ", ".join(by_study))
+        link = partial(_link, by_study, storage)
+        for cell in cells:
+            if storage.finished(cell):
+                link(cell)
+        errors = _run_cells(cells, storage, runner, work, link, progress, "study " + ", ".join(by_study))
     finally:
         runner.close()
-    for name, own in by_study.items():
-        for cell in own:
-            if storage.finished(cell):
-                storage.link(name, cell)
     if errors:
         failed, reason = next(iter(errors.items()))
         raise FairlineError(f"{len(errors)} of {len(cells)} cells failed; {failed}: {reason}")
@@ -96,6 +98,14 @@ def run_study(
         }
         for name, own in by_study.items()
     }
+
+
+def _link(by_study: Mapping[str, Sequence[Cell]], storage: Storage, cell: Cell) -> None:
+    """Give a finished cell its name in every study that has it, so that it can be looked at before all are done."""
+    for name, own in by_study.items():
+        for each in own:
+            if each.key == cell.key:
+                storage.link(name, each)
 
 
 def _claim(spec: StudySpec, storage: Storage) -> None:
@@ -131,6 +141,7 @@ def _run_cells(
     storage: Storage,
     executor: Executor,
     work: Callable[[Cell], str],
+    link: Callable[[Cell], None],
     progress: ProgressCallback | None,
     title: str,
 ) -> dict[str, str]:
@@ -175,6 +186,7 @@ def _run_cells(
                 later[cell.key] = time.monotonic() + 1
             else:
                 finished.add(cell.key)
+                link(cell)
         if progress is not None:
             count = len(finished)
             at_work = ", ".join(_told(storage, cell) for cell in working.values())
@@ -254,6 +266,8 @@ def _told(storage: Storage, cell: Cell) -> str:
         note = read_json(file)
     except FairlineError:
         return cell.where
+    if note["total"] is None:
+        return f"{cell.where}: {note['stage']}"
     return f"{cell.where}: {note['stage']} {100 * note['done'] / max(note['total'], 1):.0f} %"
 
 

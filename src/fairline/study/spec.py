@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from fairline._io import json_digest
+from fairline._own import files, is_own, located
 from fairline.errors import FairlineError
 
 
@@ -67,7 +76,7 @@ class Finetune(_Strict):
     @property
     def folder(self) -> str:
         """Its part of the run folder's name."""
-        return self.label or self.objective
+        return self.label or self.objective.rpartition(":")[2]
 
 
 class Audit(_Strict):
@@ -85,7 +94,7 @@ class StudySpec(_Strict):
 
     Attributes:
         name: Of its results.
-        scale: In words, for every table and figure: what was reduced.
+        scale: In words, for every table and figure: what was reduced; see :attr:`said`.
         data: Data sets by short name.
         seeds: A base network each; also the seeds of the splits.
         model: The architecture.
@@ -95,10 +104,13 @@ class StudySpec(_Strict):
         methods: The finetunes.
         baseline: Method that the others are compared with, as the comparison names it.
         audit: What is measured of every network.
+        code: Digests of the code of the user's own model and objectives, by the name that the study gives them; noted
+            as the file is read, so that a study is known, and its table found, wherever those files are now.
+        folder: Of the file, where the user's own files are looked for; no part of what the study is.
     """
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
-    scale: str = Field(min_length=1)
+    scale: str = ""
     data: dict[str, DataSource] = Field(min_length=1)
     seeds: list[int] = Field(min_length=1)
     model: Network
@@ -108,6 +120,37 @@ class StudySpec(_Strict):
     methods: list[Finetune] = Field(min_length=1)
     baseline: str = "erm"
     audit: Audit = Field(default_factory=Audit)
+    code: dict[str, dict[str, str]] = Field(default_factory=dict)
+    folder: Path | None = Field(default=None, exclude=True)
+
+    @model_serializer(mode="wrap")
+    def _without_code(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Studies without code of the user's own are written as ever, and keep the hash that they are known by."""
+        content: dict[str, Any] = handler(self)
+        if not self.code:
+            content.pop("code", None)
+        return content
+
+    @property
+    def said(self) -> str:
+        """The scale in words: as the file says it, else what the study is made of."""
+        if self.scale:
+            return self.scale
+        options = ", ".join(f"{name} {value}" for name, value in self.model.options.items())
+        epochs = ", ".join(
+            f"{settings['epochs']} {what} epochs"
+            for what, settings in (("training", self.train), ("finetuning", self.finetune))
+            if "epochs" in settings
+        )
+        network = self.model.name.rpartition("/")[2] + (f" ({options})" if options else "")
+        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
+        return ", ".join(filter(None, [network, epochs, seeds])) + "."
+
+    def own_names(self) -> list[str]:
+        """The model and objectives that are the user's own, by the names that the study gives them."""
+        under = [*self.methods, *self.masks.values()]
+        named = [self.model.name, *(each.objective for each in under)]
+        return [name for name in dict.fromkeys(named) if is_own(name)]
 
     @model_validator(mode="after")
     def _names_fit(self) -> StudySpec:
@@ -153,6 +196,7 @@ def load_spec(path: str | Path, scale: str | None = None) -> StudySpec:
     """
     source = _read(Path(path), ())
     content = source.content
+    _forbid_noted(source, path)
     scales = content.pop("scales", {}) if isinstance(content, dict) else {}
     if scale is not None:
         if not isinstance(scales, dict) or scale not in scales:
@@ -162,7 +206,10 @@ def load_spec(path: str | Path, scale: str | None = None) -> StudySpec:
         source = source.replaced_by(_Source(scales[scale], inside))
         content = source.content
     try:
-        return StudySpec.model_validate(content)
+        spec = StudySpec.model_validate(content)
+        folder = Path(path).resolve().parent
+        code = {name: files(located(name, folder)) for name in spec.own_names()}
+        return spec.model_copy(update={"code": code, "folder": folder})
     except ValidationError as error:
         # A misspelt field also leaves the right one missing; the misspelling is the cause.
         first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
@@ -201,6 +248,16 @@ class _Source:
             if tuple(location[:length]) in self.lines:
                 return self.lines[tuple(location[:length])]
         return None
+
+
+def _forbid_noted(source: _Source, path: str | Path) -> None:
+    """Refuse fields that are noted as the file is read, not said in it."""
+    if not isinstance(source.content, dict):
+        return
+    for name in ("code", "folder"):
+        if name in source.content:
+            file, line = source.place_of((name,)) or (str(path), None)
+            raise FairlineError(f"{file}: {name}: Extra inputs are not permitted (line {line}).")
 
 
 def _merged(below: Any, above: Any) -> Any:

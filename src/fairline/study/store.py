@@ -87,7 +87,7 @@ def collect(spec: StudySpec, storage: Storage) -> pd.DataFrame:
         tables.append(
             table.drop(columns=["model", "seed"]).assign(
                 study=spec.name,
-                scale=spec.scale,
+                scale=spec.said,
                 spec_hash=spec.digest,
                 cell=cell.key,
                 asked=_asked(table),

@@ -13,13 +13,14 @@ class Progress:
     Attributes:
         stage: What is being done.
         done: Batches done in this stage.
-        total: Batches in this stage, at most.
+        total: Batches in this stage, at most, or about, where the stage ends by what it reaches; None as long as that
+            cannot be told.
         message: Newest numbers, in a few words.
     """
 
     stage: str
     done: int
-    total: int
+    total: int | None
     message: str = ""
 
 

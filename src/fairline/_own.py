@@ -1,4 +1,4 @@
-"""Architectures of the user's own: a function in a module or a Python file. Whatever goes wrong there is a sentence."""
+"""What is the user's own: a function or class in a module or a Python file. Whatever goes wrong there is a sentence."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fairline.errors import FairlineError
 
 
 def is_own(name: str) -> bool:
-    """Whether a model's name says where to import it from."""
+    """Whether a name says where to import from; else it is one of a registry."""
     return ":" in name
 
 
 @contextmanager
-def found(name: str) -> Iterator[Callable[..., Any]]:
+def found(name: str, kind: str = "Model", noun: str = "function") -> Iterator[Callable[..., Any]]:
     """Import what a name says.
 
     A file may import what lies beside it, now and while the block runs. What it imports from there hides modules of the
@@ -31,19 +31,21 @@ def found(name: str) -> Iterator[Callable[..., Any]]:
     have neighbours of the same name, and a changed one is read anew.
 
     Args:
-        name: ``module:function`` or ``file.py:function``.
+        name: ``module:function`` or ``file.py:function``; a class where that is what is asked for.
+        kind: What it is of, for the error message.
+        noun: What it must be: ``"function"`` or ``"class"``.
 
     Yields:
-        The function.
+        The function or class.
 
     Raises:
-        FairlineError: It names no module or no function, or the module cannot be imported; the sentence says in which
+        FairlineError: It names no module or no such thing, or the module cannot be imported; the sentence says in which
             line.
     """
     source, _, function = name.rpartition(":")
     if not source or not function:
-        raise FairlineError(f"'{name}' is not module:function or file.py:function.")
-    failed = f"Model '{name}' cannot be imported"
+        raise FairlineError(f"'{name}' is not module:{noun} or file.py:{noun}.")
+    failed = f"{kind} '{name}' cannot be imported"
     if source.endswith(".py"):
         path = Path(source).resolve()
         if not path.exists():
@@ -51,17 +53,17 @@ def found(name: str) -> Iterator[Callable[..., Any]]:
         with _beside(path.parent):
             with told(failed, source):
                 module = _from_file(path)
-            yield _member(module, source, function)
+            yield _member(module, source, function, noun)
         return
     with told(failed, source):
         module = importlib.import_module(source)
-    yield _member(module, source, function)
+    yield _member(module, source, function, noun)
 
 
-def _member(module: ModuleType, source: str, function: str) -> Callable[..., Any]:
+def _member(module: ModuleType, source: str, function: str, noun: str) -> Callable[..., Any]:
     made = getattr(module, function, None)
-    if not callable(made):
-        raise FairlineError(f"{source} has no function '{function}'.")
+    if not (isinstance(made, type) if noun == "class" else callable(made)):
+        raise FairlineError(f"{source} has no {noun} '{function}'.")
     return cast(Callable[..., Any], made)
 
 
@@ -137,7 +139,7 @@ def _lies_in(module: ModuleType, folder: Path) -> bool:
 
 
 def files(name: str) -> dict[str, str]:
-    """What decides which network a name stands for: the file, and those that it imports from beside it.
+    """What decides what a name stands for: the file, and those that it imports from beside it.
 
     Import statements are followed, also those inside functions; nothing is run but the packages that a module is in.
 
@@ -145,17 +147,20 @@ def files(name: str) -> dict[str, str]:
         name: ``module:function`` or ``file.py:function``.
 
     Returns:
-        A digest of each file by its path below the folder that imports start from; none of an installed package.
+        A digest of each file by its path below the folder that imports start from; none of an installed package, nor of
+        what a registry names.
 
     Raises:
         FairlineError: A file cannot be read.
     """
+    if not is_own(name):
+        return {}
     source = name.rpartition(":")[0]
     if source.endswith(".py"):
         file = Path(source).resolve()
         root = file.parent
     else:
-        with told(f"Model '{name}' cannot be imported", source):
+        with told(f"'{name}' cannot be imported", source):
             spec = importlib.util.find_spec(source)
         if spec is None or spec.origin is None or {"site-packages", "dist-packages"} & set(Path(spec.origin).parts):
             return {}
@@ -204,6 +209,38 @@ def _on_the_way(start: Path, words: list[str]) -> Iterator[Path]:
     for count in range(1, len(words) + 1):
         place = start.joinpath(*words[:count])
         yield from (file for file in (place / "__init__.py", place.with_name(f"{place.name}.py")) if file.is_file())
+
+
+def located(name: str, folder: Path | None) -> str:
+    """A name whose file is looked for in a folder first, then where this process works.
+
+    Args:
+        name: ``file.py:name``; any other is left as it is.
+        folder: The first place; None for none.
+
+    Returns:
+        The name, with the path of the file that is there.
+
+    >>> located("erm", Path("/studies")), located("here.py:Mine", Path("/nowhere"))
+    ('erm', 'here.py:Mine')
+    """
+    source, _, last = name.rpartition(":")
+    if folder is not None and source.endswith(".py") and (folder / source).is_file():
+        return f"{folder / source}:{last}"
+    return name
+
+
+def identity(name: str) -> str:
+    """What a name is known by wherever its file lies.
+
+    >>> identity("/home/me/mine.py:Mine"), identity("mine:Mine"), identity("erm")
+    ('mine.py:Mine', 'mine:Mine', 'erm')
+
+    Returns:
+        The name with the file's own, without its folder.
+    """
+    source, _, last = name.rpartition(":")
+    return f"{Path(source).name}:{last}" if source.endswith(".py") else name
 
 
 @contextmanager

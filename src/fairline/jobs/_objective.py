@@ -1,0 +1,36 @@
+"""What jobs that train under an objective share: how it is known, and its trial where it is the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fairline import objectives
+from fairline._own import files, identity
+from fairline.data.grouped import GroupedData
+from fairline.ranks import here
+from fairline.runs import Run
+
+
+def known_by(objective: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's config says of an objective: its name and options, and what the user's own code says."""
+    code = files(objective)
+    named = {"objective": identity(objective), "objective_options": dict(options)}
+    return {**named, "code": code} if code else named
+
+
+def try_before(
+    out: str | Path, objective: str, options: Mapping[str, Any], parts: Callable[[], Mapping[str, GroupedData]]
+) -> None:
+    """Refuse an objective of the user's own that is not whole, before its run folder is made.
+
+    Args:
+        out: The run folder; of a finished run nothing is tried.
+        objective: As for :func:`fairline.objectives.build`.
+        options: Of its constructor.
+        parts: Gives the parts of the data, asked for only where it is tried.
+    """
+    if not Run(out).finished:
+        # Of several processes the first writes, so it tries what a checkpoint keeps; all are told.
+        here().first(lambda: objectives.try_on(objective, options, lambda: parts()["train"]))
