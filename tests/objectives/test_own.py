@@ -198,7 +198,7 @@ def test_the_code_is_that_of_the_file_and_of_what_it_imports_beside_it(mine):
     assert code_of(name) not in (before, changed)
     assert code_of("erm") == {}
     assert not is_own("erm")
-    with pytest.raises(FairlineError, match=r"gone\.py does not exist"):
+    with pytest.raises(FairlineError, match=r"gone\.py cannot be read"):
         code_of("gone.py:X")
 
 
@@ -269,7 +269,7 @@ def test_a_study_refuses_what_is_not_whole_before_anything_runs(mine, tmp_path):
     ):
         run_study(spec, tmp_path / "store")
     assert not (tmp_path / "store").exists()
-    with pytest.raises(FairlineError, match=r"nowhere\.py does not exist"):
+    with pytest.raises(FairlineError, match=r"nowhere\.py cannot be read"):
         load_spec(own_study(mine.parent, name="nowhere.py:Tail"))
 
 

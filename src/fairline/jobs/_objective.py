@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from fairline import objectives
 from fairline._own import files, identity
 from fairline.data.grouped import GroupedData
+from fairline.jobs._common import load_parts
 from fairline.ranks import here
 from fairline.runs import Run
 
@@ -20,17 +22,23 @@ def known_by(objective: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**named, "code": code} if code else named
 
 
-def try_before(
-    out: str | Path, objective: str, options: Mapping[str, Any], parts: Callable[[], Mapping[str, GroupedData]]
-) -> None:
+def tried_on(
+    parent: Run, root: str | None, out: str | Path, objective: str, options: Mapping[str, Any]
+) -> Callable[[], dict[str, GroupedData]]:
     """Refuse an objective of the user's own that is not whole, before its run folder is made.
 
     Args:
+        parent: The run whose data it is tried on.
+        root: Where they are now, if they have moved.
         out: The run folder; of a finished run nothing is tried.
         objective: As for :func:`fairline.objectives.build`.
         options: Of its constructor.
-        parts: Gives the parts of the data, asked for only where it is tried.
+
+    Returns:
+        Gives the parts of the data, which are loaded once, when they are asked for.
     """
+    parts = cache(partial(load_parts, parent, root))
     if not Run(out).finished:
         # Of several processes the first writes, so it tries what a checkpoint keeps; all are told.
         here().first(lambda: objectives.try_on(objective, options, lambda: parts()["train"]))
+    return parts

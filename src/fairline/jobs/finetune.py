@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from fairline._io import resolve_device
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.jobs._common import STUDENTS, Rows, built_on, do_once, load_base, load_parts, remake
-from fairline.jobs._objective import known_by, try_before
+from fairline.jobs._objective import known_by, tried_on
 from fairline.jobs._precision import settle
 from fairline.jobs.compare import compare_job
 from fairline.runs import NetworkInfo, Run
@@ -67,8 +67,7 @@ def finetune_job(
     objectives.build(objective, **options)
     known = known_by(objective, options)
     config = {**built_on(parent), **known, "distill": distill, "settings": settings, "seed": seed}
-    data = cache(partial(load_parts, parent, root))
-    try_before(out, objective, options, data)
+    data = tried_on(parent, root, out, objective, options)
 
     def work(run: Run) -> None:
         base, parts = load_base(parent)[0], data()

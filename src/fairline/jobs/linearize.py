@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from fairline import objectives
 from fairline._io import resolve_device
 from fairline._registry import build_named
 from fairline.compiler.mask_cost import PredictedCost
-from fairline.jobs._common import built_on, do_once, load_base, load_parts
-from fairline.jobs._objective import known_by, try_before
+from fairline.jobs._common import built_on, do_once, load_base
+from fairline.jobs._objective import known_by, tried_on
 from fairline.jobs._precision import settle
 from fairline.linearize import ForCost, Linearized
 from fairline.masking import surrogate_of
@@ -46,17 +45,14 @@ def linearize_job(
     progress: ProgressCallback | None = None,
     **settings: Any,
 ) -> Run:
-    """Linearize a base network to several budgets into ``out``; ``settings`` go to the method.
-
-    With another ``objective`` than ``"erm"`` the masks are learned under it: fair placement.
+    """Linearize a base network to budgets into ``out``; under another ``objective`` than ``"erm"``: fair placement.
 
     Args:
         source: A train run.
         out: The run folder.
         budgets: ReLUs to keep; see :func:`fairline.linearize.resolve_budgets`.
         method: A key of ``fairline.linearize.REGISTRY``.
-        objective: What the masks are learned under; a key of ``fairline.objectives.REGISTRY``, or the user's
-            own as for :func:`~fairline.jobs.finetune.finetune_job`.
+        objective: What the masks are learned under, as for :func:`~fairline.jobs.finetune.finetune_job`.
         objective_options: Its options.
         for_cost: Layers are emptied first: settings of :class:`~fairline.linearize.ForCost` and of the predicted cost.
         root: Where the data are now, if they have moved.
@@ -79,8 +75,7 @@ def linearize_job(
     config = {**built_on(parent), **asked, **({} if for_cost is None else {"for_cost": dict(for_cost)})}
     placement = _placement(fair, settings, linearizer.for_cost)
     common = replace(info, stage="linearized", method=method, seed=seed, placement=placement)
-    parts = cache(partial(load_parts, parent, root))
-    try_before(out, objective, objective_options or {}, parts)
+    parts = tried_on(parent, root, out, objective, objective_options or {})
 
     def work(run: Run) -> None:
         rows: list[dict[str, float]] = []

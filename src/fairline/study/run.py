@@ -79,9 +79,6 @@ def run_study(
     try:
         work = partial(run_cell, storage=storage, root=root, device=device, devices=devices)
         link = partial(_link, by_study, storage)
-        for cell in cells:
-            if storage.finished(cell):
-                link(cell)
         errors = _run_cells(cells, storage, runner, work, link, progress, "study " + ", ".join(by_study))
     finally:
         runner.close()
@@ -90,14 +87,13 @@ def run_study(
         raise FairlineError(f"{len(errors)} of {len(cells)} cells failed; {failed}: {reason}")
     for one in specs:
         keep(one, storage)
-    return {
-        name: {
-            str(cell.about["data_label"]): Run.read(storage.fetch(cell), "compare")
-            for cell in own
-            if cell.kind == "compare"
-        }
-        for name, own in by_study.items()
-    }
+    return {name: _compared(own, storage) for name, own in by_study.items()}
+
+
+def _compared(cells: Sequence[Cell], storage: Storage) -> dict[str, Run]:
+    """The compare run of each data set."""
+    compares = [cell for cell in cells if cell.kind == "compare"]
+    return {str(cell.about["data_label"]): Run.read(storage.fetch(cell), "compare") for cell in compares}
 
 
 def _link(by_study: Mapping[str, Sequence[Cell]], storage: Storage, cell: Cell) -> None:
@@ -148,6 +144,9 @@ def _run_cells(
     """Run all cells; returns what failed, by name."""
     waiting = {cell.key: cell for cell in cells if not storage.finished(cell)}
     finished = {cell.key for cell in cells} - set(waiting)
+    for cell in cells:
+        if cell.key in finished:
+            link(cell)
     working: dict[Future[str], Cell] = {}
     later: dict[str, float] = {}
     lost: dict[str, int] = {}

@@ -148,8 +148,8 @@ class StudySpec(_Strict):
 
     def own_names(self) -> list[str]:
         """The model and objectives that are the user's own, by the names that the study gives them."""
-        under = [*self.methods, *self.masks.values()]
-        named = [self.model.name, *(each.objective for each in under)]
+        named = [self.model.name, *(method.objective for method in self.methods)]
+        named += [masks.objective for masks in self.masks.values()]
         return [name for name in dict.fromkeys(named) if is_own(name)]
 
     @model_validator(mode="after")
