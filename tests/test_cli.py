@@ -66,7 +66,7 @@ def test_audit_table_has_every_network_and_group(runs):
     table = pd.read_parquet(runs / "audit" / "audit.parquet")
     assert set(table["relus"]) == {448, 224, 45, 20}
     assert table.groupby("stage")["model"].nunique().to_dict() == {"base": 1, "finetuned": 3, "linearized": 3}
-    assert not table.duplicated(["model", "split", "group", "measure"]).any()
+    assert not table.duplicated(["model", "split", "group", "class", "measure"]).any()
     counts = table[(table["measure"] == "accuracy") & (table["group"] != "overall")].groupby("model")["n"].sum()
     assert (counts == 719).all()
     predictions = pd.read_parquet(runs / "audit" / "predictions.parquet")

@@ -37,8 +37,12 @@ def prepare(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
         Rows of ``frontier.parquet``; rows of accuracies and relative drops, joined with their network's costs.
     """
     scores = figures.prepare(run.table("accuracy.parquet"), run.table("counts.parquet"))
-    named = scores[["model", "variant", "percent", "budget", "stage"]].drop_duplicates("model")
-    table = _priced(run).merge(named, on="model")
+    about = scores[["model", "variant", "percent", "budget", "stage"]].drop_duplicates("model")
+    table = _priced(run).merge(about, on="model")
+    if "lowest" not in table:
+        # In an earlier version classes did not count.
+        names = [named({"kind": "group", "group": group}) for group in table["worst_group"]]
+        table = table.assign(lowest=table["worst"], lowest_who=names)
     keys = ["model", "protocol", "bytes", "rounds", "seconds", "basis"]
     return table, scores.merge(table[keys], on="model")
 
@@ -52,10 +56,6 @@ def _priced(run: Run) -> pd.DataFrame:
         table["basis"] = table["source"].replace(words)
         lacking = {name: math.nan for name in COLUMNS if name not in table and name not in ("model", "network")}
         table = table.assign(**lacking | {"compiled": False, "replace": "", "replace_in": ""})
-    if "lowest" not in table:
-        # Classes did not count then.
-        names = [named({"kind": "group", "group": group}) for group in table["worst_group"]]
-        table = table.assign(lowest=table["worst"], lowest_who=names)
     return table
 
 
