@@ -256,10 +256,11 @@ def test_the_study_of_compiled_networks_shares_its_base_networks():
     paired = load_spec(PAPERS / "precision_utkface_race.yaml", "bf16")
     assert bases(compiled) < bases(paired)
     for name, masks in compiled.masks.items():
-        few = [0.005, 0.001]
-        assert masks.budgets == (
-            [1.0] if name == "control" else few if name not in ("snl", "early") else [0.02, 0.005, 0.002, 0.001]
-        )
+        assert masks.budgets == ([1.0] if name == "control" else [0.02, 0.005, 0.001])
+    slower = load_spec(PAPERS / "compiled_utkface_race.yaml", "slower")
+    assert bases(slower) < bases(paired)
+    assert slower.masks["early"].budgets == [0.02, 0.005, 0.002, 0.001]
+    assert slower.masks["early"].settings["patience"] == 4
 
 
 def test_the_choice_of_layers_is_part_of_an_estimate():
