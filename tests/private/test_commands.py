@@ -212,7 +212,7 @@ def test_bad_input_is_one_sentence(refused, runs, networks, predicted, tmp_path)
         (["private", "export", students, *out], "holds 3 networks"),
         (["private", "serve", tmp_path, "--parties", tmp_path / "none.yaml"], "cannot be read"),
         (["frontier", students, *out], "holds a 'finetune' run"),
-        (["frontier", runs / "audit", "--within", "-1", *out], "a percentage from 0 on"),
+        (["frontier", runs / "audit", "--within", "-1", *out], "in percentage points, from 0 to 100"),
         (["frontier", runs / "audit", "--protocol", "magic", *out], "no cost model of 'magic'"),
         (["frontier", runs / "audit", "--measured", students, *out], "holds a 'finetune' run"),
         (["report", predicted, "--costs", predicted], "belongs to the report of an audit"),
