@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,33 @@ def compared(runs) -> Path:
     sources = [runs / name for name in ("snl", "students", "repaired", "fair_students")]
     ok("compare", *sources, "--resamples", "100", "--out", runs / "compared")
     return runs / "compared"
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """A command in this process; starting one takes longer than the rest."""
+    from fairline import cli
+
+    def run(*arguments) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr("sys.argv", ["fairline", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return subprocess.CompletedProcess(arguments, ended.value.code or 0, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def refused(run_here):
+    """The one sentence of a command that must fail."""
+
+    def run(*arguments) -> str:
+        done = run_here(*arguments)
+        assert done.returncode == 2, done.stderr
+        (line,) = (line for line in done.stderr.splitlines() if line.startswith("Error: "))
+        return line
+
+    return run

@@ -183,24 +183,6 @@ def test_serve_and_query_between_two_commands(networks, tmp_path):
         server.kill()
 
 
-@pytest.fixture
-def refused(monkeypatch, capsys):
-    """The one sentence of a command that must fail; in this process, for starting one takes longer than the rest."""
-    from fairline import cli
-
-    def run(*arguments) -> str:
-        monkeypatch.setattr("sys.argv", ["fairline", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr().err
-        assert ended.value.code == 2, said
-        (line,) = (line for line in said.splitlines() if line.startswith("Error: "))
-        return line
-
-    return run
-
-
 def test_bad_input_is_one_sentence(refused, runs, networks, predicted, tmp_path):
     students, out = runs / "students", ["--out", tmp_path / "out"]
     for arguments, words in (

@@ -39,25 +39,6 @@ def test_a_checkpoint_is_taken_as_it_is(base):
     assert all(torch.equal(value, taken[name]) for name, value in cnn().state_dict().items())
 
 
-@pytest.fixture
-def refused(monkeypatch, capsys):
-    """The one sentence of a command that must fail."""
-    from fairline import cli
-
-    def run(*arguments) -> str:
-        monkeypatch.setattr("sys.argv", ["fairline", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr().err
-        assert ended.value.code == 2, said
-        assert "Traceback" not in said
-        (line,) = (line for line in said.splitlines() if line.startswith("Error: "))
-        return line
-
-    return run
-
-
 def test_bad_files_are_one_sentence(refused, base, tmp_path):
     torch.save(cnn().state_dict(), tmp_path / "whole.pt")
     data = (tmp_path / "whole.pt").read_bytes()

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fairline import cli
 from fairline._io import read_json
 from fairline.data import IMAGENET, GroupedData
 from fairline.errors import FairlineError
@@ -68,17 +67,12 @@ class Done:
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """A command in this process."""
+def run(run_here):
+    """A command in this process, and what it said on one line."""
 
     def run(*arguments) -> Done:
-        monkeypatch.setattr("sys.argv", ["fairline", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return Done(ended.value.code or 0, " ".join(said.out.split()), " ".join(said.err.split()))
+        done = run_here(*arguments)
+        return Done(done.returncode, *(" ".join(said.split()) for said in (done.stdout, done.stderr)))
 
     return run
 
