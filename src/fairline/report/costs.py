@@ -26,8 +26,8 @@ from fairline.report.page import settings, write_page
 from fairline.report.verdict import KINDS, Candidate, headline, signed
 from fairline.runs import Run
 
-#: What a private inference is paid in: column, unit, and what a value is divided by.
-AXES = {"bytes": ("MB", 1e6), "rounds": ("rounds", 1.0), "seconds": ("seconds", 1.0)}
+#: As :data:`fairline.report.cost_parts.UNITS`, with room for the word.
+AXES = cost_parts.UNITS | {"seconds": ("seconds", 1.0)}
 
 
 def prepare(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -290,19 +290,7 @@ def judged(run: Run, within: float = 5.0, critical: Sequence[str] = ()) -> tuple
         return table, []
     found = verdicts(run.table("cells.parquet"), within, critical)
     about = table.drop_duplicates("model").set_index("model")
-    candidates = [
-        Candidate(
-            model,
-            str(about.loc[model, "variant"]),
-            str(about.loc[model, "budget"]),
-            int(about.loc[model, "relus"]),
-            float(about.loc[model, "percent"]),
-            own,
-            is_control=bool(about.loc[model, "relus"] == about.loc[model, "total_relus"]),
-        )
-        for model, own in found.items()
-        if model in about.index
-    ]
+    candidates = [Candidate.of(model, about.loc[model], own) for model, own in found.items() if model in about.index]
     return judge(table, found), candidates
 
 

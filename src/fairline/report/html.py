@@ -15,7 +15,17 @@ from fairline.data.grouped import OVERALL, TOO_SMALL
 from fairline.report import corrections, explanations, figures
 from fairline.report import costs as cost_panel
 from fairline.report.page import by_groups, settings, write_page
-from fairline.report.verdict import Candidate, answer_told, candidates, cautions, focus, limits_told, named, signed
+from fairline.report.verdict import (
+    KINDS,
+    Candidate,
+    answer_told,
+    candidates,
+    cautions,
+    focus,
+    limits_told,
+    named,
+    signed,
+)
 from fairline.runs import Run
 
 #: Below this, about ±10 points.
@@ -138,14 +148,6 @@ def weights_file(run: Run) -> str:
     return Path(files[0]).name if files else ""
 
 
-#: What stands in a box of each kind, and its class in the style.
-_ANSWERS = {
-    "may ship": ("May ship", "may"),
-    "may not ship": ("May not ship", "may-not"),
-    "cannot tell": ("Cannot tell", "open"),
-}
-
-
 def _verdict(found: Sequence[Candidate], chosen: Candidate | None, frame: pd.DataFrame) -> dict[str, Any]:
     """The box at the top: the answer, and of the network that it is about who pays, what it saves and how sure."""
     if chosen is None or chosen.is_control:
@@ -158,7 +160,7 @@ def _verdict(found: Sequence[Candidate], chosen: Candidate | None, frame: pd.Dat
                 "told": told,
             }
         return {"answer": "", "kind": "none", "title": answer_told(found), "told": _base_told(frame)}
-    answer, kind = _ANSWERS[chosen.answer]
+    answer, kind = _sentence(chosen.answer), KINDS[chosen.answer]
     lead = {"may": "", "open": "Nearest: ", "may-not": "Mildest: "}[kind]
     return {
         "answer": answer,
@@ -186,7 +188,7 @@ def _in_order(found: Sequence[Candidate], chosen: Candidate | None) -> list[Cand
 
 def _network_row(each: Candidate, chosen: Candidate | None) -> dict[str, Any]:
     """A network in the table of all: its answer, who pays and what it saves, and in full what its box would say."""
-    answer, kind = _ANSWERS[each.answer]
+    answer, kind = _sentence(each.answer), KINDS[each.answer]
     cell = each.verdict.decisive
     low, high = float(cell["low"]), float(cell["high"])
     limits = "" if math.isnan(low) else f"{signed(low)} to {signed(high)}"

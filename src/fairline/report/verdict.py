@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -85,10 +86,43 @@ class Candidate:
     is_control: bool = False
     costs: tuple[Mapping[str, Any], ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        row: Mapping[str, Any],
+        judged: Verdict,
+        control: Control | None = None,
+        costs: Sequence[Mapping[str, Any]] = (),
+    ) -> Candidate:
+        """A network of an audit.
+
+        Args:
+            model: Its key in the tables.
+            row: With ``variant``, ``budget``, ``relus``, ``percent`` and ``total_relus``.
+            judged: Its verdict.
+            control: What the control explains.
+            costs: What it saves.
+
+        Returns:
+            The candidate.
+        """
+        return cls(
+            model,
+            str(row["variant"]),
+            str(row["budget"]),
+            int(row["relus"]),
+            float(row["percent"]),
+            judged,
+            control,
+            bool(row["relus"] == row["total_relus"]),
+            tuple(costs),
+        )
+
     @property
     def name(self) -> str:
         """The one name of the network on all pages."""
-        return f"{self.variant}, {self.budget} of the ReLUs"
+        return network_name(self.variant, self.budget)
 
     @property
     def answer(self) -> str:
@@ -105,21 +139,17 @@ class Candidate:
             return "It keeps all its ReLUs: what changes here is the further training, not linearization."
         if self.control is None:
             return "No control kept all its ReLUs (budget 100 %), so it is open what part is the finetune’s."
-        change = float(self.verdict.decisive["change"])
         control = self.control
         who = named(self.verdict.decisive)
         same = f"with all ReLUs kept and finetuned alike, {who} {moved(control.change)}"
         rest = f"the remaining {signed(control.beyond)} points are linearization’s{_limits(control.low, control.high)}"
         unsure = ", which may be none" if control.low <= 0 <= control.high else ""
-        if change >= 0:
-            return f"{same[0].upper()}{same[1:]}; {rest}{unsure}."
-        share = control.change / change
-        whose = (
-            "It is mostly the finetune, not the ReLUs"
-            if share >= MOSTLY
-            else ("It is mostly the ReLUs" if share <= 1 - MOSTLY else "It is both the finetune and the ReLUs")
-        )
-        return f"{whose}: {same}; {rest}{unsure}."
+        whose = {
+            "finetune": "It is mostly the finetune, not the ReLUs",
+            "ReLUs": "It is mostly the ReLUs",
+            "both": "It is both the finetune and the ReLUs",
+        }.get(self.whose_told())
+        return f"{whose}: {same}; {rest}{unsure}." if whose else f"{same[0].upper()}{same[1:]}; {rest}{unsure}."
 
     def whose_told(self) -> str:
         """Whose the change is, in a word or two, for tables."""
@@ -362,21 +392,11 @@ def candidates(
         judged = verdict([cells(own)], within, critical)
         control = control_of(row, about)
         priced = [] if costs is None else costs[costs["model"] == model].to_dict("records")
-        found.append(
-            Candidate(
-                model,
-                str(row["variant"]),
-                str(row["budget"]),
-                int(row["relus"]),
-                float(row["percent"]),
-                judged,
-                None
-                if control is None
-                else _against(judged, [(own, images[control])], _control_name(about.loc[control])),
-                bool(row["relus"] == row["total_relus"]),
-                tuple(priced),
-            )
-        )
+        against = None
+        if control is not None:
+            name = network_name(*about.loc[control, ["variant", "budget"]])
+            against = _against(judged, [(own, images[control])], name)
+        found.append(Candidate.of(model, row, judged, against, priced))
     return found
 
 
@@ -398,8 +418,9 @@ def control_of(row: pd.Series[Any], about: pd.DataFrame) -> str | None:
     return str((own if len(own) else whole).index[0])
 
 
-def _control_name(row: Mapping[str, Any]) -> str:
-    return f"{row['variant']}, {row['budget']} of the ReLUs"
+def network_name(variant: str, budget: str) -> str:
+    """What a network is called: what was done to it, and the ReLUs that it keeps."""
+    return f"{variant}, {budget} of the ReLUs"
 
 
 def methods(
@@ -427,6 +448,7 @@ def methods(
     total = int(predictions["total"].iloc[0])
     before = {base: parts[BASE, total, base].set_index("sample")["correct"] for base in bases}
 
+    @cache
     def images(method: str, relus: int) -> list[pd.DataFrame]:
         own = [parts[method, relus, base] for base in bases if (method, relus, base) in parts]
         return [
@@ -445,7 +467,7 @@ def methods(
         whole = images(control, total)
         judged = verdict([cells(part) for part in own], within, critical)
         is_control = row["relus"] == total
-        name = f"{control}, 100 % of the ReLUs"
+        name = network_name(control, "100 %")
         found.append(
             Candidate(
                 f"{row['method']}, {row['relus']} ReLUs",
