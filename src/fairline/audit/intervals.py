@@ -28,6 +28,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 LEVEL = 0.95
 
+#: Normal quantile of limits at that level.
+QUANTILE = 1.959963984540054
+
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
@@ -185,7 +188,7 @@ def draws_needed(groups: int, resamples: int) -> int:
     return max(resamples, 20 * groups * (groups - 1))
 
 
-def wilson_interval(share: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(share: float, n: int, z: float = QUANTILE) -> tuple[float, float]:
     """Wilson's 95 % score interval of a share (Wilson 1927), in closed form: for whatever is one share alone.
 
     Args:

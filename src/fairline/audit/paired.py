@@ -17,10 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fairline.audit.intervals import LEVEL, Floats
-
-#: Normal quantile of 95 % limits.
-QUANTILE = 1.959963984540054
+from fairline.audit.intervals import QUANTILE, Floats
 
 
 def score(lost: Any, gained: Any, n: Any, change: Any) -> Floats:
@@ -122,4 +119,4 @@ def images_needed(lost: int, gained: int, n: int, change: float, quantile: float
     return math.inf if z < 1e-9 else float(math.ceil(n * (quantile / z) ** 2))
 
 
-__all__ = ["LEVEL", "QUANTILE", "change_interval", "images_needed", "p_below", "score"]
+__all__ = ["QUANTILE", "change_interval", "images_needed", "p_below", "score"]

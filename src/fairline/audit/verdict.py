@@ -124,7 +124,6 @@ def _decided(table: pd.DataFrame) -> tuple[str, pd.Series[Any]]:
     beyond = table[table["beyond"]]
     if len(beyond):
         return MAY_NOT, beyond.loc[beyond["change"].idxmin()]
-    # The rarer set is named where several are as good: its row comes later.
     asked = table[table["kind"].isin(["group", "class"])]
     asked = asked if len(asked) else table
     undecided = table[~table["inside"] & table["kind"].ne("cell")]

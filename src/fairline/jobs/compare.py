@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from pyarrow.parquet import read_schema
 from torch import nn
 
 from fairline._io import resolve_device, write_table
@@ -164,7 +165,7 @@ def _kept(
     """What was seen of a family, now or before an interruption."""
     files = [run.checkpoint / f"{position}.{part}.parquet" for part in ("predictions", "layers", "counts")]
     # What an earlier version kept may lack the classes.
-    if not all(path.exists() for path in files) or "label" not in pd.read_parquet(files[0]):
+    if not all(path.exists() for path in files) or "label" not in read_schema(files[0]).names:
         for file, table in zip(files, look(family), strict=True):
             write_table(file, table)
     return [pd.read_parquet(path) for path in files]
