@@ -177,7 +177,7 @@ def _print_parts(totals: pd.DataFrame, title: str) -> None:
             # A protocol whose computing no source tells has no seconds.
             for row in own.dropna(subset=["seconds"]).to_dict("records"):
                 cells[f"s over {row['wire']}"] = row[f"seconds{end}"]
-            names.append(f"  {PARTS[part]}" + ", once a session" * (part == "setup") if part else str(network))
+            names.append(f"  {PARTS[part]}" if part else str(network))
             rows.append(cells)
     shown = pd.DataFrame(rows, index=pd.Index(names, name="network"))
     formats = {str(column): ".2f" for column in shown} | {"ReLUs": ",.0f", "rounds": ".0f"}

@@ -63,7 +63,7 @@ PARTS = {
     "quadratic": "quadratics",
     "linear": "linear layers",
     "open": "opening",
-    "setup": "setup",
+    "setup": "setup, once a session",
 }
 
 #: The parts of a call.
