@@ -1,5 +1,6 @@
 """Sets of images and verdicts, on constructed predictions."""
 
+import gc
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from fairline.audit.cells import cells
 from fairline.audit.verdict import CANNOT_TELL, LEAST, MAY, MAY_NOT, verdict
@@ -117,6 +119,40 @@ def test_chance_among_many_sets_forbids_nothing():
     assert odd["high"] < 0
     assert odd["flag"] == ""
     assert found.answer == CANNOT_TELL
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=2, max_size=8))
+def test_probabilities_are_corrected_by_holms_method(changed):
+    """The k-th smallest of m, times m − k + 1, and no smaller than those before it."""
+    table = cells(images(*((f"g{i}", "x", 60, 30, lost, gained) for i, (lost, gained) in enumerate(changed))))
+    found = verdict([table])
+    z = [
+        0.0
+        if row["lost"] + row["gained"] == 0
+        else (row["gained"] - row["lost"]) / math.sqrt(row["lost"] + row["gained"])
+        for row in table.to_dict("records")
+    ]
+    plain = [2 * norm.sf(abs(each)) for each in z]
+    largest = 0.0
+    for place, at in enumerate(sorted(range(len(plain)), key=plain.__getitem__)):
+        largest = max(largest, min(1.0, plain[at] * (len(plain) - place)))
+        assert found.cells["p"][at] == pytest.approx(largest, rel=1e-6, abs=1e-12)
+
+
+def test_a_verdict_leaves_the_garbage_collector_as_it_was():
+    table = cells(images(("a", "x", 60, 30, 3, 1), ("b", "y", 60, 30, 3, 1)))
+    assert gc.get_freeze_count() == 0
+    verdict([table])
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        verdict([table])
+        # What is frozen may die, but is not let go.
+        assert 0.9 * frozen < gc.get_freeze_count() <= frozen
+    finally:
+        gc.unfreeze()
 
 
 def test_tiny_cells_are_told_and_no_obstacle():

@@ -18,6 +18,7 @@ Student's t is used.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fairline.audit.intervals import LEVEL, student_interval
+from fairline.audit.intervals import LEVEL, Floats, student_interval
 from fairline.audit.paired import change_interval, images_needed, p_below, score
 from fairline.errors import FairlineError
 
@@ -98,8 +99,6 @@ def verdict(counted: Sequence[pd.DataFrame], within: float = 5.0, critical: Sequ
     Raises:
         FairlineError: The tolerance is no percentage, there is no such class, or nothing is compared.
     """
-    from statsmodels.stats.multitest import multipletests
-
     require_within(within)
     if not counted:
         raise FairlineError("A verdict needs at least one network.")
@@ -112,12 +111,29 @@ def verdict(counted: Sequence[pd.DataFrame], within: float = 5.0, critical: Sequ
             f"There is no class '{unknown[0]}' to be critical of; the classes are {', '.join(classes)}."
         )
     table["critical"] = table["class"].isin(critical) & table["kind"].ne("cell")
-    table["p"] = multipletests(table["p"].to_numpy(), method="holm")[1]
+    table["p"] = _holm(table["p"].to_numpy())
     table["flag"] = np.where(table["p"] < 1 - LEVEL, np.where(table["change"] < 0, "loss", "gain"), "")
     table["beyond"] = (table["flag"] == "loss") & (table["change"] < -within) | table["critical"] & (table["high"] < 0)
     table["inside"] = (table["low"] >= -within) & (~table["critical"] | (table["change"] >= 0))
     answer, decisive = _decided(table)
     return Verdict(answer, within, table, decisive, len(counted), int((~asked).sum()))
+
+
+def _holm(p: Floats) -> Floats:
+    """Probabilities corrected for their number."""
+    from statsmodels.stats.multitest import multipletests
+
+    # statsmodels collects garbage in this call, a fifth of a second in a process that holds torch and pandas. What is
+    # frozen is not looked through.
+    frozen = gc.get_freeze_count() == 0
+    if frozen:
+        gc.freeze()
+    try:
+        corrected: Floats = multipletests(p, method="holm")[1]
+    finally:
+        if frozen:
+            gc.unfreeze()
+    return corrected
 
 
 def _decided(table: pd.DataFrame) -> tuple[str, pd.Series[Any]]:
