@@ -129,7 +129,7 @@ def test_a_run_is_told_kept_and_put_on_the_frontier(measured, runs, tmp_path):
     said = ok(
         "frontier", runs / "audit", "--measured", measured, "--protocol", "semi2k", "--out", tmp_path / "frontier"
     )
-    assert "Costs on semi2k predicted, not measured: base." in said
+    assert "Costs on semi2k predicted, not measured: base network." in said
     front = pd.read_parquet(tmp_path / "frontier" / "frontier.parquet").set_index("model")
     assert front["basis"].to_dict() == {
         "base": "predicted",

@@ -135,19 +135,38 @@ def costs(models: list[str]) -> pd.DataFrame:
     for model in models:
         for wire, seconds in (("lan", 1.0), ("wan", 20.0)):
             share = 0.2 + 0.8 * NAMES[model] / 10_000
-            row = dict.fromkeys(COLUMNS, 0.0) | {
+            totals = {"bytes": 1e8 * share, "rounds": 100.0, "seconds": seconds * share}
+            row = dict.fromkeys(COLUMNS, 0.0) | totals | {f"{cost}_relu": value for cost, value in totals.items()}
+            row |= {
                 "model": model,
                 "protocol": "cheetah",
                 "network": wire,
                 "relus": NAMES[model],
                 "total_relus": 10_000,
                 "compiled": False,
-                "bytes": 1e8 * share,
-                "rounds": 100.0,
-                "seconds": seconds * share,
                 "replace": "",
                 "replace_in": "",
                 "basis": "predicted",
             }
             rows.append(row)
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def lesions_frontier(folder: Path, audit: Run) -> Run:
+    """Write the frontier run of such an audit, over a LAN."""
+    from fairline.jobs.frontier import count_cells
+    from fairline.private.frontier import frontier
+
+    folder.mkdir(parents=True)
+    scores, counted, priced = audit.table("audit.parquet"), count_cells(audit), audit.table("costs.parquet")
+    priced = priced[priced["network"] == "lan"].rename(columns={"network": "wire"})
+    scores = scores[scores["measure"].isin(["accuracy", "relative_drop"])]
+    scores.to_parquet(folder / "accuracy.parquet")
+    audit.table("counts.parquet").to_parquet(folder / "counts.parquet")
+    counted.to_parquet(folder / "cells.parquet")
+    frontier(scores, priced, counted).to_parquet(folder / "frontier.parquet")
+    config = {**audit.config, "command": "frontier", "audit": {"folder": str(audit.folder)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("environment.json", "status.json"):
+        (folder / name).write_bytes((audit.folder / name).read_bytes())
+    return Run.read(folder, "frontier")

@@ -15,10 +15,11 @@ from fairline.audit.cells import cells
 from fairline.audit.verdict import CANNOT_TELL, MAY, MAY_NOT, verdict
 from fairline.cli import console
 from fairline.errors import FairlineError
+from fairline.report import cost_parts, costs
 from fairline.report import verdict as told
 from fairline.report.html import judged, write_report
 
-from .lesions import CONTROL, LESIONS, images, lesions_run
+from .lesions import CONTROL, LESIONS, images, lesions_frontier, lesions_run
 
 
 def text_of(page) -> str:
@@ -69,6 +70,26 @@ def test_the_terminal_says_the_same_within_80_columns(lesions, monkeypatch):
     assert told.headline(found) in words
     assert found[0].control_told() in words
     assert "may not ship" in said
+
+
+def test_the_frontier_says_what_the_report_says(lesions, tmp_path):
+    frontier = lesions_frontier(tmp_path / "frontier", lesions)
+    _, found = judged(lesions)
+    table, priced = costs.judged(frontier)
+    assert [each.control_told() for each in priced] == [each.control_told() for each in found]
+    assert [each.reason() for each in priced] == [each.reason() for each in found]
+    said = " ".join(costs.answers(frontier))
+    assert told.headline(found) in said
+    assert found[0].control_told() in said
+    text = text_of(costs.write_frontier(frontier.folder))
+    assert told.headline(found) in text
+    assert found[0].control_told() in text
+    # One name for a network; folders are the author's own.
+    assert "students/" not in text
+    bars = cost_parts.parts_charts(costs.by_name(table))["cost_parts_cheetah_bytes"].to_dict()
+    drawn = {row["model"] for rows in bars["datasets"].values() for row in rows}
+    assert drawn == {"base network", *(each.name for each in found)}
+    assert table["name"].tolist() == ["base network", *(each.name for each in found)]
 
 
 def test_a_critical_class_may_not_lose_at_all(lesions, tmp_path):

@@ -343,22 +343,20 @@ def print_frontier(table: pd.DataFrame, network: str) -> None:
 
     from fairline.report.verdict import signed
 
-    who = "worst group or class" if "lowest" in table else "worst group"
     for name, part in table.groupby("protocol", sort=False):
         shown = pd.DataFrame(
             {
-                "ReLUs": part["relus"],
                 "MB": part["bytes"] / 1e6,
                 "rounds": part["rounds"],
-                "seconds": part["seconds"],
+                "s": part["seconds"],
                 "overall": part["overall"],
-                who: part["lowest" if "lowest" in table else "worst"],
-                "front": part["on_bytes_front"].map({True: "◆", False: ""}),
+                "worst": part["lowest"],
+                "◆": part["on_bytes_front"].map({True: "◆", False: ""}),
             }
         ).set_axis(part["model"])
         shown.index.name = "network"
-        formats = {"ReLUs": ",.0f", "MB": ".2f", "rounds": ".0f", "seconds": ".2f", "overall": ".1%"}
-        print_frame(shown, f"{name} over {network}", formats | {who: ".1%"})
+        formats = {"MB": ".2f", "rounds": ".0f", "s": ".2f", "overall": ".1%", "worst": ".1%"}
+        print_frame(shown, f"{name} over {network}; worst of groups and classes; ◆: on the front of bytes", formats)
     own = table[table["answer"] != ""].drop_duplicates("model") if "answer" in table else table[:0]
     if len(own):
         points = [signed(-loss) for loss in own["largest_loss"]]

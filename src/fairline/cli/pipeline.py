@@ -603,7 +603,7 @@ def frontier(
     from fairline.jobs.frontier import frontier_job
     from fairline.private.basis import PREDICTED
     from fairline.report.cost_parts import advice
-    from fairline.report.costs import answers, write_frontier
+    from fairline.report.costs import answers, by_name, prepare, write_frontier
     from fairline.report.results import write_frontier_results
 
     require_within(within)
@@ -619,12 +619,12 @@ def frontier(
             critical=critical or [],
             progress=progress,
         )
-    table = run.table("frontier.parquet")
+    table = by_name(prepare(run)[0])
     print_frontier(table, network)
     for (name, basis), part in table.groupby(["protocol", "basis"], sort=False):
         told = "predicted, not measured" if basis == PREDICTED else basis
-        sentence = f"Costs on {name} {told}: {', '.join(part['model'])}."
-        out_console.print(sentence, soft_wrap=True, highlight=False, markup=False)
+        who = "; ".join(part["model"]) if len(part) < 4 else f"{len(part)} networks (the page tells which)"
+        out_console.print(f"Costs on {name} {told}: {who}.", soft_wrap=True, highlight=False, markup=False)
     for sentence in [*advice(table), *answers(run, within, critical or [])]:
         out_console.print(sentence, soft_wrap=True, highlight=False)
     path = write_frontier(run.folder, within=within, critical=critical or [])

@@ -11,6 +11,7 @@ import torch
 
 from fairline._io import write_table
 from fairline.audit.cells import cells
+from fairline.audit.control import beside, control_of
 from fairline.audit.verdict import require_within
 from fairline.jobs._checkpoints import Checkpoint, find_networks, identities
 from fairline.jobs.costs import priced
@@ -53,7 +54,7 @@ def frontier_job(
         progress: Told of every network.
 
     Returns:
-        The run; ``cells.parquet`` counts what each network gets right in each set of images.
+        The run; ``cells.parquet`` counts what each network and its control get right in each set of images.
 
     Raises:
         FairlineError: The input is wrong, or a network of the audit has changed since.
@@ -142,7 +143,7 @@ def _cost(told: dict[str, Any], wire: Network, measured: Mapping[str, Any] | Non
 def _write_tables(run: Run, source: Run, bits: Run | None, costs: pd.DataFrame) -> None:
     if bits is not None:
         write_table(run.folder / "fixed_point.parquet", pd.read_parquet(bits.folder / "fixed_point.parquet"))
-    counted = _counted(source)
+    counted = count_cells(source)
     write_table(run.folder / "cells.parquet", counted)
     scores = pd.read_parquet(source.folder / "audit.parquet")
     scores = scores[scores["measure"].isin(["accuracy", "relative_drop"])]
@@ -151,21 +152,34 @@ def _write_tables(run: Run, source: Run, bits: Run | None, costs: pd.DataFrame) 
     write_table(run.folder / "frontier.parquet", frontier(scores, costs, counted))
 
 
-def _counted(source: Run) -> pd.DataFrame:
-    """The sets of images of each network of an audit, with its ``model``; the base network against itself."""
-    predictions = source.table("predictions.parquet")
+def count_cells(source: Run) -> pd.DataFrame:
+    """Count what each network of an audit and its control get right in each set of images.
+
+    Args:
+        source: The audit.
+
+    Returns:
+        Rows of :func:`fairline.audit.cells.cells` with the ``model`` and its ``control``, empty where there is none.
+        The base network is counted against itself.
+    """
+    about = source.table("audit.parquet").drop_duplicates("model").set_index("model")
+    about = about[about["stage"] != "base"]
+    images = dict(list(source.table("predictions.parquet").groupby("model", sort=False)))
     tables = []
-    for model, own in predictions.groupby("model", sort=False):
-        before = own["correct" if model == BASE else "reference_correct"]
-        tables.append(cells(own.assign(reference_correct=before)).assign(model=model))
+    for model, own in images.items():
+        if model == BASE:
+            own = own.assign(reference_correct=own["correct"])
+        control = control_of(about.loc[model], about) if model in about.index else None
+        counted = cells(own if control is None else beside(own, images[control]))
+        tables.append(counted.assign(model=model, control=control or ""))
     return pd.concat(tables, ignore_index=True)
 
 
 def _judge(run: Run, source: Run, within: float, critical: Sequence[str]) -> None:
-    """Write verdicts into ``frontier.parquet``; a finished run of an earlier version is counted first."""
+    """Write verdicts into ``frontier.parquet``; a finished run of an earlier version is counted anew first."""
     file = run.folder / "cells.parquet"
-    if not file.exists():
-        write_table(file, _counted(source))
+    if not file.exists() or "control" not in run.table("cells.parquet"):
+        write_table(file, count_cells(source))
     table = run.table("frontier.parquet")
     judged = judge(table, verdicts(run.table("cells.parquet"), within, critical))
     if not judged.equals(table):

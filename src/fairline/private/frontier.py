@@ -121,7 +121,7 @@ def verdicts(counted: pd.DataFrame, within: float = 5.0, critical: Sequence[str]
     require_within(within)
     made = counted[counted["model"] != BASE]
     return {
-        str(name): verdict([part.drop(columns="model").reset_index(drop=True)], within, critical)
+        str(name): verdict([part.reset_index(drop=True)], within, critical)
         for name, part in made.groupby("model", sort=False)
     }
 

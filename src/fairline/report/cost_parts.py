@@ -9,6 +9,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from fairline.audit.comparison import BASE
 from fairline.charts import PALETTE
 from fairline.private.basis import PREDICTED, spoken
 from fairline.private.cost import CALL_PARTS, COSTS, PARTS
@@ -168,12 +169,13 @@ def advice(table: pd.DataFrame) -> list[str]:
 def _advice(found: pd.DataFrame, protocol: str, part: str) -> str:
     models = list(dict.fromkeys(found["model"]))
     first = found[found["model"] == models[0]].to_dict("records")
+    whose = f"the {BASE}" if models[0] == BASE else models[0]
     more = f" and {len(models) - 1} other network{'s' if len(models) > 2 else ''}" if len(models) > 1 else ""
     verb = "outweigh" if part in ("linear", "quadratic") else "outweighs"
     dearer = _dearer(first, part)
     if part == "linear":
         return (
-            f"On {protocol} linear layers {verb} the ReLUs of {models[0]}{more}: {dearer}. No mask goes below that; "
+            f"On {protocol} linear layers {verb} the ReLUs of {whose}{more}: {dearer}. No mask goes below that; "
             "'fairline compile' may, and so do narrower networks."
         )
     instead = "average pooling in its place" if part == "max_pool" else "nothing in their place"
@@ -184,8 +186,8 @@ def _advice(found: pd.DataFrame, protocol: str, part: str) -> str:
         if not math.isnan(row["replaced_seconds"])
     ]
     return (
-        f"Replace this first: on {protocol} {PARTS[part]} {verb} the ReLUs of {models[0]}{more}: {dearer}. With "
-        f"{instead}, a call to {models[0]} would take {'; '.join(after)}, by the cost model. Its accuracy would have "
+        f"Replace this first: on {protocol} {PARTS[part]} {verb} the ReLUs of {whose}{more}: {dearer}. With "
+        f"{instead}, a call to {whose} would take {'; '.join(after)}, by the cost model. Its accuracy would have "
         "to be trained and audited anew."
     )
 

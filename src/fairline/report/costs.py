@@ -12,7 +12,8 @@ import altair as alt
 import pandas as pd
 
 from fairline.audit.cells import named
-from fairline.audit.verdict import CANNOT_TELL, MAY, require_within
+from fairline.audit.control import Control
+from fairline.audit.verdict import CANNOT_TELL, MAY, Verdict, require_within
 from fairline.charts import PALETTE, save_charts, themed
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
@@ -23,7 +24,7 @@ from fairline.private.frontier import cheapest, judge, verdicts
 from fairline.private.plan import CAVEATS
 from fairline.report import cost_parts, figures
 from fairline.report.page import settings, write_page
-from fairline.report.verdict import KINDS, Candidate, headline, signed
+from fairline.report.verdict import KINDS, Candidate, focus, headline, network_name, signed
 from fairline.runs import Run
 
 #: As :data:`fairline.report.cost_parts.UNITS`, with room for the word.
@@ -34,10 +35,13 @@ def prepare(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A frontier run's networks with their ``variant``, ``percent`` and ``budget``; and its accuracies, a row a group.
 
     Returns:
-        Rows of ``frontier.parquet``; rows of accuracies and relative drops, joined with their network's costs.
+        Rows of ``frontier.parquet``, with the ``name`` that pages call a network by; rows of accuracies and relative
+        drops, joined with their network's costs.
     """
     scores = figures.prepare(run.table("accuracy.parquet"), run.table("counts.parquet"))
     about = scores[["model", "variant", "percent", "budget", "stage"]].drop_duplicates("model")
+    names = [network_name(variant, budget) for variant, budget in zip(about["variant"], about["budget"], strict=True)]
+    about = about.assign(name=pd.Series(names, about.index).where(about["stage"] != "base", figures.BASE_NAME))
     table = _priced(run).merge(about, on="model")
     if "lowest" not in table:
         # In an earlier version classes did not count.
@@ -45,6 +49,11 @@ def prepare(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
         table = table.assign(lowest=table["worst"], lowest_who=names)
     keys = ["model", "protocol", "bytes", "rounds", "seconds", "basis"]
     return table, scores.merge(table[keys], on="model")
+
+
+def by_name(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of :func:`prepare` whose ``model`` is what pages call the network, in place of its folder."""
+    return table.assign(model=table["name"])
 
 
 def _priced(run: Run) -> pd.DataFrame:
@@ -247,7 +256,7 @@ def cost_figures(run: Run) -> dict[str, Any]:
         "cost_frontier": _side_by_side(frontier_charts(table), 230, 3).resolve_scale(color="shared"),
         "cost_groups": _side_by_side(groups_charts(scores, first), 330, 2).resolve_scale(color="shared"),
     }
-    if parts := cost_parts.parts_charts(table, legend=True):
+    if parts := cost_parts.parts_charts(by_name(table), legend=True):
         drawn["cost_parts"] = _side_by_side(parts, 300, 3).resolve_scale(color="shared")
     return {name: themed(chart) for name, chart in drawn.items()}
 
@@ -261,7 +270,7 @@ def _page_charts(table: pd.DataFrame, scores: pd.DataFrame) -> dict[str, dict[st
     drawn = {
         "frontier": frontier_charts(table, legend=False),
         "groups": groups_charts(scores, str(table["protocol"].iloc[0]), legend=False),
-        "parts": cost_parts.parts_charts(table),
+        "parts": cost_parts.parts_charts(by_name(table)),
     }
     return {
         kind: {name: themed(chart.properties(width="container")) for name, chart in charts.items()}
@@ -288,10 +297,22 @@ def judged(run: Run, within: float = 5.0, critical: Sequence[str] = ()) -> tuple
     require_within(within)
     if not (run.folder / "cells.parquet").exists():
         return table, []
-    found = verdicts(run.table("cells.parquet"), within, critical)
+    counted = run.table("cells.parquet")
+    found = verdicts(counted, within, critical)
     about = table.drop_duplicates("model").set_index("model")
-    candidates = [Candidate.of(model, about.loc[model], own) for model, own in found.items() if model in about.index]
+    sets = dict(list(counted.groupby("model", sort=False)))
+    candidates = [
+        Candidate.of(model, about.loc[model], own, _control(own, sets[model], about))
+        for model, own in found.items()
+        if model in about.index
+    ]
     return judge(table, found), candidates
+
+
+def _control(judged: Verdict, counted: pd.DataFrame, about: pd.DataFrame) -> Control | None:
+    """What the control explains; in an earlier version it was not counted."""
+    control = str(counted["control"].iloc[0]) if "control" in counted else ""
+    return Control.of(str(about.loc[control, "name"]), judged, [counted]) if control else None
 
 
 def answers(run: Run, within: float = 5.0, critical: Sequence[str] = ()) -> list[str]:
@@ -308,7 +329,13 @@ def _answers(table: pd.DataFrame, found: Sequence[Candidate]) -> list[str]:
     names = {each.model: each for each in found}
     undecided = {each.model for each in found if each.answer == CANNOT_TELL and not each.is_control}
     if not any(each.answer == MAY and not each.is_control for each in found):
-        return [headline(found), *_listed("Undecided", [names[model].name for model in names if model in undecided])]
+        shown = focus(found)
+        told = [] if shown is None or shown.is_control else [shown.control_told()]
+        return [
+            headline(found),
+            *told,
+            *_listed("Undecided", [names[model].name for model in names if model in undecided]),
+        ]
     sentences = []
     for protocol, part in table.groupby("protocol", sort=False):
         # As the report chooses: by seconds, where they are known of all.
@@ -320,7 +347,7 @@ def _answers(table: pd.DataFrame, found: Sequence[Candidate]) -> list[str]:
         own = names[chosen["model"]]
         sentences.append(
             f"On {protocol} {own.name} is the cheapest that may ship, in {cost}: {_price(chosen)}{share}. It may, as "
-            f"{own.reason()}"
+            f"{own.reason()} {own.control_told()}"
         )
         cheaper = part[part["model"].isin(undecided) & (part[cost] < chosen[cost])].sort_values(cost, kind="stable")
         sentences += _listed("Cheaper there, but undecided", [names[model].name for model in cheaper["model"]])
@@ -413,13 +440,14 @@ def panel(
     _, scores = prepare(run)
     table, found = judged(run, within, critical)
     charts = _page_charts(table, scores)
-    names, parts = cost_parts.parts_table(table)
+    called = by_name(table)
+    names, parts = cost_parts.parts_table(called)
     content = {
         "fixed_point": fixed_point_table(run),
         "answers": _answers(table, found),
         "judged": bool(found),
         "within": f"{within:g}",
-        "advice": cost_parts.advice(table),
+        "advice": cost_parts.advice(called),
         "charts": {kind: list(drawn) for kind, drawn in charts.items()},
         "legends": {
             "frontier": list(variant_colours(table).items()),

@@ -12,9 +12,10 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from fairline.audit.control import control_of
 from fairline.charts import BASE, CONTROL, INK, PALETTE, RAMP, SHIPPED, themed
 from fairline.data.grouped import OVERALL
-from fairline.report.verdict import Candidate, control_of, focus
+from fairline.report.verdict import Candidate, focus
 
 #: What the base network is called where networks stand side by side.
 BASE_NAME = "base network"

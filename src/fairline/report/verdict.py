@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from fairline.audit.cells import cells, named
 from fairline.audit.comparison import BASE
-from fairline.audit.intervals import mean_interval
-from fairline.audit.paired import change_interval
+from fairline.audit.control import Control, beside, control_of
 from fairline.audit.verdict import CANNOT_TELL, LEAST, MAY, MAY_NOT, Verdict, verdict
-from fairline.data.grouped import OVERALL
 
 #: Of a loss, the share that the control has as well from which on it is "mostly" or "hardly" the ReLUs.
 MOSTLY = 2 / 3
@@ -39,25 +36,6 @@ _MENTIONED = 2
 
 #: More images than this nobody collects.
 MANY = 1_000_000
-
-
-@dataclass(frozen=True, eq=False)
-class Control:
-    """What the network that kept all its ReLUs and was finetuned alike says of the set that decides.
-
-    Attributes:
-        name: What the control is called.
-        change: Its change of the set, in points.
-        beyond: Change of the network less the control's, in points.
-        low: Lower 95 % limit of that.
-        high: Upper limit.
-    """
-
-    name: str
-    change: float
-    beyond: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -389,33 +367,15 @@ def candidates(
     found = []
     for model, own in images.items():
         row = about.loc[model]
-        judged = verdict([cells(own)], within, critical)
         control = control_of(row, about)
+        counted = cells(own if control is None else beside(own, images[control]))
+        judged = verdict([counted], within, critical)
         priced = [] if costs is None else costs[costs["model"] == model].to_dict("records")
         against = None
         if control is not None:
-            name = network_name(*about.loc[control, ["variant", "budget"]])
-            against = _against(judged, [(own, images[control])], name)
+            against = Control.of(network_name(*about.loc[control, ["variant", "budget"]]), judged, [counted])
         found.append(Candidate.of(model, row, judged, against, priced))
     return found
-
-
-def control_of(row: pd.Series[Any], about: pd.DataFrame) -> str | None:
-    """The network that kept all its ReLUs and was trained on alike; of several, that of the same method.
-
-    Args:
-        row: A network: ``stage``, ``method``, ``objective``, ``relus`` and ``total_relus``.
-        about: All networks, by name, with the same columns.
-
-    Returns:
-        Its name, if there is one.
-    """
-    whole = about[(about["relus"] == about["total_relus"]) & (about["stage"] == row["stage"])]
-    whole = whole[whole["objective"] == row["objective"]]
-    if row["relus"] == row["total_relus"] or whole.empty:
-        return None
-    own = whole[whole["method"] == row["method"]]
-    return str((own if len(own) else whole).index[0])
 
 
 def network_name(variant: str, budget: str) -> str:
@@ -464,10 +424,12 @@ def methods(
         # With all ReLUs kept nothing is left of how masks were found.
         alike = [name for name in controls if _finetune(name) == _finetune(row["method"])]
         control = row["method"] if row["method"] in controls else next(iter(alike), "")
-        whole = images(control, total)
-        judged = verdict([cells(part) for part in own], within, critical)
         is_control = row["relus"] == total
-        name = network_name(control, "100 %")
+        whole = [] if is_control else images(control, total)
+        if whole:
+            own = [beside(mine, other) for mine, other in zip(own, whole, strict=True)]
+        counted = [cells(part) for part in own]
+        judged = verdict(counted, within, critical)
         found.append(
             Candidate(
                 f"{row['method']}, {row['relus']} ReLUs",
@@ -476,7 +438,7 @@ def methods(
                 int(row["relus"]),
                 float(row["percent"]),
                 judged,
-                _against(judged, list(zip(own, whole, strict=True)), name) if whole and not is_control else None,
+                Control.of(network_name(control, "100 %"), judged, counted) if whole else None,
                 is_control,
             )
         )
@@ -494,33 +456,6 @@ def _finetune(method: str) -> str:
     """
     parts = method.rpartition(": ")[2].split(", ")
     return ", ".join(parts[1:] if parts[0].startswith("masks ") else parts)
-
-
-def _against(judged: Verdict, pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], name: str) -> Control:
-    """A network beside its control in the set that decides; or those of each seed."""
-    cell = judged.decisive
-
-    def of(images: pd.DataFrame) -> pd.DataFrame:
-        chosen = images
-        if cell["group"] != OVERALL:
-            chosen = chosen[chosen["group"] == cell["group"]]
-        if cell["kind"] in ("class", "cell"):
-            chosen = chosen[chosen["label"] == cell["class"]]
-        return chosen.set_index("index").sort_index()
-
-    chosen = [(of(own), of(other)) for own, other in pairs]
-    beyond = [100 * (float(mine["correct"].mean()) - float(whole["correct"].mean())) for mine, whole in chosen]
-    change = [
-        100 * float(whole["correct"].mean() - whole["reference_correct"].astype(bool).mean()) for _, whole in chosen
-    ]
-    if len(chosen) == 1:
-        mine, whole = chosen[0]
-        lost = int((whole["correct"] & ~mine["correct"]).sum())
-        gained = int((mine["correct"] & ~whole["correct"]).sum())
-        low, high = (100 * float(limit) for limit in change_interval(lost, gained, len(mine)))
-    else:
-        low, high = mean_interval(np.asarray(beyond))
-    return Control(name, float(np.mean(change)), float(np.mean(beyond)), low, high)
 
 
 def best(found: Sequence[Candidate]) -> Candidate | None:
@@ -605,7 +540,6 @@ __all__ = [
     "best",
     "candidates",
     "cautions",
-    "control_of",
     "focus",
     "headline",
     "limits_told",

@@ -1,0 +1,98 @@
+"""What is not linearization's: the control kept all its ReLUs and was finetuned alike.
+
+A network that is finetuned changes whether or not it loses ReLUs. What the control loses of a set of images is the
+finetune's; what the network loses beyond it is linearization's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fairline.audit.intervals import mean_interval
+from fairline.audit.paired import change_interval
+from fairline.audit.verdict import Verdict
+
+_KEYS = ["kind", "group", "class"]
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """What the control says of the set of images that decides.
+
+    Attributes:
+        name: What the control is called.
+        change: Its change of the set, in points.
+        beyond: Change of the network less the control's, in points.
+        low: Lower 95 % limit of that.
+        high: Upper limit.
+    """
+
+    name: str
+    change: float
+    beyond: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, name: str, judged: Verdict, counted: Sequence[pd.DataFrame]) -> Control:
+        """A network beside its control, in the set that decides its verdict.
+
+        Args:
+            name: What the control is called.
+            judged: The verdict.
+            counted: What it was made from: :func:`fairline.audit.cells.cells` of each base network, with the control.
+
+        Returns:
+            The control; with several base networks, over these (Student), else over the images (Tango).
+        """
+        decisive = tuple(judged.decisive[key] for key in _KEYS)
+        own = pd.concat([each.set_index(_KEYS).loc[[decisive]] for each in counted], ignore_index=True)
+        change = 100 * (own["control_after"] - own["before"]) / own["n"]
+        beyond = 100 * (own["after"] - own["control_after"]) / own["n"]
+        if len(own) > 1:
+            low, high = mean_interval(beyond.to_numpy())
+        else:
+            row = own.iloc[0]
+            limits = change_interval(row["control_lost"], row["control_gained"], row["n"])
+            low, high = (100 * float(limit) for limit in limits)
+        return cls(name, float(np.mean(change)), float(np.mean(beyond)), float(low), float(high))
+
+
+def control_of(row: pd.Series[Any], about: pd.DataFrame) -> str | None:
+    """The network that kept all its ReLUs and was trained on alike; of several, that of the same method.
+
+    Args:
+        row: A network: ``stage``, ``method``, ``objective``, ``relus`` and ``total_relus``.
+        about: All networks, by name, with the same columns.
+
+    Returns:
+        Its name, if there is one.
+    """
+    whole = about[(about["relus"] == about["total_relus"]) & (about["stage"] == row["stage"])]
+    whole = whole[whole["objective"] == row["objective"]]
+    if row["relus"] == row["total_relus"] or whole.empty:
+        return None
+    own = whole[whole["method"] == row["method"]]
+    return str((own if len(own) else whole).index[0])
+
+
+def beside(predictions: pd.DataFrame, control: pd.DataFrame, image: str = "index") -> pd.DataFrame:
+    """Predictions of a network with those of its control: ``control_correct``.
+
+    Args:
+        predictions: A row an image.
+        control: The control's rows of the same images, with ``correct``.
+        image: Column that says which image it is.
+
+    Returns:
+        The rows with that column.
+    """
+    return predictions.assign(control_correct=predictions[image].map(control.set_index(image)["correct"]))
+
+
+__all__ = ["Control", "beside", "control_of"]
