@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ UNITS = {"bytes": ("MB", 1e6), "rounds": ("rounds", 1.0), "seconds": ("s", 1.0)}
 
 #: The colour of a part, in every figure.
 COLOURS = dict(zip(PARTS, [PALETTE[0], PALETTE[1], PALETTE[3], PALETTE[4], PALETTE[2], PALETTE[8]], strict=True))
+
+#: Characters of a network's name in a line of a chart, what fits into a third of a page; and a line's height.
+_CHARACTERS, _LINE = 42, 13
 
 _DIGITS = {"bytes": 2, "rounds": 0, "seconds": 2}
 
@@ -82,7 +86,11 @@ def _parts_chart(table: pd.DataFrame, protocol: str, cost: str, colour: alt.Colo
         value=lambda each: each["value"] / factor, order=lambda each: each["part"].map(list(columns.values()).index)
     )
     where = f", over {spoken(find_network(table['wire'].iloc[0]))}" if cost == "seconds" else ""
-    y = alt.Y("model:N", sort=list(table["model"]), axis=None, scale=alt.Scale(paddingInner=0.55, paddingOuter=0.5))
+    called = {name: textwrap.wrap(name.replace(" %", "\u00a0%"), _CHARACTERS) for name in table["model"]}
+    # The lines of a name stand above its bar, so that a long one takes nothing of the width.
+    most = max(map(len, called.values()))
+    down = _LINE * most / 2
+    y = alt.Y("model:N", sort=list(table["model"]), axis=None)
     x = alt.X(
         "value:Q", stack="zero", title=f"{unit} a call, {protocol}{where}", scale=alt.Scale(zero=True),
         axis=alt.Axis(tickCount=4, grid=True),
@@ -92,18 +100,23 @@ def _parts_chart(table: pd.DataFrame, protocol: str, cost: str, colour: alt.Colo
         alt.Tooltip("part:N"),
         alt.Tooltip("value:Q", format=",.4~g", title=unit),
     ]
-    bars = alt.Chart(long).mark_bar().encode(x=x, y=y, color=colour, order="order:Q", tooltip=tooltip)
-    # Above its bar, so that a long name takes nothing of the width.
-    names = alt.Chart(rows).mark_text(align="left", dy=-14, fontSize=12).encode(x=alt.value(0), y=y, text="model:N")
-    layers = [bars, names]
+    bars = (
+        alt.Chart(long).mark_bar(size=14, yOffset=down).encode(x=x, y=y, color=colour, order="order:Q", tooltip=tooltip)
+    )
+    names = []
+    for above in range(most):
+        lines = rows[["model"]].assign(line=[[*[""] * most, *called[name]][-1 - above] for name in rows["model"]])
+        text = alt.Chart(lines).mark_text(align="left", baseline="bottom", dy=down - 9 - _LINE * above, fontSize=11)
+        names.append(text.encode(x=alt.value(0), y=y, text="line:N"))
+    layers = [bars, *names]
     measured = table[(table["basis"] != PREDICTED) & table[cost].notna()]
     # Messages, which are counted, are no rounds.
     if len(measured) and cost != "rounds":
         found = measured[["model", "basis"]].assign(value=measured[cost] / factor)
         told = [alt.Tooltip("basis:N"), alt.Tooltip("value:Q", format=",.4~g", title=unit)]
-        tick = alt.Chart(found).mark_tick(color="black", thickness=2, size=20)
+        tick = alt.Chart(found).mark_tick(color="black", thickness=2, size=20, yOffset=down)
         layers.append(tick.encode(x="value:Q", y=y, tooltip=told))
-    return alt.layer(*layers).properties(height=alt.Step(34))
+    return alt.layer(*layers).properties(height=alt.Step(26 + _LINE * most))
 
 
 def legend(table: pd.DataFrame) -> list[tuple[str, str]]:
