@@ -171,12 +171,12 @@ def _print_parts(totals: pd.DataFrame, title: str) -> None:
             end = f"_{part}" if part else ""
             cells = {"ReLUs": math.nan if part else first["relus"], "MB": first[f"bytes{end}"] / 1e6}
             cells |= {
-                "of it offline": math.nan if part else first["offline_bytes"] / 1e6,
+                "offline": math.nan if part else first["offline_bytes"] / 1e6,
                 "rounds": first[f"rounds{end}"],
             }
             # A protocol whose computing no source tells has no seconds.
             for row in own.dropna(subset=["seconds"]).to_dict("records"):
-                cells[f"s over {row['wire']}"] = row[f"seconds{end}"]
+                cells[f"{row['wire']} s"] = row[f"seconds{end}"]
             names.append(f"  {PARTS[part]}" if part else str(network))
             rows.append(cells)
     shown = pd.DataFrame(rows, index=pd.Index(names, name="network"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fairline._io import read_json, write_text
 from fairline.runs import Run
+
+_PERCENT = re.compile(r"(?<=\d) %")
 
 
 def write_page(target: Path, template: str, drawn: Mapping[str, Any], **content: Any) -> Path:
@@ -28,13 +31,22 @@ def write_page(target: Path, template: str, drawn: Mapping[str, Any], **content:
 
     # Every template is HTML, whatever its name ends in.
     environment = Environment(
-        loader=PackageLoader("fairline.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("fairline.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_unbroken,
     )
     environment.policies["json.dumps_kwargs"] = {"default": str}
     specs = {name: chart.to_dict() for name, chart in drawn.items()}
     page = environment.get_template(template).render(specs=specs, javascript=javascript(), dark_colours=DARK, **content)
     write_text(target, page)
     return target
+
+
+def _unbroken(value: Any) -> Any:
+    """A number and its per cent sign stay on one line; data of charts, which are no plain text, are left alone."""
+    return _PERCENT.sub("\u00a0%", value) if type(value) is str else value
 
 
 def javascript() -> str:
