@@ -132,6 +132,26 @@ def test_networks_whose_last_layer_was_retrained(runs, tmp_path):
     assert all(masks)
 
 
+def test_networks_whose_classes_were_rebalanced(runs, tmp_path):
+    said = ok("adjust", runs / "students", "--rule", "largest_loss", "--out", tmp_path / "adjusted")
+    tried = pd.read_parquet(tmp_path / "adjusted" / "metrics.parquet")
+    assert "largest loss of a group" in said
+    for name, own in tried.groupby("network"):
+        (chosen,) = own.loc[own["chosen"], "tau"]
+        assert chosen == own.loc[own["largest_loss"].idxmin(), "tau"]
+        assert f"{name}: τ = {chosen:g}" in said
+        masks = [
+            (tmp_path / "adjusted", runs / "students")[i] / "networks" / name / "masks.safetensors" for i in (0, 1)
+        ]
+        assert masks[0].read_bytes() == masks[1].read_bytes()
+    assert "τ = 2" in ok("adjust", runs / "students", "--tau", "2", "--out", tmp_path / "fixed")
+    said = ok("compare", runs / "students", tmp_path / "fixed", "--resamples", "50", "--out", tmp_path / "compare")
+    assert "logit adjust tau=2" in said
+    ok("audit", tmp_path / "adjusted", "--resamples", "50", "--out", tmp_path / "audit")
+    assert set(pd.read_parquet(tmp_path / "audit" / "audit.parquet")["objective"]) == {"", "erm + logit adjust"}
+    ok("compile", tmp_path / "adjusted", "--networks", "budget-20", "--out", tmp_path / "compiled")
+
+
 def test_replicates_must_have_the_same_data(runs, tmp_path):
     base = ["train", "--data", "digits", "--balanced", "--model", "cnn", "--width", "4", "--epochs", "1"]
     ok(*base, "--out", tmp_path / "base")

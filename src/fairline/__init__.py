@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fairline.objectives import LogitAdjust as LogitAdjust
     from fairline.objectives import Objective as Objective
     from fairline.objectives import Reweighting as Reweighting
+    from fairline.objectives import adjust as adjust
     from fairline.objectives import retrain_last_layer as retrain_last_layer
     from fairline.ranks import launch as launch
     from fairline.report.html import write_report as write_report
@@ -73,6 +74,7 @@ _LAZY = {
     "Reweighting": "fairline.objectives",
     "SENet": "fairline.linearize",
     "SNL": "fairline.linearize",
+    "adjust": "fairline.objectives",
     "audit": "fairline.audit",
     "compile": "fairline.compiler",
     "data": "",

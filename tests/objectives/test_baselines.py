@@ -14,7 +14,7 @@ from torch import nn
 import fairline as fl
 from fairline.errors import FairlineError
 from fairline.objectives import Batch, LogitAdjust, Reweighting
-from fairline.objectives.last_layer import last_features, retrain_last_layer
+from fairline.objectives.last_layer import output_layer, retrain_last_layer
 from tests.conftest import make_data
 from tests.objectives.problems import SHARE, N, solve
 
@@ -92,7 +92,7 @@ def test_bad_settings(make, message):
 
 
 def test_the_features_are_what_the_last_layer_sees(parts, trained):
-    layer, features = last_features(trained, parts[1])
+    layer, features, _ = output_layer(trained, parts[1])
     with torch.no_grad():
         logits = torch.from_numpy(features).float() @ layer.weight.T + layer.bias
     torch.testing.assert_close(logits, fl.predict(trained, parts[1]))
@@ -104,7 +104,7 @@ def test_the_last_layer_becomes_the_regression_on_balanced_features(parts, train
     size = int(val.counts()["n"].min())
     index = torch.cat([torch.nonzero(val.groups == g).flatten()[:size] for g in range(3)])
     balanced = val.select(index)
-    _, features = last_features(trained, balanced)
+    _, features, _ = output_layer(trained, balanced)
     before = copy.deepcopy(trained.state_dict())
     said = retrain_last_layer(trained, balanced, strengths=[0.1], repeats=2)
     assert said["strength"] == 0.1
@@ -118,6 +118,14 @@ def test_the_last_layer_becomes_the_regression_on_balanced_features(parts, train
     changed = {name for name, value in trained.state_dict().items() if not torch.equal(value, before[name])}
     last = [name for name, module in trained.named_modules() if isinstance(module, nn.Linear)][-1]
     assert changed == {f"{last}.weight", f"{last}.bias"}
+
+
+def test_images_may_be_balanced_by_class(trained):
+    crossed = make_data(390, classes=3, groups=2, seed=3)
+    sizes = {"group": crossed.groups.bincount(), "class": crossed.labels.bincount()}
+    for balance, n in sizes.items():
+        assert retrain_last_layer(trained, crossed, balance=balance, repeats=1)["per_cell"] == n.min()
+    assert sizes["group"].min() != sizes["class"].min()
 
 
 def test_it_repairs_a_layer_that_ignores_the_minority(parts, trained):
@@ -151,7 +159,7 @@ def test_what_cannot_be_retrained(parts, trained):
         retrain_last_layer(nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten()), val)
     with pytest.raises(FairlineError, match="has no bias"):
         retrain_last_layer(nn.Sequential(nn.Flatten(), nn.Linear(64, 3, bias=False)), val)
-    with pytest.raises(FairlineError, match="group or group_and_class"):
+    with pytest.raises(FairlineError, match="group, class or group_and_class"):
         retrain_last_layer(trained, val, balance="age")
     with pytest.raises(FairlineError, match="positive strengths"):
         retrain_last_layer(trained, val, strengths=[])

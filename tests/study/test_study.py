@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -70,6 +71,22 @@ def test_every_audit_of_a_study_has_a_page(study):
         assert len(never)
         assert all(f"“{group}” (0)" in page for group in never)
     ok("report", folder / "base-audit")
+
+
+def test_a_study_adjusts_what_it_finetuned(study, tmp_path):
+    adjusted = tmp_path / "adjusted.yaml"
+    text = SPEC.read_text().replace("name: digits_tiny", "name: digits_adjusted")
+    assert "{objective: erm," in text
+    more = "{objective: erm, adjust: [{}, {method: tau_norm, tau: 1}],"
+    adjusted.write_text(text.replace("{objective: erm,", more))
+    assert load_spec(SPEC).digest != load_spec(adjusted).digest
+    shutil.copytree(study / "out" / "cells", tmp_path / "out" / "cells")
+    ok("study", "run", adjusted, "--results", tmp_path / "results", "--out", tmp_path / "out")
+    table = pd.read_csv(tmp_path / "results" / "digits_adjusted" / "digits.csv")
+    assert {"erm, logit adjust", "erm, tau norm tau=1"} < set(table["method"])
+    own = table[(table["method"] == "erm, logit adjust") & (table["measure"] == "beyond_control")]
+    # The control, with all ReLUs, was adjusted alike.
+    assert len(own)
 
 
 def test_a_changed_spec_is_refused(study, tmp_path):

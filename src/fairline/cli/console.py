@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -159,6 +160,18 @@ def say_best(run: Run) -> None:
         f"worst group {best['val_worst_group_accuracy']:.1%}. Written to {run.folder}",
         soft_wrap=True,
     )
+
+
+def say_strengths(run: Run) -> None:
+    """What strength each network was adjusted with."""
+    table = run.table("metrics.parquet")
+    for row in table[table["chosen"]].to_dict("records"):
+        line = f"{row['network']}: τ = {row['tau']:g}"
+        if "accuracy" in row:
+            line += f", validation accuracy {row['accuracy']:.1%}, worst group {row['worst_group_accuracy']:.1%}"
+        if row.get("largest_loss", math.nan) == row.get("largest_loss", math.nan):
+            line += f", largest loss of a group {row['largest_loss']:.1f} points"
+        out_console.print(line, soft_wrap=True)
 
 
 def _print_first_look(run: Run) -> None:

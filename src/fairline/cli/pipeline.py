@@ -19,6 +19,7 @@ from fairline.cli.console import (
     print_frontier,
     progress_bars,
     say_best,
+    say_strengths,
     work_together,
 )
 from fairline.cli.options import (
@@ -377,12 +378,13 @@ def finetune(
 def last_layer(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a linearize or finetune run.")],
     out: Out,
-    balance: Annotated[str, typer.Option(help="As many images of each: group or group_and_class.")] = "group",
+    balance: Annotated[str, typer.Option(help="As many images of each: group, class or group_and_class.")] = "group",
+    part: Annotated[str, typer.Option(help="Of val or train; by class on train is cRT (Kang et al. 2020).")] = "val",
     repeats: Annotated[int, typer.Option(help="Balanced subsets to average over.")] = 10,
     root: Root = None,
     seed: Seed = 0,
 ) -> None:
-    """Retrain the last layer of every network of a run on group-balanced validation images."""
+    """Retrain the last layer of every network of a run on balanced images, held-out ones by default."""
     from fairline.jobs import last_layer_job
 
     with progress_bars() as progress:
@@ -390,12 +392,51 @@ def last_layer(
             source,
             out,
             balance=balance,
+            part=part,
             repeats=repeats,
             root=None if root is None else str(root),
             seed=seed,
             progress=progress,
         )
     list_networks(run)
+
+
+@app.command()
+def adjust(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a linearize, finetune or last-layer run.")],
+    out: Out,
+    method: Annotated[
+        str, typer.Option(help="logit_adjust (class shares), tau_norm (weights' norms) or weight_scale (learned).")
+    ] = "logit_adjust",
+    tau: Annotated[
+        float | None, typer.Option(help="Strength; for each network chosen on the validation part by default.")
+    ] = None,
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="How it is chosen: worst_group (highest, within --within of the overall accuracy), or largest_loss "
+            "(of any group, against the base network: least)."
+        ),
+    ] = "worst_group",
+    within: Annotated[float, typer.Option(help="Overall accuracy that may go, in percentage points.")] = 1.0,
+    root: Root = None,
+) -> None:
+    """Raise the logits of rare classes in every network of a run, in its last layer: no training, no other cost."""
+    from fairline.jobs import adjust_job
+
+    with progress_bars() as progress:
+        run = adjust_job(
+            source,
+            out,
+            method=method,  # type: ignore[arg-type]
+            tau=tau,
+            rule=rule,  # type: ignore[arg-type]
+            within=within,
+            root=None if root is None else str(root),
+            progress=progress,
+        )
+    list_networks(run)
+    say_strengths(run)
 
 
 @app.command()

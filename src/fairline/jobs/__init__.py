@@ -1,5 +1,6 @@
 """The jobs of the command line, each from run folder to run folder, each resumable after a kill. One file a verb."""
 
+from fairline.jobs.adjust import adjust_job
 from fairline.jobs.audit import audit_job
 from fairline.jobs.compare import compare_job
 from fairline.jobs.compiled import compile_job
@@ -13,6 +14,7 @@ from fairline.jobs.train import train_job
 
 __all__ = [
     "ablate_job",
+    "adjust_job",
     "audit_job",
     "build_linearizer",
     "compare_job",

@@ -16,7 +16,7 @@ from fairline.errors import FairlineError
 from fairline.runs import DataSpec, NetworkInfo, Run, load_network, save_network
 
 #: Commands whose runs hold linearized networks that can be trained on.
-STUDENTS = ("linearize", "finetune", "last-layer")
+STUDENTS = ("linearize", "finetune", "last-layer", "adjust")
 
 #: Commands whose runs hold linearized networks.
 LINEARIZED = (*STUDENTS, "compile")

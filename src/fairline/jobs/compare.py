@@ -37,7 +37,7 @@ def method_label(run: Run, info: NetworkInfo) -> str:
     if run.command == "linearize":
         parts.append("not finetuned")
     own = run
-    while own.command == "last-layer":
+    while own.command in ("last-layer", "adjust"):
         own = own.lineage()[-2]
     if own.command == "finetune":
         options = " ".join(
@@ -46,8 +46,12 @@ def method_label(run: Run, info: NetworkInfo) -> str:
         )
         text = f"{own.config['objective']} {options}".strip()
         parts.append(text if own.config.get("distill", True) else f"{text}, labels only")
-    if run.command == "last-layer":
-        parts.append("last layer")
+    for each in run.lineage():
+        if each.command == "last-layer":
+            parts.append("last layer")
+        if each.command == "adjust":
+            tau = each.config["tau"]
+            parts.append(each.config["method"].replace("_", " ") + ("" if tau is None else f" tau={tau:g}"))
     label = ", ".join(parts)
     # The linearizer is named only where it is not the usual one.
     return label if info.method == "snl" else f"{info.method}: {label}"

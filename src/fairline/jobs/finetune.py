@@ -123,19 +123,21 @@ def last_layer_job(
     out: str | Path,
     *,
     balance: str = "group",
+    part: str = "val",
     repeats: int = 10,
     root: str | None = None,
     seed: int = 0,
     progress: ProgressCallback | None = None,
 ) -> Run:
-    """Retrain the last layer of every network of a linearize or finetune run on balanced validation data, into ``out``.
+    """Retrain the last layer of every network of a linearize or finetune run on balanced images, into ``out``.
 
     See :func:`fairline.retrain_last_layer`.
 
     Args:
         source: A linearize or finetune run.
         out: The run folder.
-        balance: As many images of each: ``"group"`` or ``"group_and_class"``.
+        balance: As many images of each: ``"group"``, ``"class"`` or ``"group_and_class"``.
+        part: Of which part: ``"val"``, or ``"train"``, which the network has seen.
         repeats: Balanced subsets to average over.
         root: Where the data are now, if they have moved.
         seed: Of the subsets.
@@ -143,16 +145,22 @@ def last_layer_job(
 
     Returns:
         The run.
+
+    Raises:
+        FairlineError: There is no such part, or the images cannot be balanced.
     """
     parent = Run.read(source, *STUDENTS)
-    config = {**built_on(parent), "balance": balance, "repeats": repeats, "seed": seed}
+    if part not in ("val", "train"):
+        raise FairlineError(f"Last layers are retrained on val or train, not '{part}'.")
+    where = {} if part == "val" else {"part": part}
+    config = {**built_on(parent), "balance": balance, "repeats": repeats, "seed": seed, **where}
 
     def work(run: Run) -> None:
-        val = load_parts(parent, root)["val"]
+        images = load_parts(parent, root)[part]
         count = len(parent.networks())
 
         def change(position: int, name: str, network: nn.Module, info: NetworkInfo) -> tuple[NetworkInfo, Rows]:
-            said = objectives.retrain_last_layer(network, val, balance=balance, repeats=repeats, seed=seed)
+            said = objectives.retrain_last_layer(network, images, balance=balance, repeats=repeats, seed=seed)
             tried = [
                 {
                     "strength": strength,

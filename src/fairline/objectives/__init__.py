@@ -17,6 +17,7 @@ from fairline.objectives.lagrangian import Lagrangian
 from fairline.objectives.last_layer import retrain_last_layer
 from fairline.objectives.logit_adjust import LogitAdjust
 from fairline.objectives.own import build_own, require_whole
+from fairline.objectives.post_hoc import adjust
 from fairline.objectives.reweighting import Reweighting
 
 #: Name on the command line → class.
@@ -76,6 +77,7 @@ __all__ = [
     "LogitAdjust",
     "Objective",
     "Reweighting",
+    "adjust",
     "build",
     "distillation_loss",
     "retrain_last_layer",

@@ -39,7 +39,9 @@ def retrain_last_layer(
     Args:
         model: Any network whose output is that of its last ``nn.Linear``; changed in place.
         held_out: Data that the weights were not trained on; the validation part.
-        balance: ``"group"``: as many images of each group; ``"group_and_class"``: of each group and class that occurs.
+        balance: As many images of each ``"group"``, ``"class"`` or, where they occur, ``"group_and_class"``. By class
+            and on the training images it is cRT (Kang et al., *Decoupling representation and classifier*, ICLR 2020),
+            as a regression in place of some epochs.
         strengths: Inverse penalties C to choose from.
         repeats: Balanced subsets to average over.
         seed: Of halves and subsets.
@@ -53,9 +55,9 @@ def retrain_last_layer(
             range.
     """
     _require_possible(held_out, balance, strengths, repeats)
-    layer, features = last_features(model, held_out)
+    layer, features, _ = output_layer(model, held_out)
     labels, groups = held_out.labels.cpu().numpy(), held_out.groups.cpu().numpy()
-    cells = groups if balance == "group" else groups * held_out.num_classes + labels
+    cells = {"group": groups, "class": labels}.get(balance, groups * held_out.num_classes + labels)
     rng = np.random.default_rng(seed)
 
     half = _half_of_each_group(groups, rng)
@@ -82,8 +84,8 @@ def retrain_last_layer(
 
 def _require_possible(held_out: GroupedData, balance: str, strengths: Sequence[float], repeats: int) -> None:
     """Refuse settings out of range, and groups that cannot be halved."""
-    if balance not in ("group", "group_and_class"):
-        raise FairlineError(f"Held-out data are balanced by group or group_and_class, not '{balance}'.")
+    if balance not in ("group", "class", "group_and_class"):
+        raise FairlineError(f"Held-out data are balanced by group, class or group_and_class, not '{balance}'.")
     if repeats < 1 or not strengths or min(strengths) <= 0:
         raise FairlineError(
             f"Retraining needs repeats ≥ 1 and positive strengths, not {repeats} and {list(strengths)}."
@@ -112,15 +114,15 @@ def _replace(layer: nn.Linear, weight: Floats, bias: Floats) -> None:
         layer.bias[: len(bias)] = torch.from_numpy(bias).to(layer.bias)
 
 
-def last_features(model: nn.Module, data: GroupedData) -> tuple[nn.Linear, Floats]:
-    """The last linear layer, and what goes into it for every sample.
+def output_layer(model: nn.Module, data: GroupedData) -> tuple[nn.Linear, Floats, Tensor]:
+    """The last linear layer, what goes into it, and the logits that come out.
 
     Args:
         model: Any network whose output is that of its last ``nn.Linear``.
         data: The samples.
 
     Returns:
-        The layer, and its inputs, float64, (N, F).
+        The layer, its inputs, float64, (N, F), and outputs, (N, K).
 
     Raises:
         FairlineError: There is none, or the network does something with its output.
@@ -147,7 +149,7 @@ def last_features(model: nn.Module, data: GroupedData) -> tuple[nn.Linear, Float
         raise FairlineError(
             f"The last nn.Linear of {type(model).__name__} is not its output layer, so it cannot be retrained alone."
         )
-    return layer, torch.cat(inputs).double().cpu().numpy()
+    return layer, torch.cat(inputs).double().cpu().numpy(), logits
 
 
 def _balanced(cells: NDArray[np.int64], among: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.int64]:

@@ -1,6 +1,6 @@
 """The cells of a study: what must be computed, each named by the hash of all that determines it.
 
-    train (a data set and a seed) ──► linearize (one run gives all budgets) ──► finetune ──► last-layer
+    train (a data set and a seed) ──► linearize (one run gives all budgets) ──► finetune ──► last-layer, adjust
       └──► audit                                                                  └──► audit   └──► audit
                                               all finetunes of a data set, over the seeds ──► compare
 
@@ -33,7 +33,8 @@ class Cell:
     """One run.
 
     Attributes:
-        kind: The job: ``train``, ``linearize``, ``finetune``, ``last-layer``, ``audit`` or ``compare``.
+        kind: The job: ``train``, ``linearize``, ``finetune``, ``last-layer``, ``adjust``, ``audit`` or
+            ``compare``.
         arguments: What determines the result beside the parents; plain JSON.
         parents: The cells that it is built on.
         where: Its name for people, ``DATA-SEED/NAME``; not part of the hash.
@@ -217,7 +218,7 @@ def _placed(spec: StudySpec, masks: str, base: Cell) -> Cell:
 
 
 def _finetuned(spec: StudySpec, method: Finetune, placed: Cell) -> list[Cell]:
-    """A finetune of linearized networks, and their last layers retrained if the method says so."""
+    """A finetune of linearized networks, and their last layers retrained or adjusted if the method says so."""
     seed = placed.about["seed"]
     arguments = {
         **_named(spec, method.objective),
@@ -236,6 +237,10 @@ def _finetuned(spec: StudySpec, method: Finetune, placed: Cell) -> list[Cell]:
     if method.last_layer:
         retrained = {**about, "finetune": f"{method.folder}, last layer"}
         cells.append(Cell("last-layer", {"seed": seed}, (cells[0],), f"{name}-last-layer", retrained))
+    for adjusted in method.adjust:
+        moved = {**about, "finetune": f"{method.folder}, {adjusted.label}"}
+        folder = f"{name}-{adjusted.label.replace(' ', '-')}"
+        cells.append(Cell("adjust", adjusted.model_dump(mode="json"), (cells[0],), folder, moved))
     return cells
 
 
@@ -359,6 +364,11 @@ def _last_layer(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[
     )
 
 
+def _adjust(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:
+    given = cell.arguments
+    return jobs.adjust_job(parents[0], folder, root=common["root"], progress=common["progress"], **given)
+
+
 def _audit(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:
     names = ("measures", "options", "explain", "resamples", "seed")
     given = {name: cell.arguments[name] for name in names}
@@ -378,6 +388,7 @@ _JOBS: dict[str, Callable[[Cell, Path, Sequence[Path], dict[str, Any]], Run]] = 
     "linearize": _linearize,
     "finetune": _finetune,
     "last-layer": _last_layer,
+    "adjust": _adjust,
     "audit": _audit,
     "compare": _compare,
 }

@@ -21,6 +21,7 @@ from pydantic import (
 from fairline._io import json_digest
 from fairline._own import files, is_own, located
 from fairline.errors import FairlineError
+from fairline.objectives.post_hoc import Method, Rule
 
 
 class _Strict(BaseModel):
@@ -64,6 +65,23 @@ class Masks(_Strict):
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
+class Adjust(_Strict):
+    """A rebalancing of classes after the finetune; see :func:`fairline.adjust`."""
+
+    method: Method = "logit_adjust"
+    tau: float | None = None
+    rule: Rule = "worst_group"
+    within: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """What it is called beside its finetune."""
+        told = self.method.replace("_", " ")
+        if self.tau is not None:
+            return f"{told} tau={self.tau:g}"
+        return told if self.rule == "worst_group" else f"{told} {self.rule.replace('_', ' ')}"
+
+
 class Finetune(_Strict):
     """One finetune of the networks of some masks."""
 
@@ -72,6 +90,15 @@ class Finetune(_Strict):
     options: dict[str, Any] = Field(default_factory=dict)
     masks: list[str] = Field(min_length=1)
     last_layer: bool = False
+    adjust: list[Adjust] = Field(default_factory=list)
+
+    @model_serializer(mode="wrap")
+    def _known_by(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Studies that adjust nothing keep the hash under which their results are known."""
+        content: dict[str, Any] = written(self)
+        if not self.adjust:
+            del content["adjust"]
+        return content
 
     @property
     def folder(self) -> str:

@@ -1,0 +1,76 @@
+"""The job of ``fairline adjust``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fairline.jobs._common import STUDENTS, Rows, built_on, do_once, load_base, load_parts, remake
+from fairline.objectives.post_hoc import Method, Rule, adjust_in_place, require_settings
+from fairline.runs import NetworkInfo, Run
+from fairline.training import Progress, ProgressCallback
+
+
+def adjust_job(
+    source: str | Path,
+    out: str | Path,
+    *,
+    method: Method = "logit_adjust",
+    tau: float | None = None,
+    rule: Rule = "worst_group",
+    within: float = 1.0,
+    root: str | None = None,
+    progress: ProgressCallback | None = None,
+) -> Run:
+    """Raise the logits of rare classes in every network of a run, into ``out``; see :func:`fairline.adjust`.
+
+    Args:
+        source: A linearize, finetune or last-layer run.
+        out: The run folder.
+        method: ``"logit_adjust"``, ``"tau_norm"`` or ``"weight_scale"``.
+        tau: The strength; chosen for each network on the validation part by default.
+        rule: How; losses are counted against the base network.
+        within: Overall accuracy that may go, in percentage points, under the rule ``"worst_group"``.
+        root: Where the data are now, if they have moved.
+        progress: Told of every network.
+
+    Returns:
+        The run; ``metrics.parquet`` has a row for each strength that was tried.
+
+    Raises:
+        FairlineError: A setting is out of range, a class has no training image, or a group no validation image.
+    """
+    require_settings(method, tau, rule, within)
+    parent = Run.read(source, *STUDENTS)
+    config = {**built_on(parent), "method": method, "tau": tau, "rule": rule, "within": within}
+
+    def work(run: Run) -> None:
+        parts = load_parts(parent, root)
+        base, _ = load_base(parent)
+        count = len(parent.networks())
+
+        def change(position: int, name: str, network: nn.Module, info: NetworkInfo) -> tuple[NetworkInfo, Rows]:
+            said = adjust_in_place(
+                network,
+                parts["train"],
+                parts["val"],
+                method=method,
+                tau=tau,
+                reference=base if rule == "largest_loss" else None,
+                rule=rule,
+                within=within,
+            )
+            tried = [{**row, "chosen": row["tau"] == said["tau"]} for row in said["tried"]]
+            if progress is not None:
+                progress(Progress("adjusting", position, count, name))
+            told = method.replace("_", " ")
+            objective = f"{info.objective} + {told}" if info.objective else told
+            after = replace(info, stage="finetuned", objective=objective)
+            return after, tried or [{"tau": said["tau"], "chosen": True}]
+
+        remake(parent, run, change)
+
+    return do_once(out, "adjust", config, torch.device("cpu"), work)
