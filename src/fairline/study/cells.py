@@ -169,7 +169,8 @@ def cells_of(spec: StudySpec) -> list[Cell]:
 def _of_one(spec: StudySpec, name: str, seed: int) -> tuple[list[Cell], list[Cell]]:
     """Cells of one data set and seed, and those of them whose networks are compared."""
     base = _base(spec, name, seed)
-    placements = {masks: _placed(spec, masks, base) for masks in spec.masks}
+    # A scale may have methods that leave some masks out.
+    placements = {masks: _placed(spec, masks, base) for masks in dict.fromkeys(masks for _, masks in finetunes(spec))}
     cells = [base, _audited(spec, base), *placements.values()]
     compared = []
     for method, masks in finetunes(spec):
