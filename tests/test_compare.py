@@ -57,7 +57,7 @@ def test_the_page_is_drawn_in_a_browser_without_a_network(compared, tmp_path):
 
 def test_the_page_says_the_numbers_of_the_table(compared):
     table = pd.read_parquet(compared / "comparison.parquet")
-    text = html.unescape((compared / "comparison.html").read_text(encoding="utf-8"))
+    text = html.unescape((compared / "comparison.html").read_text(encoding="utf-8")).replace("\u00a0", " ")
     gains = table[(table["measure"] == "gain") & (table["group"] != "overall")]
     for value, low, high in gains[["value", "low", "high"]].to_numpy():
         assert f"{signed(value)}<br>[{signed(low)}, {signed(high)}]" in text
@@ -173,4 +173,4 @@ def test_emptied_layers_are_a_method_and_a_budget_may_be_one_method_s_alone(runs
     assert budgets["not finetuned"] == budgets["masks layers emptied, not finetuned"] == {224, 45, 20}
     assert budgets["random: not finetuned"] == {10}
     page = (tmp_path / "compare" / "comparison.html").read_text(encoding="utf-8")
-    assert "With 4.5 % of the ReLUs" in html.unescape(page)
+    assert "With 4.5 % of the ReLUs" in html.unescape(page).replace("\u00a0", " ")
