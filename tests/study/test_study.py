@@ -278,6 +278,10 @@ def test_the_study_of_compiled_networks_shares_its_base_networks():
     assert bases(slower) < bases(paired)
     assert slower.masks["early"].budgets == [0.02, 0.005, 0.002, 0.001]
     assert slower.masks["early"].settings["patience"] == 4
+    # Masks that no method of a scale takes are not learned.
+    wide = load_spec(PAPERS / "compiled_utkface_race.yaml", "wide")
+    placed = {cell.about["masks"] for cell in cells_of(wide) if cell.kind == "linearize"}
+    assert placed == {"snl", "shaped", "control"} < set(wide.masks)
 
 
 def test_the_choice_of_layers_is_part_of_an_estimate():

@@ -81,18 +81,17 @@ def control_of(row: pd.Series[Any], about: pd.DataFrame) -> str | None:
     return str((own if len(own) else whole).index[0])
 
 
-def beside(predictions: pd.DataFrame, control: pd.DataFrame, image: str = "index") -> pd.DataFrame:
+def beside(predictions: pd.DataFrame, control: pd.DataFrame) -> pd.DataFrame:
     """Predictions of a network with those of its control: ``control_correct``.
 
     Args:
-        predictions: A row an image.
+        predictions: A row an image; ``index`` says which.
         control: The control's rows of the same images, with ``correct``.
-        image: Column that says which image it is.
 
     Returns:
         The rows with that column.
     """
-    return predictions.assign(control_correct=predictions[image].map(control.set_index(image)["correct"]))
+    return predictions.assign(control_correct=predictions["index"].map(control.set_index("index")["correct"]))
 
 
 __all__ = ["Control", "beside", "control_of"]

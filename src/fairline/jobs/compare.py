@@ -36,9 +36,8 @@ def method_label(run: Run, info: NetworkInfo) -> str:
         parts.append(info.surrogate)
     if run.command == "linearize":
         parts.append("not finetuned")
-    own = run
-    while own.command in ("last-layer", "adjust"):
-        own = own.lineage()[-2]
+    lineage = run.lineage()
+    own = next(each for each in reversed(lineage) if each.command not in ("last-layer", "adjust"))
     if own.command == "finetune":
         options = " ".join(
             f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
@@ -46,7 +45,7 @@ def method_label(run: Run, info: NetworkInfo) -> str:
         )
         text = f"{own.config['objective']} {options}".strip()
         parts.append(text if own.config.get("distill", True) else f"{text}, labels only")
-    for each in run.lineage():
+    for each in lineage:
         if each.command == "last-layer":
             parts.append("last layer")
         if each.command == "adjust":
