@@ -35,14 +35,21 @@ if TYPE_CHECKING:
     from fairline.masking import save_masks as save_masks
     from fairline.objectives import ARL as ARL
     from fairline.objectives import ERM as ERM
+    from fairline.objectives import LDAM as LDAM
+    from fairline.objectives import AdaAlpha as AdaAlpha
+    from fairline.objectives import AdaMargin as AdaMargin
+    from fairline.objectives import BalancedKD as BalancedKD
     from fairline.objectives import Chi2DRO as Chi2DRO
     from fairline.objectives import GroupDRO as GroupDRO
     from fairline.objectives import Lagrangian as Lagrangian
     from fairline.objectives import LogitAdjust as LogitAdjust
+    from fairline.objectives import LongTailKD as LongTailKD
     from fairline.objectives import Objective as Objective
     from fairline.objectives import Reweighting as Reweighting
     from fairline.objectives import adjust as adjust
+    from fairline.objectives import finetune_last_layer as finetune_last_layer
     from fairline.objectives import retrain_last_layer as retrain_last_layer
+    from fairline.objectives import reweight_last_layer as reweight_last_layer
     from fairline.ranks import launch as launch
     from fairline.report.html import write_report as write_report
     from fairline.training import finetune as finetune
@@ -53,8 +60,11 @@ if TYPE_CHECKING:
 # Resolved on first use, so that ``import fairline`` does not wait for torch.
 _LAZY = {
     "ARL": "fairline.objectives",
+    "AdaAlpha": "fairline.objectives",
+    "AdaMargin": "fairline.objectives",
     "AutoReP": "fairline.linearize",
     "AuditReport": "fairline.audit",
+    "BalancedKD": "fairline.objectives",
     "Chi2DRO": "fairline.objectives",
     "CompiledNetwork": "fairline.compiler",
     "CoordinateDescent": "fairline.linearize",
@@ -63,10 +73,12 @@ _LAZY = {
     "FairlineError": "fairline.errors",
     "GroupDRO": "fairline.objectives",
     "GroupedData": "fairline.data",
+    "LDAM": "fairline.objectives",
     "Lagrangian": "fairline.objectives",
     "Layerwise": "fairline.linearize",
     "Linearized": "fairline.linearize",
     "LogitAdjust": "fairline.objectives",
+    "LongTailKD": "fairline.objectives",
     "MaskedReLU": "fairline.masking",
     "Magnitude": "fairline.linearize",
     "Objective": "fairline.objectives",
@@ -79,6 +91,7 @@ _LAZY = {
     "compile": "fairline.compiler",
     "data": "",
     "finetune": "fairline.training",
+    "finetune_last_layer": "fairline.objectives",
     "import_masks": "fairline.weights",
     "launch": "fairline.ranks",
     "load_masks": "fairline.masking",
@@ -89,6 +102,7 @@ _LAZY = {
     "predict": "fairline.inference",
     "relu_count": "fairline.masking",
     "retrain_last_layer": "fairline.objectives",
+    "reweight_last_layer": "fairline.objectives",
     "save_masks": "fairline.masking",
     "train": "fairline.training",
     "write_report": "fairline.report.html",

@@ -76,6 +76,10 @@ BROKEN = {
         "def losses(self, logits, teacher_logits, batch):\n        return logits.sum()",
         r"'losses' returns a tensor of shape \(\), not the finite loss of each image",
     ),
+    "cannot see a teacher": (
+        "def see_teacher(self, logits, data, held_out):\n        raise ValueError('no')",
+        "'see_teacher' fails on two images",
+    ),
     "raises": (
         "def reduce(self, losses, batch):\n        return losses / self.nothing",
         r"'reduce' fails on two images: AttributeError: .*\(mine.py, line 5\)",

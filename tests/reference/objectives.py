@@ -76,3 +76,59 @@ def worst_reweighting(losses, factor):
         options={"maxiter": 1000, "ftol": 1e-14},
     )
     return float(found.x @ losses)
+
+
+def shifted_loss(logits, teacher_logits, label, counts, tau, temperature):
+    """CE on ``z + τ·log π`` plus T²·KL to ``t − τ·log π`` of one sample, π from the counts of the classes."""
+    shift = tau * torch.tensor([np.log(n / sum(counts)) for n in counts], dtype=logits.dtype)
+    p = ((teacher_logits - shift) / temperature).softmax(0)
+    q = (logits / temperature).softmax(0)
+    return -(logits + shift).softmax(0)[label].log() + temperature**2 * (p * (p / q).log()).sum()
+
+
+def power_weights(counts, exponent):
+    """``n^−exponent`` of each class or group, scaled so that their mean over samples is 1."""
+    raw = [n**-exponent for n in counts]
+    mean = sum(n * w for n, w in zip(counts, raw, strict=True)) / sum(counts)
+    return [w / mean for w in raw]
+
+
+def weighted_loss(logits, teacher_logits, label, ce_weight, kd_weight, temperature):
+    """``a·CE + b·T²·KL`` of one sample."""
+    p = (teacher_logits / temperature).softmax(0)
+    q = (logits / temperature).softmax(0)
+    return -ce_weight * logits.softmax(0)[label].log() + kd_weight * temperature**2 * (p * (p / q).log()).sum()
+
+
+def mean_margins(teacher_logits, labels, cells, count):
+    """The teacher's mean lead of the label over the best other class, a sample at a time."""
+    leads = [[] for _ in range(count)]
+    for z, y, c in zip(teacher_logits, labels.tolist(), cells.tolist(), strict=True):
+        p = z.softmax(0).tolist()
+        leads[c].append(p[y] - max(value for k, value in enumerate(p) if k != y))
+    return [sum(own) / len(own) for own in leads]
+
+
+def lowered_loss(logits, teacher_logits, label, margin, temperature):
+    """``CE + T²·KL`` of one sample with its label's logit lowered."""
+    lowered = torch.stack([z - margin if k == label else z for k, z in enumerate(logits)])
+    return sample_loss(lowered, teacher_logits, label, temperature)
+
+
+def long_tail_losses(logits, teacher_logits, parts, strength, temperature):
+    """T²·(across + within) of each sample, parts being lists of classes; masses are sums of probabilities."""
+    p = (teacher_logits / temperature).softmax(1)
+    q = (logits / temperature).softmax(1)
+    mean = [p[:, part].sum(1).mean() for part in parts]
+    losses = []
+    for a, b in zip(p, q, strict=True):
+        mass = [a[part].sum() for part in parts]
+        moved = [m / over**strength for m, over in zip(mass, mean, strict=True)]
+        target = [m / sum(moved) for m in moved]
+        weight = [m ** (1 - strength) for m in mass]
+        loss = sum(t * (t / b[part].sum()).log() for t, part in zip(target, parts, strict=True))
+        for w, part in zip(weight, parts, strict=True):
+            own_a, own_b = a[part] / a[part].sum(), b[part] / b[part].sum()
+            loss = loss + w / sum(weight) * (own_a * (own_a / own_b).log()).sum()
+        losses.append(temperature**2 * loss)
+    return torch.stack(losses)

@@ -378,22 +378,37 @@ def finetune(
 def last_layer(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a linearize or finetune run.")],
     out: Out,
-    balance: Annotated[str, typer.Option(help="As many images of each: group, class or group_and_class.")] = "group",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="dfr (balanced images), afr (those that the network errs on weigh more) or self (those that it and "
+            "the base network disagree on); the last two need no groups but to choose the strength."
+        ),
+    ] = "dfr",
+    balance: Annotated[
+        str, typer.Option(help="As many images of each (dfr): group, class or group_and_class.")
+    ] = "group",
     part: Annotated[str, typer.Option(help="Of val or train; by class on train is cRT (Kang et al. 2020).")] = "val",
-    repeats: Annotated[int, typer.Option(help="Balanced subsets to average over.")] = 10,
+    repeats: Annotated[int, typer.Option(help="Balanced subsets to average over (dfr).")] = 10,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="C (dfr), γ (afr) or number of images (self); for each network chosen on halves by default."),
+    ] = None,
     root: Root = None,
     seed: Seed = 0,
 ) -> None:
-    """Retrain the last layer of every network of a run on balanced images, held-out ones by default."""
+    """Retrain the last layer of every network of a run on held-out images, balanced ones by default."""
     from fairline.jobs import last_layer_job
 
     with progress_bars() as progress:
         run = last_layer_job(
             source,
             out,
+            method=method,
             balance=balance,
             part=part,
             repeats=repeats,
+            strength=strength,
             root=None if root is None else str(root),
             seed=seed,
             progress=progress,

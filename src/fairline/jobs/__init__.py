@@ -5,7 +5,7 @@ from fairline.jobs.audit import audit_job
 from fairline.jobs.compare import compare_job
 from fairline.jobs.compiled import compile_job
 from fairline.jobs.demo import run_demo
-from fairline.jobs.finetune import ablate_job, finetune_job, last_layer_job
+from fairline.jobs.finetune import LAST_LAYERS, ablate_job, finetune_job, last_layer_job
 from fairline.jobs.imported import import_job
 from fairline.jobs.linearize import build_linearizer, linearize_job
 from fairline.jobs.quick import quick_settings
@@ -13,6 +13,7 @@ from fairline.jobs.theory import theory_job
 from fairline.jobs.train import train_job
 
 __all__ = [
+    "LAST_LAYERS",
     "ablate_job",
     "adjust_job",
     "audit_job",

@@ -118,66 +118,104 @@ def _preset(name: str | None) -> Mapping[str, Mapping[str, Any]]:
     return linearizers.FINETUNE_PRESETS[name]
 
 
+#: Ways to the last layer, and what networks are then called.
+LAST_LAYERS = {"dfr": "last layer", "afr": "AFR", "self": "SELF"}
+
+
 def last_layer_job(
     source: str | Path,
     out: str | Path,
     *,
+    method: str = "dfr",
     balance: str = "group",
     part: str = "val",
     repeats: int = 10,
+    strength: float | None = None,
     root: str | None = None,
     seed: int = 0,
     progress: ProgressCallback | None = None,
 ) -> Run:
-    """Retrain the last layer of every network of a linearize or finetune run on balanced images, into ``out``.
+    """Retrain the last layer of every network of a linearize or finetune run, into ``out``.
 
-    See :func:`fairline.retrain_last_layer`.
+    See :func:`fairline.retrain_last_layer`, :func:`fairline.reweight_last_layer` and
+    :func:`fairline.finetune_last_layer`.
 
     Args:
         source: A linearize or finetune run.
         out: The run folder.
-        balance: As many images of each: ``"group"``, ``"class"`` or ``"group_and_class"``.
+        method: ``"dfr"``, on balanced images; ``"afr"``, those that the network errs on weighted up; or ``"self"``, on
+            those that it and the base network disagree on.
+        balance: Under ``"dfr"``, as many images of each: ``"group"``, ``"class"`` or ``"group_and_class"``.
         part: Of which part: ``"val"``, or ``"train"``, which the network has seen.
-        repeats: Balanced subsets to average over.
+        repeats: Under ``"dfr"``, balanced subsets to average over.
+        strength: C of ``"dfr"``, γ of ``"afr"``, points of ``"self"``; for each network chosen on halves by default.
         root: Where the data are now, if they have moved.
-        seed: Of the subsets.
+        seed: Of halves and subsets.
         progress: Told of every network.
 
     Returns:
-        The run.
+        The run; ``metrics.parquet`` has a row for each strength that was tried.
 
     Raises:
-        FairlineError: There is no such part, or the images cannot be balanced.
+        FairlineError: There is no such method or part, the images cannot be balanced or halved, or a setting is out of
+            range.
     """
     parent = Run.read(source, *STUDENTS)
+    if method not in LAST_LAYERS:
+        raise FairlineError(f"Last layers are retrained by {', '.join(LAST_LAYERS)}, not '{method}'.")
+    if method != "dfr" and balance != "group":
+        raise FairlineError(f"Images are balanced by {balance} under dfr only; {method} weighs classes alike.")
     if part not in ("val", "train"):
         raise FairlineError(f"Last layers are retrained on val or train, not '{part}'.")
-    where = {} if part == "val" else {"part": part}
-    config = {**built_on(parent), "balance": balance, "repeats": repeats, "seed": seed, **where}
+    # What is not said is no part of the identity, so that older runs keep theirs.
+    said: dict[str, Any] = {"method": method} if method != "dfr" else {"balance": balance, "repeats": repeats}
+    said |= {} if part == "val" else {"part": part}
+    said |= {} if strength is None else {"strength": strength}
+    config = {**built_on(parent), **said, "seed": seed}
 
     def work(run: Run) -> None:
         images = load_parts(parent, root)[part]
+        base = load_base(parent)[0] if method == "self" else None
         count = len(parent.networks())
 
         def change(position: int, name: str, network: nn.Module, info: NetworkInfo) -> tuple[NetworkInfo, Rows]:
-            said = objectives.retrain_last_layer(network, images, balance=balance, repeats=repeats, seed=seed)
+            given = {"balance": balance, "repeats": repeats} if method == "dfr" else {"reference": base}
+            done = _retrained(network, images, method, strength, seed, given)
+            about = {"per_cell": done["per_cell"]} if "per_cell" in done else {}
             tried = [
-                {
-                    "strength": strength,
-                    "worst_group_accuracy": worst,
-                    "chosen": strength == said["strength"],
-                    "per_cell": said["per_cell"],
-                }
-                for strength, worst in said["worst_group_accuracy"].items()
+                {"strength": each, "worst_group_accuracy": worst, "chosen": each == done["strength"], **about}
+                for each, worst in done["worst_group_accuracy"].items()
             ]
             if progress is not None:
                 progress(Progress("retraining last layers", position, count, name))
-            objective = f"{info.objective} + last layer" if info.objective else "last layer"
-            return replace(info, stage="finetuned", objective=objective, seed=seed), tried
+            told = LAST_LAYERS[method]
+            objective = f"{info.objective} + {told}" if info.objective else told
+            after = replace(info, stage="finetuned", objective=objective, seed=seed)
+            return after, tried or [{"strength": float(done["strength"]), "chosen": True}]
 
         remake(parent, run, change)
 
     return do_once(out, "last-layer", config, torch.device("cpu"), work)
+
+
+def _retrained(
+    network: nn.Module,
+    images: GroupedData,
+    method: str,
+    strength: float | None,
+    seed: int,
+    given: Mapping[str, Any],
+) -> dict[str, Any]:
+    """A network's last layer, retrained in place by a method."""
+    if method == "dfr":
+        strengths: dict[str, Any] = {} if strength is None else {"strengths": [strength]}
+        return objectives.retrain_last_layer(network, images, seed=seed, **strengths, **given)
+    if method == "afr":
+        return objectives.reweight_last_layer(network, images, gamma=strength, seed=seed)
+    if strength is not None and strength != int(strength):
+        raise FairlineError(f"SELF takes a number of points, not {strength}.")
+    points = None if strength is None else int(strength)
+    return objectives.finetune_last_layer(network, images, points=points, seed=seed, **given)
 
 
 def ablate_job(

@@ -8,17 +8,24 @@ from typing import Any
 from fairline._own import is_own
 from fairline._registry import build_named
 from fairline.data.grouped import GroupedData
+from fairline.objectives.ada_alpha import AdaAlpha
+from fairline.objectives.ada_margin import AdaMargin
+from fairline.objectives.afr import reweight_last_layer
 from fairline.objectives.arl import ARL
+from fairline.objectives.balanced_kd import BalancedKD
 from fairline.objectives.base import Batch, Objective, distillation_loss
 from fairline.objectives.chi2_dro import Chi2DRO
 from fairline.objectives.erm import ERM
 from fairline.objectives.group_dro import GroupDRO
 from fairline.objectives.lagrangian import Lagrangian
 from fairline.objectives.last_layer import retrain_last_layer
+from fairline.objectives.ldam import LDAM
 from fairline.objectives.logit_adjust import LogitAdjust
+from fairline.objectives.long_tail_kd import LongTailKD
 from fairline.objectives.own import build_own, require_whole
 from fairline.objectives.post_hoc import adjust
 from fairline.objectives.reweighting import Reweighting
+from fairline.objectives.selective import finetune_last_layer
 
 #: Name on the command line → class.
 REGISTRY: dict[str, type[Objective]] = {
@@ -29,6 +36,11 @@ REGISTRY: dict[str, type[Objective]] = {
     "arl": ARL,
     "reweighting": Reweighting,
     "logit_adjust": LogitAdjust,
+    "balanced_kd": BalancedKD,
+    "ada_alpha": AdaAlpha,
+    "ada_margin": AdaMargin,
+    "long_tail_kd": LongTailKD,
+    "ldam": LDAM,
 }
 
 
@@ -69,17 +81,24 @@ def try_on(name: str, options: Mapping[str, Any], train: Callable[[], GroupedDat
 __all__ = [
     "ARL",
     "ERM",
+    "LDAM",
     "REGISTRY",
+    "AdaAlpha",
+    "AdaMargin",
+    "BalancedKD",
     "Batch",
     "Chi2DRO",
     "GroupDRO",
     "Lagrangian",
     "LogitAdjust",
+    "LongTailKD",
     "Objective",
     "Reweighting",
     "adjust",
     "build",
     "distillation_loss",
+    "finetune_last_layer",
     "retrain_last_layer",
+    "reweight_last_layer",
     "try_on",
 ]

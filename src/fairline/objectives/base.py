@@ -80,6 +80,22 @@ def group_means(values: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor
     return totals[:, 0] / totals[:, 1].clamp_min(1), totals[:, 1] > 0
 
 
+def with_mean_one(weights: Tensor, sizes: Tensor) -> Tensor:
+    """Weights of classes or groups, scaled so that their mean over samples is 1.
+
+    Args:
+        weights: (C,).
+        sizes: Samples of each, (C,).
+
+    Returns:
+        float32, (C,).
+
+    >>> with_mean_one(torch.tensor([1.0, 2.0]), torch.tensor([2, 1]))
+    tensor([0.7500, 1.5000])
+    """
+    return (weights * sizes.sum() / (weights * sizes).sum()).float()
+
+
 class Objective:
     """Cross-entropy, plus distillation where there is a teacher; subclasses override what they change.
 
@@ -88,9 +104,14 @@ class Objective:
         ce_weight: Weight of the cross-entropy.
         kd_weight: Weight of the distillation term.
 
+    Attributes:
+        epochs: How many there are at most; the training loop says it before :meth:`start`.
+
     Raises:
         FairlineError: The temperature is not positive, or a weight is negative.
     """
+
+    epochs: int | None = None
 
     def __init__(self, temperature: float = 4.0, ce_weight: float = 1.0, kd_weight: float = 1.0) -> None:
         if not temperature > 0:
@@ -105,6 +126,17 @@ class Objective:
 
     def start(self, train_data: GroupedData) -> None:
         """Look at the training data once, before the first step."""
+
+    def see_teacher(self, logits: Tensor, data: GroupedData, held_out: bool) -> None:
+        """Look at the teacher's outputs once, before the first step.
+
+        Only an objective that overrides this pays for the pass that computes them.
+
+        Args:
+            logits: (N, K), in evaluation mode without augmentation.
+            data: What they are of: the validation part, or the training part where there is none.
+            held_out: Whether it is the former.
+        """
 
     def losses(self, logits: Tensor, teacher_logits: Tensor | None, batch: Batch) -> Tensor:
         """Loss of each sample, (B,): ``CE + T²·KL``, or CE without a teacher."""
@@ -151,10 +183,43 @@ class Objective:
             )
         train_data.require_groups(f"the objective {name}")
 
+    def require_classes(self, train_data: GroupedData) -> None:
+        """Refuse data with a class that has no sample.
+
+        Raises:
+            FairlineError: Names the first such class.
+        """
+        sizes = torch.bincount(train_data.labels, minlength=train_data.num_classes)
+        if (empty := torch.nonzero(sizes == 0)).numel():
+            raise FairlineError(
+                f"{train_data.name}: the objective {type(self).__name__} needs every class, but "
+                f"“{train_data.class_names[int(empty[0])]}” has no image."
+            )
+
+    def cells(self, train_data: GroupedData, by: str) -> tuple[Tensor, Tensor]:
+        """What samples are told apart by, ``"class"`` or ``"group"``, each of them with samples.
+
+        Returns:
+            Of each sample, int64, (N,), and how many there are of each, (C,).
+
+        Raises:
+            FairlineError: A class or group is empty, or there is one group only.
+        """
+        if by == "group":
+            self.require_groups(train_data)
+            return train_data.groups, torch.bincount(train_data.groups, minlength=train_data.num_groups)
+        self.require_classes(train_data)
+        return train_data.labels, torch.bincount(train_data.labels, minlength=train_data.num_classes)
+
     @property
     def needs_group_losses(self) -> bool:
         """Whether :meth:`end_epoch` is overridden."""
         return type(self).end_epoch is not Objective.end_epoch
+
+    @property
+    def sees_teacher(self) -> bool:
+        """Whether :meth:`see_teacher` is overridden."""
+        return type(self).see_teacher is not Objective.see_teacher
 
     def metrics(self) -> dict[str, float]:
         """What to log after each epoch."""

@@ -60,7 +60,7 @@ def retrain_last_layer(
     cells = {"group": groups, "class": labels}.get(balance, groups * held_out.num_classes + labels)
     rng = np.random.default_rng(seed)
 
-    half = _half_of_each_group(groups, rng)
+    half = half_of_each_group(groups, rng)
     second = [~half & (groups == group) for group in range(held_out.num_groups)]
     scores = {}
     for strength in strengths:
@@ -90,13 +90,22 @@ def _require_possible(held_out: GroupedData, balance: str, strengths: Sequence[f
         raise FairlineError(
             f"Retraining needs repeats ≥ 1 and positive strengths, not {repeats} and {list(strengths)}."
         )
+    require_halves(held_out)
+
+
+def require_halves(held_out: GroupedData) -> None:
+    """Refuse groups that cannot be halved.
+
+    Raises:
+        FairlineError: A group has fewer than two held-out images.
+    """
     held_out.require_groups("retraining the last layer")
     for name, n in held_out.counts()["n"].items():
         if n < 2:
             raise FairlineError(f"{held_out.name}: group “{name}” has one held-out image; two halves need two.")
 
 
-def _half_of_each_group(groups: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.bool_]:
+def half_of_each_group(groups: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.bool_]:
     """Which samples are in the first half, (n,); each group is halved, the first half taking the odd one."""
     half = np.zeros(len(groups), bool)
     for group in range(groups.max() + 1):

@@ -7,7 +7,25 @@ from torch import Tensor
 
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.objectives.base import Batch, Objective
+from fairline.objectives.base import Batch, Objective, with_mean_one
+
+
+def effective_number(sizes: Tensor, beta: float | None) -> Tensor:
+    """How many samples a class or group of n is worth (Cui et al., Proposition 1).
+
+    Args:
+        sizes: n, (C,).
+        beta: β in [0, 1); none for n itself.
+
+    Returns:
+        ``(1 − β^n)/(1 − β)``, 1 at least, float64, (C,).
+
+    >>> effective_number(torch.tensor([1, 2, 1000]), 0.9)
+    tensor([ 1.0000,  1.9000, 10.0000], dtype=torch.float64)
+    """
+    n = sizes.double()
+    # A class without samples is never looked up.
+    return (n if beta is None else (1 - beta**n) / (1 - beta)).clamp_min(1)
 
 
 class Reweighting(Objective):
@@ -52,10 +70,7 @@ class Reweighting(Objective):
         else:
             index, count = train_data.labels, train_data.num_classes
         sizes = torch.bincount(index, minlength=count).double()
-        effective = sizes if self.beta is None else (1 - self.beta**sizes) / (1 - self.beta)
-        # A class without samples is never looked up.
-        weights = 1 / effective.clamp_min(1)
-        self.weights = (weights * len(train_data) / (weights * sizes).sum()).float()
+        self.weights = with_mean_one(1 / effective_number(sizes, self.beta), sizes)
 
     def reduce(self, losses: Tensor, batch: Batch) -> Tensor:
         """Weighted mean."""

@@ -236,8 +236,12 @@ def _finetuned(spec: StudySpec, method: Finetune, placed: Cell) -> list[Cell]:
     name = _beside(placed, f"{placed.about['masks']}-{method.folder}")
     cells = [Cell("finetune", arguments, (placed,), name, about)]
     if method.last_layer:
-        retrained = {**about, "finetune": f"{method.folder}, last layer"}
-        cells.append(Cell("last-layer", {"seed": seed}, (cells[0],), f"{name}-last-layer", retrained))
+        # Deep feature reweighting is what was done before there were others, so it is not named.
+        way = "dfr" if method.last_layer is True else method.last_layer
+        named = {} if way == "dfr" else {"method": way}
+        retrained = {**about, "finetune": f"{method.folder}, {jobs.LAST_LAYERS[way]}"}
+        folder = f"{name}-{'last-layer' if way == 'dfr' else way}"
+        cells.append(Cell("last-layer", {"seed": seed, **named}, (cells[0],), folder, retrained))
     for adjusted in method.adjust:
         moved = {**about, "finetune": f"{method.folder}, {adjusted.label}"}
         folder = f"{name}-{adjusted.label.replace(' ', '-')}"
@@ -360,9 +364,7 @@ def _finetune(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[st
 
 
 def _last_layer(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:
-    return jobs.last_layer_job(
-        parents[0], folder, root=common["root"], seed=cell.arguments["seed"], progress=common["progress"]
-    )
+    return jobs.last_layer_job(parents[0], folder, root=common["root"], progress=common["progress"], **cell.arguments)
 
 
 def _adjust(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:

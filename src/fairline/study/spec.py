@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -89,7 +89,7 @@ class Finetune(_Strict):
     label: str = ""
     options: dict[str, Any] = Field(default_factory=dict)
     masks: list[str] = Field(min_length=1)
-    last_layer: bool = False
+    last_layer: bool | Literal["dfr", "afr", "self"] = False
     adjust: list[Adjust] = Field(default_factory=list)
 
     @model_serializer(mode="wrap")

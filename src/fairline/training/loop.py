@@ -147,7 +147,9 @@ def run_epochs(
     chosen = LOOP_DEFAULTS | settings
     run = _Run(model, train, epochs, optimizer, objective, scheduler, teacher, penalty, stage, stateful, **chosen)
     with run.randomness(), memory_kept(), run.placed():
-        for epoch in range(run.resume() + 1, epochs + 1):
+        done = run.resume()
+        run.show_teacher(val)
+        for epoch in range(done + 1, epochs + 1):
             began = time.perf_counter()
             means = run.steps(epoch)
             if scheduler is not None:
@@ -205,6 +207,8 @@ class _Run:
         self.parts |= self.stateful or {}
         if self.scheduler is not None:
             self.parts["scheduler"] = self.scheduler
+        if isinstance(self.objective, Objective):
+            self.objective.epochs = self.epochs
         self.objective.start(self.train)
         self.teacher_logits: Tensor | None = None
         self.message = ""
@@ -246,6 +250,16 @@ class _Run:
             if not self.augment:
                 self.teacher_logits = self.predict(self.teacher, self.train)
         return done
+
+    def show_teacher(self, val: GroupedData | None) -> None:
+        """Show an objective that asks for it what the teacher makes of the validation part, or of the training part."""
+        # An objective of the user's own need not extend the interface.
+        if self.teacher is None or not getattr(self.objective, "sees_teacher", False):
+            return
+        data = self.train if val is None else val.to(self.where)
+        known = self.teacher_logits if val is None else None
+        logits = self.predict(self.teacher, data) if known is None else known
+        self.objective.see_teacher(logits, data, val is not None)
 
     def steps(self, epoch: int) -> dict[str, float]:
         """One pass over the training part, a step a batch; means of the objective and of the penalty over samples."""

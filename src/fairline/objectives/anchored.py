@@ -1,0 +1,135 @@
+"""The last layer refitted near to what it was, on weighted held-out data: what AFR and SELF have in common."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+
+from fairline.data.grouped import GroupedData
+from fairline.errors import FairlineError
+from fairline.objectives.last_layer import half_of_each_group, output_layer, require_halves
+
+logger = logging.getLogger(__name__)
+
+#: Of some held-out samples (their positions), under a strength, the weight of each.
+Weigh = Callable[[float, Tensor], Tensor]
+
+
+def anchored_fit(
+    features: Tensor, labels: Tensor, weights: Tensor, weight: Tensor, bias: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """``min Σ μᵢ·CEᵢ + λ·(‖W − W₀‖² + ‖b − b₀‖²)``, whose minimum is unique.
+
+    Args:
+        features: float64, (N, F).
+        labels: int64, (N,).
+        weights: μ ≥ 0, with sum 1, (N,).
+        weight: W₀, (K, F).
+        bias: b₀, (K,).
+        ridge: λ > 0.
+
+    Returns:
+        W and b.
+
+    >>> features, labels = torch.eye(2).double(), torch.tensor([0, 1])
+    >>> start = torch.zeros(2, 2).double(), torch.zeros(2).double()
+    >>> w, b = anchored_fit(features, labels, torch.tensor([0.5, 0.5]).double(), *start, ridge=0.1)
+    >>> (w.diagonal() > 0).tolist(), [round(abs(x), 6) for x in b.tolist()]
+    ([True, True], [0.0, 0.0])
+    """
+    moved = [torch.zeros_like(start, requires_grad=True) for start in (weight, bias)]
+    optimizer = torch.optim.LBFGS(
+        moved, max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        losses = cross_entropy(linear(features, weight + moved[0], bias + moved[1]), labels, reduction="none")
+        value = (weights * losses).sum() + ridge * (moved[0].square().sum() + moved[1].square().sum())
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weight + moved[0].detach(), bias + moved[1].detach()
+
+
+def refit(
+    model: nn.Module,
+    held_out: GroupedData,
+    prepared: Callable[[Tensor], Weigh],
+    strengths: Sequence[float],
+    ridge: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Refit a network's last layer in place.
+
+    Several strengths are chosen from on halves: after a fit on one, the worst group's accuracy on the other (the worst
+    class's where there is one group), of equals the first. The fit that is kept is on all the data.
+
+    Args:
+        model: Any network whose output is that of its last ``nn.Linear``.
+        held_out: Data that the weights were not trained on.
+        prepared: From the network's logits, (N, K), how samples are weighted.
+        strengths: What to choose from; one is not tried, and needs no groups.
+        ridge: λ.
+        seed: Of the halves.
+
+    Returns:
+        The ``strength``, and ``worst_group_accuracy`` for each that was tried.
+
+    Raises:
+        FairlineError: λ is out of range, there is no last linear layer, or a group cannot be halved.
+    """
+    if not (ridge > 0 and math.isfinite(ridge)):
+        raise FairlineError(f"The ridge to the original weights must be positive and finite, not {ridge}.")
+    by_class = held_out.num_groups < 2
+    if len(strengths) > 1 and not by_class:
+        require_halves(held_out)
+    layer, inputs, logits = output_layer(model, held_out)
+    labels = held_out.labels.cpu()
+    features, weigh = torch.from_numpy(inputs), prepared(logits.double().cpu())
+    start = layer.weight.detach().double().cpu(), layer.bias.detach().double().cpu()
+
+    def fitted(strength: float, rows: Tensor) -> tuple[Tensor, Tensor]:
+        weights = weigh(strength, rows)
+        return anchored_fit(features[rows], labels[rows], weights / weights.sum(), *start, ridge)
+
+    strength, scores = strengths[0], {}
+    if len(strengths) > 1:
+        cells = labels if by_class else held_out.groups.cpu()
+        half = torch.from_numpy(half_of_each_group(cells.numpy(), np.random.default_rng(seed)))
+        second = [~half & (cells == cell) for cell in cells.unique()]
+        for tried in strengths:
+            weight, bias = fitted(tried, torch.nonzero(half).flatten())
+            right = (linear(features, weight, bias).argmax(1) == labels).double()
+            scores[float(tried)] = min(float(right[own].mean()) for own in second if own.any())
+        strength = max(scores, key=lambda s: scores[s])
+    with torch.no_grad():
+        for parameter, value in zip(
+            (layer.weight, layer.bias), fitted(strength, torch.arange(len(labels))), strict=True
+        ):
+            parameter.copy_(value.to(parameter))
+    logger.info("last layer: strength %g, worst group by strength: %s", strength, scores)
+    return {"strength": strength, "worst_group_accuracy": scores}
+
+
+def class_balanced(labels: Tensor) -> Tensor:
+    """Weights under which every class has as much.
+
+    Args:
+        labels: int64, (N,).
+
+    Returns:
+        ``1/n_y``, n counted among these samples, float64, (N,).
+
+    >>> class_balanced(torch.tensor([0, 0, 2]))
+    tensor([0.5000, 0.5000, 1.0000], dtype=torch.float64)
+    """
+    return 1 / torch.bincount(labels).double()[labels]
