@@ -19,7 +19,21 @@ from torch import nn
 from fairline.data import GroupedData
 from fairline.masking import mask_relus, masked_relus
 from fairline.models import build
-from fairline.objectives import ARL, ERM, Chi2DRO, GroupDRO, Lagrangian, LogitAdjust, Objective, Reweighting
+from fairline.objectives import (
+    ARL,
+    ERM,
+    LDAM,
+    AdaAlpha,
+    AdaMargin,
+    BalancedKD,
+    Chi2DRO,
+    GroupDRO,
+    Lagrangian,
+    LogitAdjust,
+    LongTailKD,
+    Objective,
+    Reweighting,
+)
 from fairline.training import run_epochs
 
 OBJECTIVES = {
@@ -32,6 +46,12 @@ OBJECTIVES = {
     "arl": ARL,
     "reweighting": Reweighting,
     "logit_adjust": LogitAdjust,
+    "logit_adjust, both": lambda: LogitAdjust(teacher="adjusted"),
+    "balanced_kd": BalancedKD,
+    "ada_alpha": AdaAlpha,
+    "ada_margin": AdaMargin,
+    "long_tail_kd": LongTailKD,
+    "ldam": lambda: LDAM(defer=0.5),
 }
 
 

@@ -296,6 +296,19 @@ BAD = {
     ),
     "negative protection": (["linearize", "RUNS/base", "--protect=-1", "--out", "x"], "protect ≥ 0"),
     "few held-out images": (["last-layer", "RUNS/students", "--out", "x"], "has one held-out image; two halves need"),
+    "no way to the last layer": (["last-layer", "RUNS/students", "--method", "magic", "--out", "x"], "not 'magic'"),
+    "balanced and reweighted": (
+        ["last-layer", "RUNS/students", "--method", "afr", "--balance", "class", "--out", "x"],
+        "balanced by class under dfr only",
+    ),
+    "half a point": (
+        ["last-layer", "RUNS/students", "--method", "self", "--strength", "0.5", "--out", "x"],
+        "a number of points, not 0.5",
+    ),
+    "reweighted without end": (
+        ["last-layer", "RUNS/students", "--method", "afr", "--strength", "nan", "--out", "x"],
+        "γ finite and not negative, not nan",
+    ),
     "no way to adjust": (["adjust", "RUNS/students", "--method", "magic", "--out", "x"], "not 'magic'"),
     "no rule to adjust by": (["adjust", "RUNS/students", "--rule", "coin", "--out", "x"], "not 'coin'"),
     "adjusted without end": (["adjust", "RUNS/students", "--tau", "inf", "--out", "x"], "τ must be finite, not inf"),

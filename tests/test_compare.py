@@ -128,8 +128,18 @@ def test_networks_whose_last_layer_was_retrained(runs, tmp_path):
     before = pd.read_parquet(tmp_path / "compare" / "comparison.parquet")
     gain = before[(before["measure"] == "gain") & (before["group"] == "overall")]
     assert gain["value"].item() > 10
-    masks = [(tmp_path / n / "networks/budget-90/masks.safetensors").exists() for n in ("snl", "retrained")]
-    assert all(masks)
+    for method, named in {"afr": "AFR", "self": "SELF"}.items():
+        ok("last-layer", tmp_path / "snl", "--method", method, "--out", tmp_path / method)
+        tried = pd.read_parquet(tmp_path / method / "metrics.parquet")
+        (best,) = tried.loc[tried["chosen"], "worst_group_accuracy"]
+        assert best == tried["worst_group_accuracy"].max()
+        ok("last-layer", tmp_path / "snl", "--method", method, "--strength", "7", "--out", tmp_path / f"{method}-7")
+        assert pd.read_parquet(tmp_path / f"{method}-7" / "metrics.parquet")["strength"].tolist() == [7]
+        folders = [tmp_path / "snl", tmp_path / method]
+        assert named in ok("compare", *folders, "--resamples", "50", "--out", tmp_path / f"compare-{method}")
+    folders = ("snl", "retrained", "afr", "self")
+    masks = [(tmp_path / n / "networks/budget-90/masks.safetensors").read_bytes() for n in folders]
+    assert len(set(masks)) == 1
 
 
 def test_networks_whose_classes_were_rebalanced(runs, tmp_path):

@@ -184,6 +184,23 @@ def test_the_hash_is_of_all_that_determines_a_cell():
     assert Cell("finetune", {"a": 1, "b": 2}, where="here").key == Cell("finetune", {"b": 2, "a": 1}, where="there").key
 
 
+@pytest.mark.parametrize(
+    ("said", "more", "named"),
+    [
+        ("true", {}, "last layer"),
+        ("dfr", {}, "last layer"),
+        ("afr", {"method": "afr"}, "AFR"),
+        ("self", {"method": "self"}, "SELF"),
+    ],
+)
+def test_a_way_to_the_last_layer_is_part_of_its_cell(said, more, named, tmp_path):
+    path = tmp_path / "last.yaml"
+    path.write_text(SPEC.read_text().replace("{objective: erm,", f"{{objective: erm, last_layer: {said},"))
+    cells = [cell for cell in cells_of(load_spec(path)) if cell.kind == "last-layer"]
+    assert {cell.about["finetune"] for cell in cells} == {f"erm, {named}"}
+    assert all(cell.arguments == {"seed": cell.about["seed"], **more} for cell in cells)
+
+
 def test_another_kind_of_store_gives_the_same_table(undisturbed, tmp_path, monkeypatch):
     scratch = tmp_path / "scratch"
     monkeypatch.setenv("FAIRLINE_SCRATCH", str(scratch))

@@ -161,16 +161,7 @@ def last_layer_job(
             range.
     """
     parent = Run.read(source, *STUDENTS)
-    if method not in LAST_LAYERS:
-        raise FairlineError(f"Last layers are retrained by {', '.join(LAST_LAYERS)}, not '{method}'.")
-    if method != "dfr" and balance != "group":
-        raise FairlineError(f"Images are balanced by {balance} under dfr only; {method} weighs classes alike.")
-    if part not in ("val", "train"):
-        raise FairlineError(f"Last layers are retrained on val or train, not '{part}'.")
-    # What is not said is no part of the identity, so that older runs keep theirs.
-    said: dict[str, Any] = {"method": method} if method != "dfr" else {"balance": balance, "repeats": repeats}
-    said |= {} if part == "val" else {"part": part}
-    said |= {} if strength is None else {"strength": strength}
+    said = _known_as(method, balance, part, repeats, strength)
     config = {**built_on(parent), **said, "seed": seed}
 
     def work(run: Run) -> None:
@@ -196,6 +187,21 @@ def last_layer_job(
         remake(parent, run, change)
 
     return do_once(out, "last-layer", config, torch.device("cpu"), work)
+
+
+def _known_as(method: str, balance: str, part: str, repeats: int, strength: float | None) -> dict[str, Any]:
+    """What a last-layer run is known by beside its parent and seed."""
+    if method not in LAST_LAYERS:
+        raise FairlineError(f"Last layers are retrained by {', '.join(LAST_LAYERS)}, not '{method}'.")
+    if method != "dfr" and balance != "group":
+        raise FairlineError(f"Images are balanced by {balance} under dfr only; {method} weighs classes alike.")
+    if part not in ("val", "train"):
+        raise FairlineError(f"Last layers are retrained on val or train, not '{part}'.")
+    # What is not said is no part of the identity, so that older runs keep theirs.
+    said: dict[str, Any] = {"method": method} if method != "dfr" else {"balance": balance, "repeats": repeats}
+    said |= {} if part == "val" else {"part": part}
+    said |= {} if strength is None else {"strength": strength}
+    return said
 
 
 def _retrained(

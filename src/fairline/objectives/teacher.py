@@ -55,8 +55,6 @@ class TeacherAware(Objective):
             group has no image in the part.
     """
 
-    needs_teacher = True
-
     def __init__(self, strength: float = 1.0, by: str = "group", **options: float) -> None:
         super().__init__(**options)
         if not (strength >= 0 and math.isfinite(strength)):

@@ -147,9 +147,7 @@ def run_epochs(
     chosen = LOOP_DEFAULTS | settings
     run = _Run(model, train, epochs, optimizer, objective, scheduler, teacher, penalty, stage, stateful, **chosen)
     with run.randomness(), memory_kept(), run.placed():
-        done = run.resume()
-        run.show_teacher(val)
-        for epoch in range(done + 1, epochs + 1):
+        for epoch in range(run.resume(val) + 1, epochs + 1):
             began = time.perf_counter()
             means = run.steps(epoch)
             if scheduler is not None:
@@ -238,7 +236,7 @@ class _Run:
             for network in networks:
                 FLOAT32.place(network, self.where)
 
-    def resume(self) -> int:
+    def resume(self, val: GroupedData | None) -> int:
         """Restore a checkpoint if there is one, and prepare the teacher; returns the last epoch done."""
         done = 0
         if self.checkpoint is not None and Path(self.checkpoint).exists():
@@ -249,16 +247,17 @@ class _Run:
             self.teacher.eval()
             if not self.augment:
                 self.teacher_logits = self.predict(self.teacher, self.train)
+            self.show_teacher(self.teacher, val)
         return done
 
-    def show_teacher(self, val: GroupedData | None) -> None:
+    def show_teacher(self, teacher: nn.Module, val: GroupedData | None) -> None:
         """Show an objective that asks for it what the teacher makes of the validation part, or of the training part."""
         # An objective of the user's own need not extend the interface.
-        if self.teacher is None or not getattr(self.objective, "sees_teacher", False):
+        if not getattr(self.objective, "sees_teacher", False):
             return
         data = self.train if val is None else val.to(self.where)
         known = self.teacher_logits if val is None else None
-        logits = self.predict(self.teacher, data) if known is None else known
+        logits = self.predict(teacher, data) if known is None else known
         self.objective.see_teacher(logits, data, val is not None)
 
     def steps(self, epoch: int) -> dict[str, float]:
