@@ -172,17 +172,11 @@ def last_layer_job(
         def change(position: int, name: str, network: nn.Module, info: NetworkInfo) -> tuple[NetworkInfo, Rows]:
             given = {"balance": balance, "repeats": repeats} if method == "dfr" else {"reference": base}
             done = _retrained(network, images, method, strength, seed, given)
-            about = {"per_cell": done["per_cell"]} if "per_cell" in done else {}
-            tried = [
-                {"strength": each, "worst_group_accuracy": worst, "chosen": each == done["strength"], **about}
-                for each, worst in done["worst_group_accuracy"].items()
-            ]
             if progress is not None:
                 progress(Progress("retraining last layers", position, count, name))
             told = LAST_LAYERS[method]
             objective = f"{info.objective} + {told}" if info.objective else told
-            after = replace(info, stage="finetuned", objective=objective, seed=seed)
-            return after, tried or [{"strength": float(done["strength"]), "chosen": True}]
+            return replace(info, stage="finetuned", objective=objective, seed=seed), _tried(done)
 
         remake(parent, run, change)
 
@@ -222,6 +216,16 @@ def _retrained(
         raise FairlineError(f"SELF takes a number of points, not {strength}.")
     points = None if strength is None else int(strength)
     return objectives.finetune_last_layer(network, images, points=points, seed=seed, **given)
+
+
+def _tried(done: Mapping[str, Any]) -> Rows:
+    """A row for each strength that was tried, or for the one that was given."""
+    about = {"per_cell": done["per_cell"]} if "per_cell" in done else {}
+    tried = [
+        {"strength": each, "worst_group_accuracy": worst, "chosen": each == done["strength"], **about}
+        for each, worst in done["worst_group_accuracy"].items()
+    ]
+    return tried or [{"strength": float(done["strength"]), "chosen": True}]
 
 
 def ablate_job(
