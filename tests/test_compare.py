@@ -135,8 +135,10 @@ def test_networks_whose_last_layer_was_retrained(runs, tmp_path):
         assert best == tried["worst_group_accuracy"].max()
         ok("last-layer", tmp_path / "snl", "--method", method, "--strength", "7", "--out", tmp_path / f"{method}-7")
         assert pd.read_parquet(tmp_path / f"{method}-7" / "metrics.parquet")["strength"].tolist() == [7]
-        folders = [tmp_path / "snl", tmp_path / method]
-        assert named in ok("compare", *folders, "--resamples", "50", "--out", tmp_path / f"compare-{method}")
+        folders = [tmp_path / "snl", tmp_path / method, tmp_path / f"{method}-7"]
+        ok("compare", *folders, "--resamples", "50", "--out", tmp_path / f"compare-{method}")
+        methods = set(pd.read_parquet(tmp_path / f"compare-{method}" / "comparison.parquet")["method"])
+        assert methods == {"not finetuned", named, f"{named} strength=7"}
     folders = ("snl", "retrained", "afr", "self")
     masks = [(tmp_path / n / "networks/budget-90/masks.safetensors").read_bytes() for n in folders]
     assert len(set(masks)) == 1

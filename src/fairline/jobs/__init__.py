@@ -1,11 +1,12 @@
 """The jobs of the command line, each from run folder to run folder, each resumable after a kill. One file a verb."""
 
+from fairline.jobs._common import LAST_LAYERS
 from fairline.jobs.adjust import adjust_job
 from fairline.jobs.audit import audit_job
 from fairline.jobs.compare import compare_job
 from fairline.jobs.compiled import compile_job
 from fairline.jobs.demo import run_demo
-from fairline.jobs.finetune import LAST_LAYERS, ablate_job, finetune_job, last_layer_job
+from fairline.jobs.finetune import ablate_job, finetune_job, last_layer_job
 from fairline.jobs.imported import import_job
 from fairline.jobs.linearize import build_linearizer, linearize_job
 from fairline.jobs.quick import quick_settings

@@ -15,6 +15,9 @@ from fairline.data.grouped import GroupedData, regrouped
 from fairline.errors import FairlineError
 from fairline.runs import DataSpec, NetworkInfo, Run, load_network, save_network
 
+#: Ways to the last layer, and what networks are then called.
+LAST_LAYERS = {"dfr": "last layer", "afr": "AFR", "self": "SELF"}
+
 #: Commands whose runs hold linearized networks that can be trained on.
 STUDENTS = ("linearize", "finetune", "last-layer", "adjust")
 
@@ -72,6 +75,13 @@ def open_runs(what: str, sources: Sequence[str | Path], *commands: str) -> list[
 def built_on(parent: Run) -> dict[str, Any]:
     """What the config of a job says of the run that it is built on."""
     return {"parent": parent.parent_entry(), "data": parent.config["data"]}
+
+
+def last_layer_told(run: Run) -> str:
+    """How a last-layer run went about it, in words: ``"AFR strength=4"``."""
+    told = LAST_LAYERS[run.config.get("method", "dfr")]
+    strength = run.config.get("strength")
+    return told if strength is None else f"{told} strength={strength:g}"
 
 
 def lineage_of(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,16 @@ from fairline.data import Groups
 from fairline.data.grouped import WORST
 from fairline.errors import FairlineError
 from fairline.inference import predict
-from fairline.jobs._common import STUDENTS, do_once, in_groups, lineage_of, load_parts, open_runs, require_bootstrap
+from fairline.jobs._common import (
+    STUDENTS,
+    do_once,
+    in_groups,
+    last_layer_told,
+    lineage_of,
+    load_parts,
+    open_runs,
+    require_bootstrap,
+)
 from fairline.masking import masked_relus
 from fairline.runs import NetworkInfo, Run, load_info, load_network
 from fairline.training import Progress, ProgressCallback
@@ -47,7 +56,7 @@ def method_label(run: Run, info: NetworkInfo) -> str:
         parts.append(text if own.config.get("distill", True) else f"{text}, labels only")
     for each in lineage:
         if each.command == "last-layer":
-            parts.append("last layer")
+            parts.append(last_layer_told(each))
         if each.command == "adjust":
             tau = each.config["tau"]
             parts.append(each.config["method"].replace("_", " ") + ("" if tau is None else f" tau={tau:g}"))

@@ -16,7 +16,7 @@ from fairline import objectives
 from fairline._io import resolve_device
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.jobs._common import STUDENTS, Rows, built_on, do_once, load_base, load_parts, remake
+from fairline.jobs._common import LAST_LAYERS, STUDENTS, Rows, built_on, do_once, load_base, load_parts, remake
 from fairline.jobs._objective import known_by, tried_on
 from fairline.jobs._precision import settle
 from fairline.jobs.compare import compare_job
@@ -116,10 +116,6 @@ def _preset(name: str | None) -> Mapping[str, Mapping[str, Any]]:
     if name not in linearizers.FINETUNE_PRESETS:
         raise FairlineError(f"There is no preset '{name}'; choose one of {', '.join(linearizers.FINETUNE_PRESETS)}.")
     return linearizers.FINETUNE_PRESETS[name]
-
-
-#: Ways to the last layer, and what networks are then called.
-LAST_LAYERS = {"dfr": "last layer", "afr": "AFR", "self": "SELF"}
 
 
 def last_layer_job(

@@ -13,7 +13,7 @@ from fairline.errors import FairlineError
 from fairline.objectives.anchored import Weigh, class_balanced, refit
 
 #: Values of γ that are tried.
-GAMMAS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
+GAMMAS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
 
 
 def reweight_last_layer(
