@@ -105,13 +105,13 @@ class Objective:
         kd_weight: Weight of the distillation term.
 
     Attributes:
-        epochs: How many there are at most; the training loop says it before :meth:`start`.
+        total_epochs: How many there are at most; the training loop says it before :meth:`start`.
 
     Raises:
         FairlineError: The temperature is not positive, or a weight is negative.
     """
 
-    epochs: int | None = None
+    total_epochs: int | None = None
 
     def __init__(self, temperature: float = 4.0, ce_weight: float = 1.0, kd_weight: float = 1.0) -> None:
         if not temperature > 0:

@@ -97,9 +97,9 @@ class LDAM(Objective):
         """Whether classes are weighted in an epoch, counted from 0."""
         if self.defer in (0, 1):
             return self.defer == 0
-        if self.epochs is None:
+        if self.total_epochs is None:
             raise FairlineError("LDAM defers its weights to the last epochs, but was not told how many there are.")
-        return epoch >= round(self.defer * self.epochs)
+        return epoch >= round(self.defer * self.total_epochs)
 
     def reduce(self, losses: Tensor, batch: Batch) -> Tensor:
         """The mean, weighted by class in the last epochs."""

@@ -101,7 +101,7 @@ def require_whole(name: str, options: Mapping[str, Any], train: GroupedData) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if isinstance(objective, Objective):
-            objective.epochs = 1
+            objective.total_epochs = 1
         trial.call(objective, "start", train)
         if getattr(objective, "sees_teacher", False):
             logits = torch.randn(len(train), train.num_classes, device=train.device)

@@ -206,7 +206,7 @@ class _Run:
         if self.scheduler is not None:
             self.parts["scheduler"] = self.scheduler
         if isinstance(self.objective, Objective):
-            self.objective.epochs = self.epochs
+            self.objective.total_epochs = self.epochs
         self.objective.start(self.train)
         self.teacher_logits: Tensor | None = None
         self.message = ""
