@@ -130,7 +130,20 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1,
 
 #: Kept here so that help need not load torch; a test compares it with the registry.
 LINEARIZERS = ("snl", "deepreduce", "senet", "autorep", "coordinate_descent", "layerwise", "magnitude", "random")
-OBJECTIVES = ("erm", "lagrangian", "group_dro", "chi2_dro", "arl", "reweighting", "logit_adjust")
+OBJECTIVES = (
+    "erm",
+    "lagrangian",
+    "group_dro",
+    "chi2_dro",
+    "arl",
+    "reweighting",
+    "logit_adjust",
+    "balanced_kd",
+    "ada_alpha",
+    "ada_margin",
+    "long_tail_kd",
+    "ldam",
+)
 ObjectiveName = Annotated[
     str,
     typer.Option(
