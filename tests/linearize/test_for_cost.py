@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pandas as pd
 import pytest
@@ -16,6 +16,7 @@ from fairline.compiler import MEASURES, PredictedCost
 from fairline.data import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
+from fairline.jobs.linearize import placement_of
 from fairline.linearize import ForCost, Magnitude, Random, build, for_cost
 from fairline.linearize.for_cost import WORTHWHILE, _Search, spread
 from fairline.linearize.structure import blocks_of
@@ -365,11 +366,45 @@ def test_spreading(sizes, drawn):
         assert abs(kept[name] - size * budget / total) < 1
 
 
+def rounded(least, most):
+    return st.floats(least, most).map(lambda value: round(value, 4))
+
+
+DIFFERENT = {
+    "may_lose": rounded(0, 0.99),
+    "adapt": rounded(0.01, 1),
+    "measurements": st.integers(1, 99),
+    "held_out": rounded(0.01, 0.99),
+    "lr": rounded(0.0001, 1),
+    "batch_size": st.integers(1, 999),
+    "protocol": st.sampled_from(["cheetah", "semi2k"]),
+    "network": st.sampled_from(["lan", "wan"]),
+    "minimise": st.sampled_from(["seconds", "bytes", "rounds"]),
+    "compiled": st.booleans(),
+}
+
+
+def test_every_setting_of_the_choice_can_differ():
+    named = {each.name for kind in (ForCost, PredictedCost) for each in fields(kind)}
+    assert named - {"cost"} == DIFFERENT.keys()
+
+
+@given(*[st.fixed_dictionaries({}, optional=DIFFERENT)] * 2)
+def test_placements_are_called_alike_only_if_they_are(one, other):
+    """Whatever differs is told; a setting that is given as it is by default is not."""
+    first, second = (placement_of({"settings": {}, "for_cost": options}) for options in (one, other))
+    assert first.startswith(f"for {one.get('protocol', 'cheetah')}'s {one.get('minimise', 'seconds')}")
+    usual = {each.name: each.default for kind in (ForCost, PredictedCost) for each in fields(kind)}
+    told = [{k: f"{v:g}" if isinstance(v, float) else v for k, v in (usual | o).items()} for o in (one, other)]
+    assert (first == second) == (told[0] == told[1])
+    assert placement_of({"settings": {}, "for_cost": {k: usual[k] for k in DIFFERENT}}) == "for cheetah's seconds"
+
+
 def test_on_the_command_line(runs, tmp_path):
     costs = ["--for-cost", "semi2k", "--minimise", "rounds", "--network", "wan", "--cost-option", "may_lose=0.9"]
     ok("linearize", runs / "base", *LINEARIZE, "--budgets", "0.2,20", *costs, "--out", tmp_path / "early")
     (info, *_) = [load_info(folder) for folder in sorted((tmp_path / "early" / "networks").iterdir())]
-    assert info.placement == "for semi2k's rounds"
+    assert info.placement == "for semi2k's rounds network=wan may_lose=0.9"
     rows = pd.read_parquet(tmp_path / "early" / "metrics.parquet")
     measured = rows[rows["measurement"].notna()]
     assert len(measured) > 1

@@ -126,6 +126,19 @@ def in_groups(groups: Groups | None) -> dict[str, Any]:
     return {} if groups is None else {"groups": groups if isinstance(groups, str) else list(groups)}
 
 
+def settings_told(name: str, options: Mapping[str, Any]) -> str:
+    """What a method is called under some settings.
+
+    >>> settings_told("lagrangian", {"mu": 0.005, "violation": "signed"})
+    'lagrangian mu=0.005 violation=signed'
+
+    Returns:
+        The name and each setting.
+    """
+    values = (f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in options.items())
+    return " ".join([name, *values])
+
+
 def load_base(run: Run) -> tuple[nn.Module, NetworkInfo]:
     """The base network that a run's networks come from."""
     return load_network(run.base().base_network())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from fairline import objectives
 from fairline._io import resolve_device
 from fairline._registry import build_named
 from fairline.compiler.mask_cost import PredictedCost
-from fairline.jobs._common import built_on, do_once, load_base
+from fairline.jobs._common import built_on, do_once, load_base, settings_told
 from fairline.jobs._objective import known_by, tried_on
 from fairline.jobs._precision import settle
 from fairline.linearize import ForCost, Linearized
@@ -23,8 +23,9 @@ from fairline.training import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
-#: Settings of methods that change what masks are placed for, and how the placement is called then.
-_MARKS = {"protect": "protect", "empty_layers": "layers emptied"}
+#: Settings of methods that change what masks are placed for, how the placement is called then, and the value that goes
+#: without saying.
+_MARKS = {"protect": ("protect", 1.0), "empty_layers": ("layers emptied", None)}
 #: How the placement is called whose layers were chosen for a cost.
 _FOR_COST = "for {protocol}'s {minimise}"
 
@@ -73,8 +74,7 @@ def linearize_job(
     linearizers.resolve_budgets(budgets, info.total)
     asked = {"budgets": list(budgets), "method": method, **fair, "settings": settings, "seed": seed}
     config = {**built_on(parent), **asked, **({} if for_cost is None else {"for_cost": dict(for_cost)})}
-    placement = _placement(fair, settings, linearizer.for_cost)
-    common = replace(info, stage="linearized", method=method, seed=seed, placement=placement)
+    common = replace(info, stage="linearized", method=method, seed=seed, placement=placement_of(config))
     parts = tried_on(parent, root, out, objective, objective_options or {})
 
     def work(run: Run) -> None:
@@ -134,12 +134,40 @@ def _choice(options: Mapping[str, Any]) -> ForCost:
     return build_named("masks", {"for cost": ForCost}, "for cost", {"cost": cost, **rest})
 
 
-def _placement(fair: Mapping[str, Any], settings: Mapping[str, Any], choice: ForCost | None) -> str:
-    """Under what the masks are placed, in words; empty for plain distillation."""
-    marks = [mark for key, mark in _MARKS.items() if settings.get(key)]
-    if choice is not None:
-        marks.append(_FOR_COST.format(**vars(choice.cost)))
-    return " ".join([*([fair["objective"]] if fair else []), *marks])
+def placement_of(config: Mapping[str, Any]) -> str:
+    """Under what the masks of a linearize run are placed, in words.
+
+    >>> placement_of({"settings": {"protect": 2.0}, "objective": "lagrangian", "objective_options": {"mu": 0.02}})
+    'lagrangian mu=0.02 protect=2'
+    >>> placement_of({"settings": {}, "for_cost": {"protocol": "cheetah", "may_lose": 0.05}})
+    "for cheetah's seconds may_lose=0.05"
+
+    Args:
+        config: The run's.
+
+    Returns:
+        The objective, if it is not plain distillation, and all that makes the masks other ones than the method's; of
+        the settings those that differ from the defaults.
+    """
+    marks = [settings_told(config["objective"], config["objective_options"])] if "objective" in config else []
+    for key, (mark, usual) in _MARKS.items():
+        if value := config["settings"].get(key):
+            marks.append(mark if value == usual else f"{mark}={value:g}")
+    if (options := config.get("for_cost")) is not None:
+        choice = _choice(options)
+        told = _differing(choice.cost) | _differing(choice)
+        named = _FOR_COST.format(**vars(choice.cost))
+        marks.append(settings_told(named, {key: told[key] for key in told if f"{{{key}}}" not in _FOR_COST}))
+    return " ".join(marks)
+
+
+def _differing(choice: Any) -> dict[str, Any]:
+    """Fields of a dataclass that differ from their defaults; those that have none are left out."""
+    return {
+        each.name: value
+        for each in fields(choice)
+        if each.default is not MISSING and (value := getattr(choice, each.name)) != each.default
+    }
 
 
 def _described(cut: Linearized, common: NetworkInfo) -> NetworkInfo:
