@@ -212,8 +212,8 @@ def _contrasts(
             "own": (method, relus),
             "other": (baseline, relus),
             "base": (BASE, total),
-            "own whole": (method, total),
-            "other whole": (baseline, total),
+            "own whole": whole_of(method, columns, total),
+            "other whole": whole_of(baseline, columns, total),
         }
         needed = [named[network] for network in measure.networks]
         if (method == baseline and not measure.of_baseline) or not all(column in columns for column in needed):
@@ -221,6 +221,39 @@ def _contrasts(
         # At 100 % of the ReLUs a method is its own control.
         if len(set(needed)) == len(needed):
             yield {"relus": relus, "percent": 100 * relus / total, "method": method}, measure, needed
+
+
+def whole_of(method: str, columns: Sequence[Column], total: int) -> Column:
+    """The network that kept all its ReLUs and was finetuned as a method does.
+
+    With all ReLUs kept nothing is left of how masks were found, so one control does for all ways to place them.
+
+    >>> whole_of("masks for cheetah's seconds, erm", [("random: lagrangian mu=0.5", 90), ("random: erm", 90)], 90)
+    ('random: erm', 90)
+
+    Args:
+        method: As :func:`fairline.jobs.compare.method_label` calls it.
+        columns: Those that there are.
+        total: ReLUs of the base network.
+
+    Returns:
+        Its column; where there is none, a column that does not exist.
+    """
+    alike = [each for each, relus in columns if relus == total and _finetune(each) == _finetune(method)]
+    return (method if method in alike or not alike else alike[0]), total
+
+
+def _finetune(method: str) -> str:
+    """What a method does beside placing ReLUs: the end of its name.
+
+    >>> _finetune("random: masks layers emptied=0.3, lagrangian mu=0.5, labels only")
+    'lagrangian mu=0.5, labels only'
+
+    Returns:
+        It; see :func:`fairline.jobs.compare.method_label`.
+    """
+    parts = method.rpartition(": ")[2].split(", ")
+    return ", ".join(parts[1:] if parts[0].startswith("masks ") else parts)
 
 
 def pareto(frame: pd.DataFrame) -> pd.DataFrame:

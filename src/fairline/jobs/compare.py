@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from pyarrow.parquet import read_schema
 from torch import nn
 
 from fairline._io import resolve_device, write_table
+from fairline.audit.above_null import Shiftable, above_null
 from fairline.audit.comparison import BASE, Scored, compare
+from fairline.audit.null_front import chosen_tau, right_between, shifted
 from fairline.data import Groups
-from fairline.data.grouped import WORST
+from fairline.data.grouped import WORST, GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
 from fairline.jobs._common import (
@@ -30,7 +33,9 @@ from fairline.jobs._common import (
     load_parts,
     open_runs,
     require_bootstrap,
+    settings_told,
 )
+from fairline.jobs.linearize import placement_of
 from fairline.masking import masked_relus
 from fairline.runs import NetworkInfo, Run, load_info, load_network
 from fairline.training import Progress, ProgressCallback
@@ -40,7 +45,8 @@ def method_label(run: Run, info: NetworkInfo) -> str:
     """What was done to a network after its base training: ``"masks lagrangian, lagrangian mu=0.005"``."""
     if info.stage == "base":
         return BASE
-    parts = [] if not info.placement else [f"masks {info.placement}"]
+    placement = placed(run, info)
+    parts = [f"masks {placement}"] if placement else []
     if info.surrogate != "identity":
         parts.append(info.surrogate)
     if run.command == "linearize":
@@ -48,11 +54,7 @@ def method_label(run: Run, info: NetworkInfo) -> str:
     lineage = run.lineage()
     own = next(each for each in reversed(lineage) if each.command not in ("last-layer", "adjust"))
     if own.command == "finetune":
-        options = " ".join(
-            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
-            for key, value in own.config["objective_options"].items()
-        )
-        text = f"{own.config['objective']} {options}".strip()
+        text = settings_told(own.config["objective"], own.config["objective_options"])
         parts.append(text if own.config.get("distill", True) else f"{text}, labels only")
     for each in lineage:
         if each.command == "last-layer":
@@ -63,6 +65,12 @@ def method_label(run: Run, info: NetworkInfo) -> str:
     label = ", ".join(parts)
     # The linearizer is named only where it is not the usual one.
     return label if info.method == "snl" else f"{info.method}: {label}"
+
+
+def placed(run: Run, info: NetworkInfo) -> str:
+    """Under what a network's masks were placed; in the same words for runs of earlier versions, which told less."""
+    config = next((each.config for each in run.lineage() if each.command == "linearize"), None)
+    return info.placement if config is None else placement_of(config)
 
 
 def compare_job(
@@ -96,7 +104,7 @@ def compare_job(
         progress: Told how far it is.
 
     Returns:
-        The run: ``comparison.parquet``, ``predictions.parquet``, ``layers.parquet``.
+        The run: ``comparison.parquet``, ``predictions.parquet``, ``layers.parquet``, ``null_front.parquet``.
 
     Raises:
         FairlineError: The runs are of different data, or not the same for every base network.
@@ -129,10 +137,13 @@ def compare_job(
 
 def _write(run: Run, tables: Sequence[Sequence[pd.DataFrame]], baseline: str | None, resamples: int, seed: int) -> None:
     """The run's tables, of what was seen of each family."""
-    predictions, layers, counts = zip(*tables, strict=True)
+    predictions, layers, counts, shifts = zip(*tables, strict=True)
     table = _compared(predictions, baseline, resamples, seed)
+    free = _against_null(predictions, shifts, table["baseline"].iloc[0], resamples, seed)
+    table = pd.concat([table, free], ignore_index=True)
     table["train_n"] = table["group"].map(pd.concat(counts).groupby("group")["n"].mean())
     write_table(run.folder / "predictions.parquet", pd.concat(predictions))
+    write_table(run.folder / "null_front.parquet", pd.concat(shifts))
     write_table(run.folder / "layers.parquet", pd.concat(layers))
     write_table(run.folder / "comparison.parquet", table)
 
@@ -175,9 +186,9 @@ def _kept(
     run: Run, position: int, family: _Family, look: Callable[[_Family], Sequence[pd.DataFrame]]
 ) -> list[pd.DataFrame]:
     """What was seen of a family, now or before an interruption."""
-    files = [run.checkpoint / f"{position}.{part}.parquet" for part in ("predictions", "layers", "counts")]
-    # What an earlier version kept may lack the classes.
-    if not all(path.exists() for path in files) or "label" not in read_schema(files[0]).names:
+    files = [run.checkpoint / f"{position}.{part}.parquet" for part in ("predictions", "layers", "counts", "shifts")]
+    # What an earlier version kept may lack the strengths.
+    if not all(path.exists() for path in files) or "right_from" not in read_schema(files[0]).names:
         for file, table in zip(files, look(family), strict=True):
             write_table(file, table)
     return [pd.read_parquet(path) for path in files]
@@ -191,29 +202,41 @@ def _seen(
     groups: Groups | None,
     device: torch.device,
     told: Callable[[str], None],
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Every network of a family on every image: a row an image, a row a layer, and the training images by group."""
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Every network of a family on every image: a row an image, a layer, a training group and a shift."""
     parts = load_parts(family.base, root, groups)
+    shares = torch.bincount(parts["train"].labels.cpu(), minlength=parts["train"].num_classes) / len(parts["train"])
     data = parts[split]
-    named = np.asarray(data.group_names)[data.groups.cpu().numpy()]
     classes = np.asarray(data.class_names)[data.labels.cpu().numpy()]
-    images, layers = [], []
-    for (label, info), folder in _labelled(family):
+    images, layers, shifts = [], [], []
+    for (label, info, placement), folder in _labelled(family):
         model, _ = load_network(folder)
-        right = predict(model, data, device=device).argmax(1).cpu() == data.labels.cpu()
         what = {"base": str(family.base.folder), "method": label, "relus": info.relus, "total": info.total}
-        own = {"sample": range(len(data)), "label": classes, "group": named, "correct": right.numpy()}
-        images.append(pd.DataFrame({**what, **own}))
-        layers += [{**what, **row} for row in _kept_by_layer(model, info)]
+        # τ is chosen on the validation part, the one pass beside that over the part itself.
+        for name in dict.fromkeys([split, "val"]):
+            logits, part = predict(model, parts[name], device=device).cpu(), parts[name]
+            between = right_between(logits, part.labels, shares)
+            shifts.append(shifted(between, _groups(part)).assign(**what, part=name))
+            if name == split:
+                own = {"sample": range(len(data)), "label": classes, "group": _groups(data)}
+                own |= {"correct": (logits.argmax(1) == data.labels.cpu()).numpy()}
+                own |= dict(zip(("right_from", "right_to"), between, strict=True))
+                images.append(pd.DataFrame({**what, **own}))
+        layers += [{**what, **row} for row in _kept_by_layer(model, info, placement)]
         told(label)
-    return pd.concat(images), pd.DataFrame(layers), parts["train"].counts().reset_index()
+    return pd.concat(images), pd.DataFrame(layers), parts["train"].counts().reset_index(), pd.concat(shifts)
 
 
-def _kept_by_layer(model: nn.Module, info: NetworkInfo) -> list[dict[str, Any]]:
+def _groups(part: GroupedData) -> NDArray[np.str_]:
+    """Name of each image's group."""
+    return np.asarray(part.group_names)[part.groups.cpu().numpy()]
+
+
+def _kept_by_layer(model: nn.Module, info: NetworkInfo, placement: str) -> list[dict[str, Any]]:
     """A row for each layer of ReLUs, input to output."""
     return [
         {
-            "placement": info.placement,
+            "placement": placement,
             "linearizer": info.method,
             "layer": name,
             "kept": layer.num_kept,
@@ -245,10 +268,34 @@ def _compared(tables: Sequence[pd.DataFrame], baseline: str | None, resamples: i
     return found.assign(baseline=chosen)
 
 
-def _labelled(family: _Family) -> list[tuple[tuple[str, NetworkInfo], Path]]:
-    """Every network of one base network, and the name of its method."""
+def _against_null(
+    tables: Sequence[pd.DataFrame], shifts: Sequence[pd.DataFrame], baseline: str, resamples: int, seed: int
+) -> pd.DataFrame:
+    """Rows of ``comparison.parquet`` that speak of shifted biases, from each family's predictions and shifts."""
+    groups = list(dict.fromkeys(pd.concat(tables)["group"]))
+    replicates = [_shiftable(*each, groups) for each in zip(tables, shifts, strict=True)]
+    found = above_null(replicates, groups, baseline, resamples=resamples, seed=seed)
+    return found.assign(baseline=baseline)
+
+
+def _shiftable(table: pd.DataFrame, shifts: pd.DataFrame, group_names: Sequence[str]) -> Shiftable:
+    parts = list(table.groupby(["method", "relus"], sort=False))
+    of_val = shifts[shifts["part"] == "val"]
+    # Other groups than those of the split may have no validation image.
+    whole = set(group_names) <= set(of_val["group"])
+    chosen = of_val.groupby(["method", "relus"], sort=False) if whole else ()
+    return Shiftable(
+        parts[0][1]["group"].map({name: position for position, name in enumerate(group_names)}).to_numpy(np.int64),
+        {(str(m), int(r)): (own["right_from"].to_numpy(), own["right_to"].to_numpy()) for (m, r), own in parts},
+        {(str(m), int(r)): chosen_tau(own) for (m, r), own in chosen},
+        int(table["total"].iloc[0]),
+    )
+
+
+def _labelled(family: _Family) -> list[tuple[tuple[str, NetworkInfo, str], Path]]:
+    """Every network of one base network: the name of its method, what stands beside it, and how masks were placed."""
     folder = family.base.base_network()
-    found = [((BASE, load_info(folder)), folder)]
+    found = [((BASE, load_info(folder), ""), folder)]
     taken: dict[tuple[str, int], Path] = {}
     for run in family.runs:
         for path in run.networks().values():
@@ -260,7 +307,7 @@ def _labelled(family: _Family) -> list[tuple[tuple[str, NetworkInfo], Path]]:
                     f"{run.folder} and {other} both hold '{label}' with {info.relus:,} ReLUs; compare one of them."
                 )
             taken[label, info.relus] = run.folder
-            found.append(((label, info), path))
+            found.append(((label, info, placed(run, info)), path))
     return found
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -215,8 +215,21 @@ def _chosen(
         tried.append(row)
     if rule == "largest_loss":
         return min(tried, key=lambda row: row["largest_loss"])["tau"], tried
+    return best_strength(tried, within), tried
+
+
+def best_strength(tried: Sequence[Mapping[str, float]], within: float) -> float:
+    """The strength that the rule ``"worst_group"`` takes; of equals the first.
+
+    Args:
+        tried: ``tau``, ``accuracy`` and ``worst_group_accuracy`` of each; the first leaves the network as it is.
+        within: Overall accuracy that may go, in percentage points.
+
+    Returns:
+        Its τ.
+    """
     allowed = [row for row in tried if 100 * (tried[0]["accuracy"] - row["accuracy"]) <= within + 1e-9]
-    return max(allowed, key=lambda row: row["worst_group_accuracy"])["tau"], tried
+    return max(allowed, key=lambda row: row["worst_group_accuracy"])["tau"]
 
 
 def _by_group(logits: Tensor, data: GroupedData) -> Sequence[float]:
@@ -227,4 +240,4 @@ def _by_group(logits: Tensor, data: GroupedData) -> Sequence[float]:
     return accuracies
 
 
-__all__ = ["TAUS", "Method", "Rule", "adjust", "adjust_in_place", "balanced_scale", "require_settings"]
+__all__ = ["TAUS", "Method", "Rule", "adjust", "adjust_in_place", "balanced_scale", "best_strength", "require_settings"]

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from fairline.audit.cells import cells, named
-from fairline.audit.comparison import BASE
+from fairline.audit.comparison import BASE, whole_of
 from fairline.audit.control import Control, beside, control_of
 from fairline.audit.verdict import CANNOT_TELL, LEAST, MAY, MAY_NOT, Verdict, verdict
 
@@ -417,13 +417,12 @@ def methods(
         ]
 
     found = []
-    about = frame[["method", "relus", "percent", "budget"]].drop_duplicates(["method", "relus"])
-    controls = list(about.loc[about["relus"] == total, "method"])
+    of_networks = frame[frame["measure"] == "accuracy"]
+    about = of_networks[["method", "relus", "percent", "budget"]].drop_duplicates(["method", "relus"])
+    columns = list(about[["method", "relus"]].itertuples(index=False, name=None))
     for row in about.to_dict("records"):
         own = images(row["method"], row["relus"])
-        # With all ReLUs kept nothing is left of how masks were found.
-        alike = [name for name in controls if _finetune(name) == _finetune(row["method"])]
-        control = row["method"] if row["method"] in controls else next(iter(alike), "")
+        control, _ = whole_of(row["method"], columns, total)
         is_control = row["relus"] == total
         whole = [] if is_control else images(control, total)
         if whole:
@@ -443,19 +442,6 @@ def methods(
             )
         )
     return found
-
-
-def _finetune(method: str) -> str:
-    """What a method of a comparison does beside placing ReLUs.
-
-    >>> _finetune("random: masks layers emptied, lagrangian mu=0.5, labels only")
-    'lagrangian mu=0.5, labels only'
-
-    Returns:
-        The end of its name (see :func:`fairline.jobs.compare.method_label`).
-    """
-    parts = method.rpartition(": ")[2].split(", ")
-    return ", ".join(parts[1:] if parts[0].startswith("masks ") else parts)
 
 
 def best(found: Sequence[Candidate]) -> Candidate | None:
