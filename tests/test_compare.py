@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import shutil
 
 import pandas as pd
 import pytest
@@ -17,7 +18,7 @@ from tests.test_report import CHROMIUM, browser
 
 def test_every_network_is_in_the_comparison(runs, compared):
     table = pd.read_parquet(compared / "comparison.parquet")
-    methods = {"not finetuned", "erm", "lagrangian mu=0.5", "masks lagrangian protect, erm"}
+    methods = {"not finetuned", "erm", "lagrangian mu=0.5", "masks lagrangian mu=0.5 protect, erm"}
     assert set(table["method"]) == methods
     assert set(table["relus"]) == {224, 45, 20}
     assert set(table["baseline"]) == {"erm"}
@@ -48,10 +49,10 @@ def test_the_page_is_drawn_in_a_browser_without_a_network(compared, tmp_path):
     document = browser("--dump-dom", (compared / "comparison.html").as_uri(), profile=tmp_path / "profile")
     drawn = re.sub(r"<script.*?</script>", "", document, flags=re.S)
     assert "could not be drawn" not in drawn
-    # Gains of the smallest budget (the others are folded), Pareto fronts and layers of three, drops of each group; no
-    # network has all its ReLUs, so there is no control to draw.
+    # Gains of the smallest budget (the others are folded), Pareto fronts, distances from the null front and layers of
+    # three, drops of each group; no network has all its ReLUs, so there is no control to draw.
     frame = prepare(pd.read_parquet(compared / "comparison.parquet"))
-    assert len(re.findall(r'<svg[^>]*class="marks"', document)) == 1 + 3 + 3 + len(drop_by_budget(frame))
+    assert len(re.findall(r'<svg[^>]*class="marks"', document)) == 1 + 3 * 3 + len(drop_by_budget(frame))
     assert "Add the budget 1.0 to the linearize run" in drawn
 
 
@@ -66,18 +67,75 @@ def test_the_page_says_the_numbers_of_the_table(compared):
     assert "One base network" in text
 
 
+def test_every_network_is_shifted_without_a_further_pass(compared):
+    """What is kept of each image says what every shift gets right."""
+    table, front, images = (
+        pd.read_parquet(compared / f"{name}.parquet") for name in ("comparison", "null_front", "predictions")
+    )
+    assert ((images["right_from"] <= 0) & (images["right_to"] >= 0)).equals(images["correct"])
+    of_test = front[front["part"] == "test"]
+    plain = of_test[of_test["tau"] == 0].merge(table[(table["measure"] == "accuracy")], on=["method", "relus", "group"])
+    assert len(plain) == 4 * 3 * 12
+    assert (plain["value"] - plain["accuracy"]).abs().max() < 1e-12
+    assert set(front["part"]) == {"test", "val"}
+    assert set(front["method"]) == {"base network", *table["method"]}
+    # τ is the one that fairline adjust would choose on the validation part.
+    chosen = table[table["measure"] == "tau"].set_index(["method", "relus"])["value"]
+    assert len(chosen) == 4 * 3
+    for (method, relus), own in front[front["part"] == "val"].groupby(["method", "relus"]):
+        wide = own.pivot_table(index="tau", columns="group", values="accuracy")
+        allowed = wide[wide["overall"] >= wide["overall"].iloc[0] - 0.01 - 1e-9]
+        if method != "base network":
+            assert allowed["worst group"].idxmax() == chosen[method, relus]
+
+
+def test_the_page_says_where_each_method_lies(compared):
+    table = pd.read_parquet(compared / "comparison.parquet")
+    text = html.unescape((compared / "comparison.html").read_text(encoding="utf-8")).replace("\u00a0", " ")
+    own = table[(table["measure"] == "above_null") & (table["method"] != "erm")]
+    assert len(own) == 3 * 3
+    for value, low, high in own[["value", "low", "high"]].to_numpy():
+        words = "lies above the free line" if low > 0 else "cannot be told apart from the free line"
+        words = "lies below the free line" if high < 0 else words
+        assert f"{signed(value)} points (95 % interval {signed(low)} to {signed(high)})" in text
+        assert f"It {words}: " in text
+    for value in table.loc[table["measure"] == "undone", "value"]:
+        assert f'<td class="number">{signed(value)}' in text
+    # Digits are their own groups, so that a shift of classes is one of groups.
+    assert "cannot favour one group" not in text
+
+
+def test_a_comparison_of_an_earlier_version_has_its_page(compared, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(compared, old)
+    (old / "null_front.parquet").unlink()
+    table, images = pd.read_parquet(old / "comparison.parquet"), pd.read_parquet(old / "predictions.parquet")
+    new = ["above_null", "past_null", "drop_points", "undone", "undone_beyond_base", "tau"]
+    table[~table["measure"].isin(new)].to_parquet(old / "comparison.parquet")
+    images.drop(columns=["right_from", "right_to"]).to_parquet(old / "predictions.parquet")
+    ok("report", old, "--figures", tmp_path / "figures")
+    assert "free line" not in (old / "comparison.html").read_text(encoding="utf-8").lower()
+    assert {file.stem for file in (tmp_path / "figures").glob("*.png")} == {"gain", "pareto", "drop", "layers"}
+
+
 def test_figures_and_page_by_the_report_command(compared, tmp_path):
     ok("report", compared, "--out", tmp_path / "page.html", "--figures", tmp_path / "figures")
     assert (tmp_path / "page.html").stat().st_size > 100_000
-    assert {file.stem for file in (tmp_path / "figures").glob("*.png")} == {"gain", "pareto", "drop", "layers"}
+    assert {file.stem for file in (tmp_path / "figures").glob("*.png")} == {
+        "gain",
+        "pareto",
+        "above_null",
+        "drop",
+        "layers",
+    }
 
 
 def test_masks_are_named_by_what_placed_them(compared):
     layers = pd.read_parquet(compared / "layers.parquet")
     assert set(layers["linearizer"]) == {"snl"}
-    assert set(masks_of(layers)) == {"plain distillation", "lagrangian protect"}
+    assert set(masks_of(layers)) == {"plain distillation", "lagrangian mu=0.5 protect"}
     others = pd.concat([layers, layers[layers["placement"] == ""].assign(linearizer="coordinate_descent")])
-    assert set(masks_of(others)) == {"SNL", "SNL, lagrangian protect", "coordinate descent"}
+    assert set(masks_of(others)) == {"SNL", "SNL, lagrangian mu=0.5 protect", "coordinate descent"}
 
 
 def test_drops_are_drawn_as_the_table_has_them(compared):
@@ -102,7 +160,10 @@ def test_ablation_compares_every_value(runs, tmp_path):
     said = ok("ablate", runs / "snl", *FINETUNE, "--vary", "mu=0.5,2.0", "--out", out)
     assert "lagrangian mu=2" in said
     table = pd.read_parquet(out / "compare" / "comparison.parquet")
-    assert set(table["method"]) == {"erm", "lagrangian mu=0.5", "lagrangian mu=2"}
+    # Beside the values, their curve, where it has overall accuracies that shifts have.
+    assert set(table["method"]) - {"lagrangian mu=*"} == {"erm", "lagrangian mu=0.5", "lagrangian mu=2"}
+    curve = table[table["method"] == "lagrangian mu=*"]
+    assert set(curve["measure"]) <= {"area_above_null", "mean_above_null"}
     metrics = pd.read_parquet(out / "mu-2" / "metrics.parquet")
     assert metrics.filter(like="lambda[").iloc[-1].max() > 0
 
@@ -159,6 +220,15 @@ def test_networks_whose_classes_were_rebalanced(runs, tmp_path):
     assert "τ = 2" in ok("adjust", runs / "students", "--tau", "2", "--out", tmp_path / "fixed")
     said = ok("compare", runs / "students", tmp_path / "fixed", "--resamples", "50", "--out", tmp_path / "compare")
     assert "logit adjust tau=2" in said
+    # A network of the null front is the one that adjust makes.
+    table, front = (pd.read_parquet(tmp_path / "compare" / f"{name}.parquet") for name in ("comparison", "null_front"))
+    made = table[(table["method"] == "erm, logit adjust tau=2") & (table["measure"] == "accuracy")]
+    drawn = front[(front["method"] == "erm") & (front["tau"] == 2) & (front["part"] == "test")]
+    both = made[made["class"] == ""].merge(drawn, on=["relus", "group"])
+    assert len(both) == 3 * 12
+    assert (both["value"] - both["accuracy"]).abs().max() < 1e-12
+    distance = table[(table["method"] == "erm, logit adjust tau=2") & (table["measure"] == "above_null")]
+    assert (distance["value"] < 1e-9).all()
     ok("audit", tmp_path / "adjusted", "--resamples", "50", "--out", tmp_path / "audit")
     assert set(pd.read_parquet(tmp_path / "audit" / "audit.parquet")["objective"]) == {"", "erm + logit adjust"}
     ok("compile", tmp_path / "adjusted", "--networks", "budget-20", "--out", tmp_path / "compiled")
@@ -182,7 +252,7 @@ def test_emptied_layers_are_a_method_and_a_budget_may_be_one_method_s_alone(runs
     ok("compare", *sources, "--resamples", "50", "--out", tmp_path / "compare")
     table = pd.read_parquet(tmp_path / "compare" / "comparison.parquet")
     budgets = table.groupby("method")["relus"].agg(set).to_dict()
-    assert budgets["not finetuned"] == budgets["masks layers emptied, not finetuned"] == {224, 45, 20}
+    assert budgets["not finetuned"] == budgets["masks layers emptied=0.5, not finetuned"] == {224, 45, 20}
     assert budgets["random: not finetuned"] == {10}
     page = (tmp_path / "compare" / "comparison.html").read_text(encoding="utf-8")
     assert "With 4.5 % of the ReLUs" in html.unescape(page).replace("\u00a0", " ")

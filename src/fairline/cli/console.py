@@ -216,6 +216,7 @@ def print_comparison(run: Run, within: float = 5.0, critical: Sequence[str] = ()
     """A comparison's verdicts and tables, and its page."""
     from fairline.data.grouped import OVERALL, WORST
     from fairline.report.comparison import judged, limits, prepare, write_comparison
+    from fairline.report.null_front import summary, undoing
     from fairline.report.verdict import headline, signed
 
     frame = prepare(run.table("comparison.parquet"))
@@ -231,17 +232,27 @@ def print_comparison(run: Run, within: float = 5.0, critical: Sequence[str] = ()
         gains = part[part["measure"] == "gain"]
         by_group = gains[~gains["group"].isin([OVERALL, WORST])]
         worst = gains[gains["group"] == WORST].set_index("method")
+        above = part[part["measure"] == "above_null"].set_index("method")
         front = part[part["measure"] == "pareto"].set_index("method")["value"]
         table = accuracy[[OVERALL, WORST]].map("{:.1%}".format)
         table["gain of worst [95 %]"] = [
             f"{signed(worst.loc[m, 'value'])} {limits(worst.loc[m])}" if m in worst.index else "" for m in table.index
         ]
+        if len(above):
+            table["above free line [95 %]"] = [
+                f"{signed(above.loc[m, 'value'])} {limits(above.loc[m])}" if m in above.index else ""
+                for m in table.index
+            ]
         table["groups better"] = by_group[by_group["low"] > 0].groupby("method").size().reindex(table.index).fillna(0)
         table["worse"] = by_group[by_group["high"] < 0].groupby("method").size().reindex(table.index).fillna(0)
         table["front"] = ["◆" if front[m] else "" for m in table.index]
         table.index.name = "method"
         print_frame(table, f"{budget} of ReLUs, against {baseline}", {"groups better": ".0f", "worse": ".0f"})
-    path = write_comparison(run.folder, within=within, critical=critical)
+        if told := summary(frame, str(budget)):
+            out_console.print(told, highlight=False)
+    for sentence in undoing(frame):
+        out_console.print(sentence, highlight=False)
+    path = write_comparison(run.folder, within=within, critical=critical, found=found)
     out_console.print(f"Comparison: {path.resolve()}", soft_wrap=True)
 
 

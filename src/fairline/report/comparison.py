@@ -14,14 +14,17 @@ from fairline.audit.cells import named
 from fairline.audit.verdict import CANNOT_TELL, MAY, MAY_NOT
 from fairline.charts import PALETTE, save_charts, themed
 from fairline.data.grouped import OVERALL, WORST
-from fairline.report import verdict
+from fairline.report import null_front, verdict
 from fairline.report.figures import METHOD_NAMES, budget_labels, budget_order
 from fairline.report.page import by_groups, settings, write_page
 from fairline.report.verdict import KINDS, Candidate, limits_told, methods, moved, signed
 from fairline.runs import Run
 
 #: Columns of a figure in its file, and the width of a panel there; on the page a panel is as wide as its card.
-_LAYOUT = {"gain": (1, 560), "pareto": (2, 300), "beyond_control": (1, 560), "drop": (3, 250), "layers": (2, 380)}
+_LAYOUT = {
+    **{"gain": (1, 560), "pareto": (2, 300), "above_null": (2, 300), "beyond_control": (1, 560)},
+    **{"drop": (3, 250), "layers": (2, 380)},
+}
 
 
 def prepare(comparison: pd.DataFrame) -> pd.DataFrame:
@@ -105,8 +108,16 @@ def differences(frame: pd.DataFrame, measure: str, title: str) -> list[Any]:
     return panels
 
 
-def pareto_front(frame: pd.DataFrame) -> list[Any]:
-    """Overall against worst-group accuracy, a panel a budget; the front is filled and joined."""
+def pareto_front(frame: pd.DataFrame, free: pd.DataFrame | None = None) -> list[Any]:
+    """Overall against worst-group accuracy, a panel a budget; the front is filled and joined.
+
+    Args:
+        frame: From :func:`prepare`.
+        free: Null fronts to draw behind the methods, from :func:`fairline.report.null_front.lines`.
+
+    Returns:
+        Altair charts without a width.
+    """
     accuracy = frame[(frame["measure"] == "accuracy") & frame["group"].isin([OVERALL, WORST])]
     wide = accuracy.pivot_table(index=["budget", "percent", "method"], columns="group", values="value", sort=False)
     front = frame[frame["measure"] == "pareto"].set_index(["budget", "percent", "method"])["value"]
@@ -141,7 +152,8 @@ def pareto_front(frame: pd.DataFrame) -> list[Any]:
             .mark_point(filled=False, size=80, opacity=1, strokeWidth=2)
             .encode(x=x, y=y, color=colour, tooltip=tooltip)
         )
-        panels.append(alt.layer(line, hollow, filled).properties(height=240, title=f"{budget} of the ReLUs"))
+        under = [] if free is None else null_front.behind(free[free["budget"] == budget], x, y)
+        panels.append(alt.layer(*under, line, hollow, filled).properties(height=260, title=f"{budget} of the ReLUs"))
     return panels
 
 
@@ -225,12 +237,13 @@ def drop_by_budget(frame: pd.DataFrame) -> list[Any]:
     return panels
 
 
-def panels(frame: pd.DataFrame, layers: pd.DataFrame) -> dict[str, list[Any]]:
+def panels(frame: pd.DataFrame, layers: pd.DataFrame, free: pd.DataFrame | None = None) -> dict[str, list[Any]]:
     """All figures that the rows allow, panel by panel, by name.
 
     Args:
         frame: From :func:`prepare`.
         layers: Rows of ``layers.parquet``.
+        free: From :func:`fairline.report.null_front.lines`, where there are null fronts.
 
     Returns:
         Altair charts without a width.
@@ -238,7 +251,9 @@ def panels(frame: pd.DataFrame, layers: pd.DataFrame) -> dict[str, list[Any]]:
     made: dict[str, list[Any]] = {}
     if (frame["measure"] == "gain").any():
         made["gain"] = differences(frame, "gain", "gain, points")
-    made["pareto"] = pareto_front(frame)
+    made["pareto"] = pareto_front(frame, free)
+    if above := null_front.above(frame, _colour("method", _methods(frame), _methods(frame))):
+        made["above_null"] = above
     if (frame["measure"] == "beyond_control").any():
         made["beyond_control"] = differences(frame, "beyond_control", "gain beyond the control, points")
     drops = frame[(frame["measure"] == "relative_drop") & (frame["percent"] < 100)]
@@ -249,9 +264,9 @@ def panels(frame: pd.DataFrame, layers: pd.DataFrame) -> dict[str, list[Any]]:
     return made
 
 
-def figures(frame: pd.DataFrame, layers: pd.DataFrame) -> dict[str, Any]:
+def figures(frame: pd.DataFrame, layers: pd.DataFrame, free: pd.DataFrame | None = None) -> dict[str, Any]:
     """The figures of :func:`panels`, each whole, by file name."""
-    made = {name: themed(_joined(name, own)) for name, own in panels(frame, layers).items()}
+    made = {name: themed(_joined(name, own)) for name, own in panels(frame, layers, free).items()}
     return {name: chart.configure_legend(orient="bottom", columns=3, labelLimit=320) for name, chart in made.items()}
 
 
@@ -269,7 +284,12 @@ def _fluid(name: str, panel: Any) -> Any:
 
 
 def write_comparison(
-    run_folder: str | Path, out: str | Path | None = None, *, within: float = 5.0, critical: Sequence[str] = ()
+    run_folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    within: float = 5.0,
+    critical: Sequence[str] = (),
+    found: Sequence[Candidate] | None = None,
 ) -> Path:
     """Write the page of a compare run.
 
@@ -278,6 +298,7 @@ def write_comparison(
         out: The HTML file; ``comparison.html`` in that folder by default.
         within: Loss against the base network that is tolerated, in percentage points.
         critical: Classes whose recall may not fall.
+        found: From :func:`judged` with these two, where it is known.
 
     Returns:
         The file.
@@ -287,9 +308,9 @@ def write_comparison(
     """
     run = Run.read(run_folder, "compare")
     frame = prepare(run.table("comparison.parquet"))
-    found = judged(run, within, critical)
+    found = judged(run, within, critical) if found is None else found
     layers = run.table("layers.parquet")
-    own = panels(frame, layers)
+    own = panels(frame, layers, free_lines(run, frame))
     drawn = {f"{name}-{at}": _fluid(name, panel) for name, all_of in own.items() for at, panel in enumerate(all_of)}
     return write_page(
         Path(out) if out is not None else run.folder / "comparison.html",
@@ -307,10 +328,32 @@ def write_comparison(
         budgets=budget_order(frame[frame["measure"] == "gain"]),
         beyond_budgets=budget_order(frame[frame["measure"] == "beyond_control"]),
         legends={name: legend(name, frame, layers) for name in own},
+        free=free_told(run, frame),
         has_classes=bool((frame["class"] != "").any()),
         tables=[(budget, table(frame, budget)) for budget in budget_order(frame)],
         settings=settings(run),
     )
+
+
+def free_lines(run: Run, frame: pd.DataFrame) -> pd.DataFrame | None:
+    """The null fronts of a compare run, to be drawn; None where an earlier version wrote none."""
+    if not (run.folder / "null_front.parquet").exists():
+        return None
+    return null_front.lines(run.table("null_front.parquet"), frame, run.config["split"])
+
+
+def free_told(run: Run, frame: pd.DataFrame) -> dict[str, Any] | None:
+    """What the page says of the null front."""
+    if not (run.folder / "null_front.parquet").exists():
+        return None
+    budgets = budget_order(frame[frame["measure"] == "undone"])
+    return {
+        "distances": null_front.distances(frame),
+        "acts": null_front.acts_on_groups(run.table("predictions.parquet")),
+        "undoing": null_front.undoing(frame),
+        "tables": [(budget, null_front.undone_table(frame, budget, group_order(frame))) for budget in budgets],
+        "kinds": {null_front.ABOVE: "may", null_front.BELOW: "may-not", null_front.UNTOLD: "open"},
+    }
 
 
 def legend(name: str, frame: pd.DataFrame, layers: pd.DataFrame) -> list[tuple[str, str]]:
@@ -319,6 +362,8 @@ def legend(name: str, frame: pd.DataFrame, layers: pd.DataFrame) -> list[tuple[s
         return list(palette(list(dict.fromkeys(masks_of(layers)[layers["relus"] < layers["total"]]))).items())
     measures = {"pareto": "accuracy", "drop": "relative_drop"}
     drawn = set(frame.loc[frame["measure"] == measures.get(name, name), "method"])
+    if name == "above_null":
+        drawn -= set(frame["baseline"])
     return [(method, colour) for method, colour in palette(_methods(frame)).items() if method in drawn]
 
 
@@ -356,7 +401,8 @@ def _counted(found: Sequence[Candidate]) -> dict[str, int]:
 def write_comparison_figures(run_folder: str | Path, folder: str | Path) -> list[Path]:
     """Write each figure of a compare run as SVG and PNG; returns the files."""
     run = Run.read(run_folder, "compare")
-    charts = figures(prepare(run.table("comparison.parquet")), run.table("layers.parquet"))
+    frame = prepare(run.table("comparison.parquet"))
+    charts = figures(frame, run.table("layers.parquet"), free_lines(run, frame))
     return save_charts(charts, Path(folder))
 
 
@@ -379,6 +425,8 @@ def headline(frame: pd.DataFrame, found: Sequence[Candidate]) -> list[str]:
     best = str(worst.idxmax())
     sentences = [verdict.headline(found)] if found else []
     sentences.append(_best_told(here, budget, baseline, best) + _answer_told(found, best, budget))
+    if told := null_front.summary(frame, budget):
+        sentences.append(told)
     front = own[(own["measure"] == "pareto") & (own["value"] == 1)]["method"]
     sentences.append(f"On the Pareto front there: {', '.join(f'“{name}”' for name in front)}.")
     if ("beyond_control", WORST, best) in here.index:
@@ -467,7 +515,7 @@ def table(frame: pd.DataFrame, budget: str) -> list[dict[str, Any]]:
     made = []
     for name in order(rows):
         own = []
-        for method in dict.fromkeys(rows["method"]):
+        for method in _methods(rows):
             share = "accuracy" if (name, method, "accuracy") in found.index else "recall"
             row = {"method": method, "share": f"{found.loc[(name, method, share), 'value']:.1%}"}
             if (name, method, "gain") in found.index:
