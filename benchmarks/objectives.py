@@ -28,6 +28,7 @@ from fairline.objectives import (
     BalancedKD,
     Chi2DRO,
     GroupDRO,
+    GroupDrop,
     Lagrangian,
     LogitAdjust,
     LongTailKD,
@@ -41,6 +42,7 @@ OBJECTIVES = {
     "lagrangian": lambda: Lagrangian(mu=0.1),
     "lagrangian, sampled": lambda: Lagrangian(mu=0.1, samples=200),
     "lagrangian, released": lambda: Lagrangian(mu=0.1, released=True),
+    "drop": GroupDrop,
     "group_dro": GroupDRO,
     "chi2_dro": Chi2DRO,
     "arl": ARL,
@@ -55,12 +57,12 @@ OBJECTIVES = {
 }
 
 
-def epoch(student: nn.Module, teacher: nn.Module, data: GroupedData, objective: Objective) -> float:
-    """Seconds of the second epoch."""
+def epoch(student: nn.Module, teacher: nn.Module, parts: tuple[GroupedData, ...], objective: Objective) -> float:
+    """Seconds of the second epoch, validation included."""
     model = copy.deepcopy(student)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     epochs = run_epochs(
-        model, data, epochs=2, optimizer=optimizer, objective=objective, teacher=teacher, batch_size=128
+        model, *parts, epochs=2, optimizer=optimizer, objective=objective, teacher=teacher, batch_size=128
     )
     return [done.seconds for done in epochs][-1]
 
@@ -83,7 +85,10 @@ def main() -> None:
     student = mask_relus(teacher, data.normalized(slice(2)))
     for layer in masked_relus(student).values():
         layer.set_mask(torch.rand(layer.shape, generator=generator) < 0.1)
-    steps = {name: lambda make=make: epoch(student, teacher, data, make()) for name, make in OBJECTIVES.items()}
+    held_out = data.select(torch.arange(arguments.images // 9))
+    steps = {
+        name: lambda make=make: epoch(student, teacher, (data, held_out), make()) for name, make in OBJECTIVES.items()
+    }
     median = interleaved(steps, arguments.rounds)
     print(f"ResNet-18 width {arguments.width}, {arguments.images} images, {device_name()}, torch {torch.__version__}")
     for name in OBJECTIVES:

@@ -386,10 +386,10 @@ def test_outputs_that_do_not_fit(parts, trained):
 
 #: Objectives that need every group or class of the training part, and those that need them of the validation part too.
 NEED = {
-    "groups": {"lagrangian", "group_dro", "reweighting", "balanced_kd", "ada_alpha", "ada_margin"},
+    "groups": {"lagrangian", "drop", "group_dro", "reweighting", "balanced_kd", "ada_alpha", "ada_margin"},
     "labels": {"long_tail_kd", "ldam"},
 }
-JUDGE = {"ada_alpha", "ada_margin"}
+JUDGE = {"drop", "ada_alpha", "ada_margin"}
 
 
 @pytest.mark.parametrize("what", ["labels", "groups"])

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fairline.objectives import BalancedKD as BalancedKD
     from fairline.objectives import Chi2DRO as Chi2DRO
     from fairline.objectives import GroupDRO as GroupDRO
+    from fairline.objectives import GroupDrop as GroupDrop
     from fairline.objectives import Lagrangian as Lagrangian
     from fairline.objectives import LogitAdjust as LogitAdjust
     from fairline.objectives import LongTailKD as LongTailKD
@@ -72,6 +73,7 @@ _LAZY = {
     "ERM": "fairline.objectives",
     "FairlineError": "fairline.errors",
     "GroupDRO": "fairline.objectives",
+    "GroupDrop": "fairline.objectives",
     "GroupedData": "fairline.data",
     "LDAM": "fairline.objectives",
     "Lagrangian": "fairline.objectives",

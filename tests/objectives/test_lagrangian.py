@@ -116,7 +116,10 @@ def test_finetuning_follows_algorithm_1(parts, trained, batch_size):
     torch.testing.assert_close(torch.stack(seen), torch.stack(expected), rtol=1e-3, atol=1e-5)
     for mine, other in zip(student.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
-    assert objective.metrics().keys() == {f"lambda[class {i}]" for i in range(3)}
+    # Without a validation part there are no violations on one.
+    assert objective.metrics().keys() == {
+        f"{what}[class {i}]" for what in ("lambda", "train_violation") for i in range(3)
+    }
 
 
 def test_the_multipliers_do_not_depend_on_the_batches(parts, trained):
@@ -289,6 +292,8 @@ def test_masks_learn_under_algorithm_1_too(parts, trained):
         ({"samples": 0}, "samples=0"),
         ({"cap": 0.0}, "cap of the multipliers must be positive"),
         ({"released": True, "violation": "signed"}, "absolute violations only"),
+        ({"released": True, "on": "val"}, "knows on='train' only"),
+        ({"on": "test"}, "train or val, not 'test'"),
     ],
 )
 def test_bad_settings(options, message):

@@ -98,6 +98,14 @@ BROKEN = {
         "\n    def end_epoch(self, group_losses, overall):\n        pass",
         "'losses' fails on two images",
     ),
+    "held out": (
+        "def held_out(self, logits, teacher_logits, batch):\n        1 / 0",
+        "'held_out' fails on an image of each group: ZeroDivisionError",
+    ),
+    "held out, other arguments": (
+        "def held_out(self, logits):\n        pass",
+        "'held_out' takes other arguments than the 3",
+    ),
     "state": ("def state_dict(self):\n        return {'f': print}", "cannot be kept in a checkpoint: TypeError"),
     "metrics": ("def metrics(self):\n        return None", "'metrics' returns a NoneType, not numbers by name"),
     "no super": ("def __init__(self):\n        pass", r"has no 'subset'; .*call super\(\).__init__\(\)"),
@@ -178,6 +186,24 @@ def test_a_class_of_its_own_must_have_every_part(tmp_path, part):
         f"    if name != '{part}':\n        setattr(Mine, name, getattr(Objective, name))\n"
     )
     assert f"has no method '{part}'" in refused(file)
+
+
+def test_a_class_of_its_own_from_before_the_validation_part_was_shown_still_trains(tmp_path, parts, trained):
+    from fairline.training import finetune
+
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from fairline.objectives import Objective\n\n"
+        "class Mine:\n    subset = None\n    needs_group_losses = True\n    cross_entropy = Objective.cross_entropy\n"
+        "    def losses(self, logits, teacher_logits, batch):\n        return self.cross_entropy(logits, batch)\n"
+        "for name in ('start', 'reduce', 'end_epoch', 'metrics', 'state_dict', 'load_state_dict'):\n"
+        "    setattr(Mine, name, getattr(Objective, name))\n"
+    )
+    name = f"{file}:Mine"
+    objectives.try_on(name, {}, lambda: make_data(60, groups=2))
+    history = []
+    finetune(trained, None, parts[0], parts[1], epochs=1, objective=objectives.build(name), history=history)
+    assert history[0]["val_loss"] > 0
 
 
 @pytest.mark.parametrize(

@@ -132,3 +132,75 @@ def long_tail_losses(logits, teacher_logits, parts, strength, temperature):
             loss = loss + w / sum(weight) * (own_a * (own_a / own_b).log()).sum()
         losses.append(temperature**2 * loss)
     return torch.stack(losses)
+
+
+def drop_cost(measure, logits, label):
+    """What one image costs: −log p, 1 − p, or whether another class is chosen."""
+    p = logits.softmax(0)[label]
+    if measure == "loss":
+        return -p.log()
+    return 1 - p if measure == "probability" else (logits.argmax() != label).to(logits)
+
+
+def drops(measure, logits, teacher_logits, labels, groups, count, excess=False):
+    """What each group loses against the teacher, beyond what all lose where asked; None of an absent group."""
+    lost = [
+        drop_cost(measure, z, y) - drop_cost(measure, t, y)
+        for z, t, y in zip(logits, teacher_logits, labels, strict=True)
+    ]
+    overall = sum(lost) / len(lost) if excess else 0
+    found = []
+    for group in range(count):
+        own = [value for value, member in zip(lost, groups, strict=True) if member == group]
+        found.append(sum(own) / len(own) - overall if own else None)
+    return found
+
+
+def drop_lagrangian(logits, teacher_logits, labels, groups, multipliers, epsilon, measure, excess=False):
+    """``L + Σₐ λₐ·(ρₐ − ε)`` over the groups present; an accuracy's place is taken by the cross-entropy."""
+    losses = [sample_loss(z, t, y, 4.0) for z, t, y in zip(logits, teacher_logits, labels, strict=True)]
+    value = sum(losses) / len(losses)
+    smooth = "loss" if measure == "accuracy" else measure
+    lost = drops(smooth, logits, teacher_logits, labels, groups, len(multipliers), excess)
+    for multiplier, drop in zip(multipliers, lost, strict=True):
+        if drop is not None:
+            value = value + multiplier * (drop - epsilon)
+    return value
+
+
+def primal_dual(model, teacher, train, val, *, epochs, epsilon, measure, excess, step, lr, batch_size, seed):
+    """Plain SGD on the Lagrangian, and an ascent on the validation part after each epoch; returns every λ."""
+    images, held_out = train.normalized(), val.normalized()
+    with torch.no_grad():
+        targets, held_out_targets = teacher.eval()(images), teacher(held_out)
+    generator = torch.Generator().manual_seed(seed)
+    multipliers = [0.0] * train.num_groups
+    history = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for _ in range(epochs):
+        model.train()
+        order = torch.randperm(len(train), generator=generator)
+        for start in range(0, len(train), batch_size):
+            index = order[start : start + batch_size]
+            groups = train.groups[index].tolist()
+            logits = model(images[index])
+            loss = drop_lagrangian(
+                logits, targets[index], train.labels[index], groups, multipliers, epsilon, measure, excess
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            lost = drops(
+                measure,
+                model(held_out),
+                held_out_targets,
+                val.labels,
+                val.groups.tolist(),
+                train.num_groups,
+                excess,
+            )
+        multipliers = [max(0.0, m + step * (float(d) - epsilon)) for m, d in zip(multipliers, lost, strict=True)]
+        history.append(multipliers)
+    return history

@@ -133,6 +133,7 @@ LINEARIZERS = ("snl", "deepreduce", "senet", "autorep", "coordinate_descent", "l
 OBJECTIVES = (
     "erm",
     "lagrangian",
+    "drop",
     "group_dro",
     "chi2_dro",
     "arl",

@@ -15,6 +15,7 @@ from fairline.objectives.arl import ARL
 from fairline.objectives.balanced_kd import BalancedKD
 from fairline.objectives.base import Batch, Objective, distillation_loss
 from fairline.objectives.chi2_dro import Chi2DRO
+from fairline.objectives.drop import GroupDrop
 from fairline.objectives.erm import ERM
 from fairline.objectives.group_dro import GroupDRO
 from fairline.objectives.lagrangian import Lagrangian
@@ -31,6 +32,7 @@ from fairline.objectives.selective import finetune_last_layer
 REGISTRY: dict[str, type[Objective]] = {
     "erm": ERM,
     "lagrangian": Lagrangian,
+    "drop": GroupDrop,
     "group_dro": GroupDRO,
     "chi2_dro": Chi2DRO,
     "arl": ARL,
@@ -89,6 +91,7 @@ __all__ = [
     "Batch",
     "Chi2DRO",
     "GroupDRO",
+    "GroupDrop",
     "Lagrangian",
     "LogitAdjust",
     "LongTailKD",

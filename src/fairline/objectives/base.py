@@ -26,7 +26,7 @@ class Batch:
             set are asked for.
         labels: int64, (B,).
         groups: int64, (B,).
-        index: int64, (B,): positions in the training data.
+        index: int64, (B,): positions in the training data; in the validation data for :meth:`Objective.held_out`.
     """
 
     images: Tensor
@@ -106,12 +106,14 @@ class Objective:
 
     Attributes:
         total_epochs: How many there are at most; the training loop says it before :meth:`start`.
+        needs_teacher: Whether it cannot do without a teacher's logits.
 
     Raises:
         FairlineError: The temperature is not positive, or a weight is negative.
     """
 
     total_epochs: int | None = None
+    needs_teacher = False
 
     def __init__(self, temperature: float = 4.0, ce_weight: float = 1.0, kd_weight: float = 1.0) -> None:
         if not temperature > 0:
@@ -169,6 +171,31 @@ class Objective:
             overall: Mean loss of all samples, scalar; with a ``subset``, the mean of ``group_losses`` by group size.
         """
 
+    def start_held_out(self, val_data: GroupedData | None) -> None:
+        """Look at the validation part once, after :meth:`start`; only where :attr:`needs_held_out`.
+
+        Args:
+            val_data: The validation part; None where there is none.
+        """
+
+    def held_out(self, logits: Tensor, teacher_logits: Tensor | None, batch: Batch) -> None:
+        """Look at the outputs over the whole validation part after an epoch, before :meth:`end_epoch`.
+
+        They are computed for the validation accuracy anyway. Where there is no validation part it is not called.
+
+        Args:
+            logits: Of the network, (N, K), in evaluation mode.
+            teacher_logits: Of the teacher if there is one, (N, K).
+            batch: All of the validation part, without images.
+        """
+
+    def judge(self, row: Mapping[str, float]) -> None:
+        """Say, after a training, what is to be said of the network that is kept.
+
+        Args:
+            row: Of the epoch that it is of: what :class:`~fairline.training.loop.Epoch` holds, and :meth:`metrics`.
+        """
+
     def require_groups(self, train_data: GroupedData) -> None:
         """Refuse data without groups, or with a group that has no sample.
 
@@ -220,6 +247,11 @@ class Objective:
     def sees_teacher(self) -> bool:
         """Whether :meth:`see_teacher` is overridden."""
         return type(self).see_teacher is not Objective.see_teacher
+
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether :meth:`held_out` is overridden."""
+        return type(self).held_out is not Objective.held_out
 
     def metrics(self) -> dict[str, float]:
         """What to log after each epoch."""

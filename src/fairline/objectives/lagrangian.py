@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +10,13 @@ from torch import Tensor
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import group_mean
-from fairline.objectives.base import Batch, Objective, group_means
-
-logger = logging.getLogger(__name__)
+from fairline.objectives.base import Batch, group_means
+from fairline.objectives.constrained import Constrained
 
 VIOLATIONS = ("absolute", "signed", "worst_group", "accuracy")
 
-#: A multiplier beyond it leaves nothing of the loss itself.
-EXPLODED = 1e4
 
-
-class Lagrangian(Objective):
+class Lagrangian(Constrained):
     """Algorithm 1 of Das, Romanelli and Fioretto (ICML 2024), after Fioretto et al. (2020).
 
     For each batch B, with ``L = CE + T²·KL`` a sample and ``ρₐ = |L(B) − Lₐ(B)|`` for the groups in B, a step on
@@ -42,6 +35,8 @@ class Lagrangian(Objective):
         samples: Images of each group, at most, that λ is updated on. None, the algorithm as printed, takes the whole
             training set, whose forward pass costs about a fifth of an epoch; a few hundred images a group cost next to
             nothing, and small groups are still taken whole. The same images after every epoch.
+        on: The part whose violations move λ: ``"train"``, as printed, or ``"val"``, because a network that has learned
+            its training images has next to none left on them. Both parts' are logged.
         released: Do as the code published with the paper: the penalty is detached from the graph, so it changes the
             reported loss and no gradient; the KL is divided by the number of classes; the violations that move λ are
             summed over mini-batches. For comparison only.
@@ -49,6 +44,7 @@ class Lagrangian(Objective):
 
     Attributes:
         multipliers: λ, float32, (A,).
+        violations: ρ of each part after the last epoch, (A,).
 
     Raises:
         FairlineError: μ or the cap is negative, the violation is unknown, or a multiplier explodes.
@@ -73,39 +69,27 @@ class Lagrangian(Objective):
         violation: str = "absolute",
         cap: float | None = None,
         samples: int | None = None,
+        on: str = "train",
         released: bool = False,
         **options: float,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(cap, samples, on, **options)
         if not (mu >= 0 and math.isfinite(mu)):
             raise FairlineError(f"The multipliers' step μ must be finite and not negative: mu={mu}.")
         if violation not in VIOLATIONS:
             raise FairlineError(f"A violation is one of {', '.join(VIOLATIONS)}, not '{violation}'.")
-        if cap is not None and not cap > 0:
-            raise FairlineError(f"The cap of the multipliers must be positive: cap={cap}.")
-        if samples is not None and samples < 1:
-            raise FairlineError(f"λ needs one image of each group at least: samples={samples}.")
         if released and violation != "absolute":
             raise FairlineError(f"The published code knows absolute violations only, not '{violation}'.")
+        if released and on != "train":
+            raise FairlineError("The published code sums violations over mini-batches, so it knows on='train' only.")
         self.mu = mu
         self.violation = violation
-        self.cap = cap
-        self.samples = samples
         self.released = released
-        self.multipliers = torch.zeros(0)
 
     def start(self, train_data: GroupedData) -> None:
         """Set every multiplier to 0."""
-        self.require_groups(train_data)
-        self.group_names = train_data.group_names
-        self.groups = train_data.groups
-        self.sizes = torch.bincount(train_data.groups, minlength=train_data.num_groups)
-        if self.samples is not None:
-            self.subset = torch.cat(train_data.sample_by_group(self.samples)).sort().values
-            self.groups = self.groups[self.subset]
-        self.multipliers = torch.zeros(train_data.num_groups, device=train_data.device)
+        super().start(train_data)
         self._batch_violations = torch.zeros_like(self.multipliers)
-        self._active = False
 
     def losses(self, logits: Tensor, teacher_logits: Tensor | None, batch: Batch) -> Tensor:
         """Loss of each sample, (B,); the expected errors are kept where they are what is constrained."""
@@ -138,46 +122,40 @@ class Lagrangian(Objective):
         worse = group_losses - overall
         return worse.abs() if self.violation in ("absolute", "accuracy") else worse.clamp_min(0)
 
+    def held_out(self, logits: Tensor, teacher_logits: Tensor | None, batch: Batch) -> None:
+        """Violations over the validation part."""
+        losses = self.losses(logits, teacher_logits, batch)
+        constrained = self._errors if self.violation == "accuracy" else losses
+        means = group_mean(constrained, batch.groups, len(self.multipliers))
+        self._measure("val", means, constrained.double().mean())
+
     def end_epoch(self, group_losses: Tensor, overall: Tensor) -> None:
-        """``λ ← λ + μ·ρ`` over the whole training set."""
+        """``λ ← λ + μ·ρ`` over the whole training set, or the validation part."""
         if self.violation == "accuracy":
             # The pass over the training set has just left its errors.
             group_losses = group_mean(self._errors, self.groups, len(self.multipliers))
             overall = (group_losses * self.sizes).sum() / self.sizes.sum()
+        self._measure("train", group_losses, overall)
+        violations = self.violations[self.on]
+        if self.released:
+            violations, self._batch_violations = self._batch_violations, torch.zeros_like(self.multipliers)
+        step = self.mu * violations.to(self.multipliers)
+        self.ascend(step, f"take a smaller mu than {self.mu:g}, or a cap")
+
+    def _measure(self, part: str, group_losses: Tensor, overall: Tensor) -> None:
         violations = self._violations(group_losses, overall)
         if self.violation == "worst_group":
             worst = torch.zeros_like(violations)
-            worst[group_losses.argmax()] = 1
+            worst[group_losses.nan_to_num(-math.inf).argmax()] = 1
             violations = violations * worst
-        if self.released:
-            violations, self._batch_violations = self._batch_violations, torch.zeros_like(self.multipliers)
-        self.multipliers = self.multipliers + self.mu * violations.to(self.multipliers)
-        if self.cap is not None:
-            self.multipliers = self.multipliers.clamp_max(self.cap)
-        largest = int(self.multipliers.argmax())
-        value = float(self.multipliers[largest])
-        if not value <= EXPLODED:
-            raise FairlineError(
-                f"The multiplier of group “{self.group_names[largest]}” exploded to {value:.3g}; take a smaller mu "
-                f"than {self.mu:g}, or a cap."
-            )
-        self._active = value > 0
+        self.violations[part] = violations
 
     @property
     def needs_group_losses(self) -> bool:
         """With μ = 0 nothing is to be updated."""
         return self.mu > 0
 
-    def metrics(self) -> dict[str, float]:
-        """λ of each group."""
-        values = self.multipliers.tolist()
-        return {f"lambda[{name}]": value for name, value in zip(self.group_names, values, strict=True)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The multipliers."""
-        return {"multipliers": self.multipliers}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The multipliers of a checkpoint."""
-        self.multipliers = state["multipliers"].to(self.multipliers)
-        self._active = bool((self.multipliers > 0).any())
+    @property
+    def needs_held_out(self) -> bool:
+        """As for the losses over the training set."""
+        return self.needs_group_losses

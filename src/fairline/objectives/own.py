@@ -30,6 +30,8 @@ PARTS = {
     "state_dict": 0,
     "load_state_dict": 1,
 }
+#: What it calls where they are there, so that objectives from before them stay whole.
+LATER_PARTS = {"start_held_out": 1, "held_out": 3, "judge": 1}
 #: What it reads.
 ATTRIBUTES = ("subset", "needs_group_losses")
 
@@ -55,6 +57,9 @@ def build_own(name: str, options: Mapping[str, Any]) -> Objective:
         if not callable(call):
             raise FairlineError(f"Objective '{name}' has no method '{part}'; extend fairline.objectives.Objective.")
         _require_arguments(name, part, call, count)
+    for part, count in LATER_PARTS.items():
+        if hasattr(made, part):
+            _require_arguments(name, part, getattr(made, part), count)
     for part in ATTRIBUTES:
         if not hasattr(made, part):
             raise FairlineError(
@@ -106,8 +111,11 @@ def require_whole(name: str, options: Mapping[str, Any], train: GroupedData) -> 
         if getattr(objective, "sees_teacher", False):
             logits = torch.randn(len(train), train.num_classes, device=train.device)
             trial.call(objective, "see_teacher", logits, train, True)
-        for teacher in (torch.randn(2, train.num_classes, device=train.device), None):
-            trial.step(objective, teacher)
+        trial.step(objective, trial.outputs(2))
+        if not getattr(objective, "needs_teacher", False):
+            trial.step(objective, None)
+        if getattr(objective, "needs_held_out", False):
+            trial.held_out(objective)
         if objective.needs_group_losses:
             trial.epoch(objective)
         trial.metrics(objective)
@@ -131,7 +139,8 @@ class _Trial:
 
     def call(self, objective: Objective, part: str, *arguments: Any) -> Any:
         """Call a part; what it raises is a sentence."""
-        with told(f"Objective '{self.name}': '{part}' fails on two images", _file(self.name)):
+        tried = "an image of each group" if part == "held_out" else "two images"
+        with told(f"Objective '{self.name}': '{part}' fails on {tried}", _file(self.name)):
             return getattr(objective, part)(*arguments)
 
     def refuse(self, part: str, value: Any, wanted: str) -> None:
@@ -148,9 +157,13 @@ class _Trial:
         """Two images, or none of them where losses over a data set are asked for."""
         return Batch(images, self.train.labels[self.index], self.train.groups[self.index], self.index)
 
+    def outputs(self, n: int) -> Tensor:
+        """Logits of some network, (n, K)."""
+        return torch.randn(n, self.train.num_classes, device=self.train.device)
+
     def step(self, objective: Objective, teacher: Tensor | None) -> None:
         """A forward and backward pass on two images."""
-        logits = torch.randn(2, self.train.num_classes, device=self.train.device, requires_grad=True)
+        logits = self.outputs(2).requires_grad_()
         batch = self.batch(self.train.normalized(self.index))
         losses = self.losses(objective, logits, teacher, batch)
         value = self.call(objective, "reduce", losses, batch)
@@ -181,11 +194,19 @@ class _Trial:
 
     def epoch(self, objective: Objective) -> None:
         """The end of an epoch, for which losses are computed without images."""
-        logits = torch.randn(2, self.train.num_classes, device=self.train.device)
+        teacher = self.outputs(2) if getattr(objective, "needs_teacher", False) else None
         with torch.no_grad():
-            losses = self.losses(objective, logits, None, self.batch(self.train.images[:0]))
+            losses = self.losses(objective, self.outputs(2), teacher, self.batch(self.train.images[:0]))
         groups = losses.double().mean().expand(self.train.num_groups).clone()
         self.call(objective, "end_epoch", groups, groups.mean())
+
+    def held_out(self, objective: Objective) -> None:
+        """The validation part, for which an image of each group of the training part stands here."""
+        groups = self.train.groups
+        index = torch.cat([torch.nonzero(groups == group)[:1, 0] for group in range(self.train.num_groups)])
+        batch = Batch(self.train.images[:0], self.train.labels[index], groups[index], index)
+        self.call(objective, "start_held_out", self.train)
+        self.call(objective, "held_out", self.outputs(len(index)), self.outputs(len(index)), batch)
 
     def metrics(self, objective: Objective) -> None:
         """What is logged."""

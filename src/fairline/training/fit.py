@@ -159,6 +159,7 @@ def _fit(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise FairlineError(f"{type(model).__name__} has no weights to train.")
     optimizer = SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    objective = objective or ERM()
     best, history = Best(model, select), History()
     for epoch in run_epochs(
         model,
@@ -166,7 +167,7 @@ def _fit(
         val,
         epochs=epochs,
         optimizer=optimizer,
-        objective=objective or ERM(),
+        objective=objective,
         scheduler=schedule(optimizer),
         teacher=teacher,
         stage=stage,
@@ -176,6 +177,9 @@ def _fit(
         best.see(epoch)
         history.rows.append(epoch.row())
     best.restore()
+    # One of the user's own need not have it.
+    if hasattr(objective, "judge"):
+        objective.judge(history.rows[best.epoch - 1])
     return history.rows
 
 

@@ -145,19 +145,19 @@ def run_epochs(
         FairlineError: The loss turns non-finite, the checkpoint is another run's, or outputs do not fit the data.
     """
     chosen = LOOP_DEFAULTS | settings
-    run = _Run(model, train, epochs, optimizer, objective, scheduler, teacher, penalty, stage, stateful, **chosen)
+    run = _Run(model, train, val, epochs, optimizer, objective, scheduler, teacher, penalty, stage, stateful, **chosen)
     with run.randomness(), memory_kept(), run.placed():
-        for epoch in range(run.resume(val) + 1, epochs + 1):
+        for epoch in range(run.resume() + 1, epochs + 1):
             began = time.perf_counter()
             means = run.steps(epoch)
             if scheduler is not None:
                 scheduler.step()
-            run.tell_objective(epoch)
+            run.look(epoch)
             result = Epoch(
                 epoch=epoch,
                 loss=means.pop("loss"),
                 learning_rate=optimizer.param_groups[0]["lr"],
-                **run.validate(val),
+                **run.validate(),
                 extra={**objective.metrics(), **means},
                 seconds=time.perf_counter() - began,
             )
@@ -172,6 +172,7 @@ class _Run:
 
     model: nn.Module
     train: GroupedData
+    val: GroupedData | None
     epochs: int
     optimizer: Optimizer
     objective: Objective
@@ -205,11 +206,25 @@ class _Run:
         self.parts |= self.stateful or {}
         if self.scheduler is not None:
             self.parts["scheduler"] = self.scheduler
+        self.start_objective()
+        self.teacher_logits: Tensor | None = None
+        self.held_out: Tensor | None = None
+        self.teacher_held_out: Tensor | None = None
+        self.message = ""
+
+    def start_objective(self) -> None:
+        """Show it the data; what it needs and does not get is refused. One of the user's own may lack newer parts."""
         if isinstance(self.objective, Objective):
             self.objective.total_epochs = self.epochs
         self.objective.start(self.train)
-        self.teacher_logits: Tensor | None = None
-        self.message = ""
+        self.shown_held_out = bool(getattr(self.objective, "needs_held_out", False))
+        if self.shown_held_out:
+            self.objective.start_held_out(self.val)
+        if self.teacher is None and getattr(self.objective, "needs_teacher", False):
+            raise FairlineError(
+                f"The objective {type(self.objective).__name__} compares with a teacher, and this {self.stage} has "
+                "none (kd_weight=0 lets the labels alone teach)."
+            )
 
     @contextmanager
     def randomness(self) -> Iterator[None]:
@@ -236,7 +251,7 @@ class _Run:
             for network in networks:
                 FLOAT32.place(network, self.where)
 
-    def resume(self, val: GroupedData | None) -> int:
+    def resume(self) -> int:
         """Restore a checkpoint if there is one, and prepare the teacher; returns the last epoch done."""
         done = 0
         if self.checkpoint is not None and Path(self.checkpoint).exists():
@@ -247,18 +262,20 @@ class _Run:
             self.teacher.eval()
             if not self.augment:
                 self.teacher_logits = self.predict(self.teacher, self.train)
-            self.show_teacher(self.teacher, val)
+            sees = getattr(self.objective, "sees_teacher", False)
+            if self.val is not None and (self.shown_held_out or sees):
+                self.teacher_held_out = self.predict(self.teacher, self.val)
+            if sees:
+                self.show_teacher(self.teacher)
         return done
 
-    def show_teacher(self, teacher: nn.Module, val: GroupedData | None) -> None:
-        """Show an objective that asks for it what the teacher makes of the validation part, or of the training part."""
-        # An objective of the user's own need not extend the interface.
-        if not getattr(self.objective, "sees_teacher", False):
+    def show_teacher(self, teacher: nn.Module) -> None:
+        """Show an objective what the teacher makes of the validation part, else of the training part."""
+        if self.val is not None and self.teacher_held_out is not None:
+            self.objective.see_teacher(self.teacher_held_out, self.val.to(self.where), True)
             return
-        data = self.train if val is None else val.to(self.where)
-        known = self.teacher_logits if val is None else None
-        logits = self.predict(teacher, data) if known is None else known
-        self.objective.see_teacher(logits, data, val is not None)
+        known = self.teacher_logits
+        self.objective.see_teacher(self.predict(teacher, self.train) if known is None else known, self.train, False)
 
     def steps(self, epoch: int) -> dict[str, float]:
         """One pass over the training part, a step a batch; means of the objective and of the penalty over samples."""
@@ -329,16 +346,26 @@ class _Run:
             ) from None
         return require_classes(logits_of(output, network, images).float(), self.train)
 
-    def tell_objective(self, epoch: int) -> None:
-        """Show an objective that asks for them the losses over the whole training part."""
-        if not self.objective.needs_group_losses:
-            return
+    def look(self, epoch: int) -> None:
+        """Compute the validation part's logits, and show an objective what it asks for: those, and the losses."""
+        self.held_out = None if self.val is None else self.predict(self.model, self.val)
+        objective = self.objective
         try:
-            self.objective.end_epoch(*self.group_losses())
+            if self.shown_held_out and self.val is not None and self.held_out is not None:
+                objective.held_out(self.held_out, self.teacher_held_out, self.whole(self.val))
+            if objective.needs_group_losses:
+                objective.end_epoch(*self.group_losses())
         except FairlineError as error:
             reason = str(error).rstrip(".")
             raise FairlineError(f"Epoch {epoch} of {self.stage}: {reason}{self.kept(epoch)}.") from None
-        self.ranks.agree(self.objective)
+        if self.shown_held_out or objective.needs_group_losses:
+            self.ranks.agree(objective)
+
+    def whole(self, data: GroupedData, index: Tensor | None = None) -> Batch:
+        """A whole data set as one batch without images; ``index`` where it is a selection of the training part."""
+        index = torch.arange(len(data)) if index is None else index
+        where = self.where
+        return Batch(data.images[:0], data.labels.to(where), data.groups.to(where), index.to(where))
 
     def kept(self, epoch: int) -> str:
         """What is left if this epoch fails, as the end of a sentence."""
@@ -371,21 +398,20 @@ class _Run:
             teacher_logits = teacher_logits[index]
         elif teacher_logits is None and self.teacher is not None:
             teacher_logits = self.predict(self.teacher, data)
-        everything = torch.arange(len(train), device=train.device) if index is None else index
-        batch = Batch(data.images[:0], data.labels, data.groups, everything)
         with torch.no_grad():
-            losses = self.objective.losses(logits, teacher_logits, batch)
+            losses = self.objective.losses(logits, teacher_logits, self.whole(data, index))
         means = group_mean(losses, data.groups, data.num_groups)
         if index is None:
             return means, losses.double().mean()
         sizes = torch.bincount(train.groups, minlength=train.num_groups)
         return means, (means * sizes)[sizes > 0].sum() / len(train)
 
-    def validate(self, val: GroupedData | None) -> dict[str, float]:
-        """Loss and accuracies on the validation part; NaN without one."""
-        if val is None:
+    def validate(self) -> dict[str, float]:
+        """Loss and accuracies on the validation part, from its logits; NaN without one."""
+        val = self.val
+        if val is None or self.held_out is None:
             return dict.fromkeys(("val_loss", "val_accuracy", "val_worst_group_accuracy"), math.nan)
-        logits = self.predict(self.model, val).cpu()
+        logits = self.held_out.cpu()
         labels, groups = val.labels.cpu(), val.groups.cpu()
         correct = (logits.argmax(1) == labels).double()
         by_group = group_mean(correct, groups, val.num_groups)
