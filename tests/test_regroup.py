@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
+import fairline as fl
 from fairline.report.html import write_report
+from fairline.runs import Run, load_network
 from fairline.study.spec import DataSource
 from tests.commands import fairline, ok
 from tests.data.test_folder import write
@@ -104,6 +106,71 @@ def test_methods_are_compared_by_other_groups(shop):
     table = pd.read_parquet(shop / "compared" / "comparison.parquet")
     assert {"f × 18+", "m × 0–17", "overall", "worst group"} <= set(table["group"])
     assert "by sex, age:0-17,18+" in (shop / "compared" / "comparison.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def repaired(shop):
+    """A finetune for sex × age of the network whose data have groups by sex alone, and a plain one."""
+    lagrangian = ["--objective", "lagrangian", "--mu", "0.5", "--epochs", "1", "--select", "last"]
+    ok("finetune", shop / "half", *lagrangian, *GROUPS, "--out", shop / "repaired")
+    ok("finetune", shop / "half", "--epochs", "1", "--select", "last", "--out", shop / "plain")
+    return shop / "repaired"
+
+
+CROSSED = {"f × 0–17", "f × 18+", "m × 0–17", "m × 18+"}
+
+
+def test_a_repair_may_be_for_other_groups_than_the_data_s(shop, repaired):
+    config = json.loads((repaired / "config.json").read_text())
+    assert config["groups"] == ["sex", "age:0-17,18+"]
+    # The split stays.
+    base = json.loads((shop / "base" / "config.json").read_text())
+    assert config["data"] == base["data"]
+    metrics = pd.read_parquet(repaired / "metrics.parquet")
+    assert {name for name in metrics if name.startswith("lambda[")} == {f"lambda[{group}]" for group in CROSSED}
+
+
+def test_what_is_built_on_a_repair_is_chosen_and_judged_in_its_groups(shop, repaired, tmp_path):
+    ok("audit", repaired, "--resamples", "50", "--out", tmp_path / "audit")
+    assert set(pd.read_parquet(tmp_path / "audit" / "audit.parquet")["group"]) == {*CROSSED, "overall"}
+    ok("compare", shop / "plain", repaired, "--resamples", "50", "--out", tmp_path / "compared")
+    table = pd.read_parquet(tmp_path / "compared" / "comparison.parquet")
+    assert set(table["group"]) == {*CROSSED, "overall", "worst group"}
+    assert set(table["method"]) == {"random: erm", "random: lagrangian mu=0.5"}
+    assert "by sex, age:0-17,18+" in (tmp_path / "compared" / "comparison.html").read_text()
+    # What is named wins.
+    ok("audit", repaired, "--groups", "sex", "--resamples", "50", "--out", tmp_path / "by_sex")
+    assert set(pd.read_parquet(tmp_path / "by_sex" / "audit.parquet")["group"]) == {"f", "m", "overall"}
+    ok("adjust", repaired, "--out", tmp_path / "adjusted")
+    network, _ = load_network(next((tmp_path / "adjusted" / "networks").iterdir()))
+    val = Run.read(repaired).data.load()[1]["val"].regroup(["sex", "age:0-17,18+"])
+    right = (fl.predict(network, val).argmax(1) == val.labels).double()
+    worst = min(float(right[val.groups == group].mean()) for group in range(val.num_groups))
+    metrics = pd.read_parquet(tmp_path / "adjusted" / "metrics.parquet")
+    assert metrics.loc[metrics["chosen"], "worst_group_accuracy"].item() == pytest.approx(worst)
+
+
+def test_a_choice_is_made_in_the_groups_that_its_runs_are_for(shop, repaired, tmp_path):
+    stronger = ["--objective", "lagrangian", "--mu", "5", "--epochs", "1", "--select", "last"]
+    ok("finetune", shop / "half", *stronger, *GROUPS, "--out", tmp_path / "stronger")
+    ok("choose", repaired, tmp_path / "stronger", "--reference", shop / "plain", "--out", tmp_path / "chosen")
+    assert set(pd.read_parquet(tmp_path / "chosen" / "metrics.parquet")["worst_group"]) <= CROSSED
+    ok("audit", tmp_path / "chosen", "--resamples", "50", "--out", tmp_path / "audit")
+    assert set(pd.read_parquet(tmp_path / "audit" / "audit.parquet")["group"]) == {*CROSSED, "overall"}
+
+
+def test_repairs_for_different_groups_are_judged_in_those_that_are_named(shop, repaired, refused, run_here, tmp_path):
+    options = ["--objective", "group_dro", "--epochs", "1", "--select", "last", "--groups", "sex"]
+    ok("finetune", shop / "half", *options, "--out", tmp_path / "by_sex")
+    said = refused("compare", repaired, tmp_path / "by_sex", "--out", tmp_path / "compared")
+    assert "were made for different groups (['sex', 'age:0-17,18+']; sex); name those to judge by (--groups)" in said
+    assert not (tmp_path / "compared").exists()
+    named = ["--groups", "sex", "--baseline", "random: group_dro", "--resamples", "50"]
+    done = run_here("compare", repaired, tmp_path / "by_sex", *named, "--out", tmp_path / "compared")
+    assert done.returncode == 0, done.stderr
+    said = refused("finetune", shop / "half", "--groups", "hair", "--out", tmp_path / "bad")
+    assert "has no column 'hair'" in said
+    assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.parametrize(

@@ -163,10 +163,10 @@ def say_best(run: Run) -> None:
 
 
 def say_strengths(run: Run) -> None:
-    """What strength each network was adjusted with."""
+    """What strength each network has that was chosen, or adjusted."""
     table = run.table("metrics.parquet")
     for row in table[table["chosen"]].to_dict("records"):
-        line = f"{row['network']}: τ = {row['tau']:g}"
+        line = f"{row['network']}: " + (row["strength"] if "strength" in row else f"τ = {row['tau']:g}")
         if "accuracy" in row:
             line += f", validation accuracy {row['accuracy']:.1%}, worst group {row['worst_group_accuracy']:.1%}"
         if row.get("largest_loss", math.nan) == row.get("largest_loss", math.nan):
@@ -246,6 +246,10 @@ def print_comparison(run: Run, within: float = 5.0, critical: Sequence[str] = ()
         table["groups better"] = by_group[by_group["low"] > 0].groupby("method").size().reindex(table.index).fillna(0)
         table["worse"] = by_group[by_group["high"] < 0].groupby("method").size().reindex(table.index).fillna(0)
         table["front"] = ["◆" if front[m] else "" for m in table.index]
+        if "tried" in part and (part["tried"] > 1).any():
+            of_method = part.dropna(subset="tried").drop_duplicates("method").set_index("method")
+            table["tried"] = of_method["tried"].astype(int).astype(str)
+            table["taken"] = of_method["strength"]
         table.index.name = "method"
         print_frame(table, f"{budget} of ReLUs, against {baseline}", {"groups better": ".0f", "worse": ".0f"})
         if told := summary(frame, str(budget)):

@@ -268,6 +268,7 @@ def linearize(
         list[str] | None,
         typer.Option("--option", metavar="KEY=VALUE", help="Further option of the method, e.g. growth=1.2."),
     ] = None,
+    groups: OtherGroups = None,
     root: Root = None,
     seed: Seed = 0,
     device: Device = None,
@@ -304,6 +305,7 @@ def linearize(
         objective,
         {**parse_options(objective_option), **drop_none(mu=mu)},
         for_cost=costly or None,
+        groups=one_or_all(groups),
         root=None if root is None else str(root),
         seed=seed,
         device=device,
@@ -344,6 +346,7 @@ def finetune(
     batch_size: BatchSize = None,
     augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Random crops and flips.")] = False,
     select: Select = "accuracy",
+    groups: OtherGroups = None,
     root: Root = None,
     seed: Seed = 0,
     device: Device = None,
@@ -362,6 +365,7 @@ def finetune(
         {**parse_options(objective_option), **drop_none(mu=mu)},
         distill=distill,
         preset=preset,
+        groups=one_or_all(groups),
         root=None if root is None else str(root),
         **drop_none(epochs=epochs, lr=lr, batch_size=batch_size, precision=precision),
         augment=augment,
@@ -589,6 +593,50 @@ def ablate(
             progress=progress,
         )
     print_comparison(run)
+
+
+@app.command()
+def choose(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Folders of finetune, last-layer or adjust runs that differ in one option."
+        ),
+    ],
+    out: Out,
+    reference: Annotated[
+        Path,
+        typer.Option(
+            metavar="RUN", help="Plain distillation of the same masks and budgets, such as runs/ablation/erm."
+        ),
+    ],
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="On validation images: worst_group (highest, within --within of the reference's overall accuracy), or "
+            "largest_loss (of any group, against the base network: least)."
+        ),
+    ] = "worst_group",
+    within: Annotated[float, typer.Option(help="Overall accuracy that may go, in percentage points.")] = 1.0,
+    root: Root = None,
+    device: Device = None,
+) -> None:
+    """Take the best strength of a method for each budget, on validation images; where none will do, the reference."""
+    from fairline.jobs import choose_job
+
+    with progress_bars() as progress:
+        run = choose_job(
+            sources,
+            out,
+            reference=reference,
+            rule=rule,  # type: ignore[arg-type]
+            within=within,
+            root=None if root is None else str(root),
+            device=device,
+            progress=progress,
+        )
+    list_networks(run)
+    say_strengths(run)
 
 
 @app.command("compile")

@@ -3,6 +3,7 @@
 from fairline.jobs._common import LAST_LAYERS
 from fairline.jobs.adjust import adjust_job
 from fairline.jobs.audit import audit_job
+from fairline.jobs.choose import choices, choose_job
 from fairline.jobs.compare import compare_job
 from fairline.jobs.compiled import compile_job
 from fairline.jobs.demo import run_demo
@@ -19,6 +20,8 @@ __all__ = [
     "adjust_job",
     "audit_job",
     "build_linearizer",
+    "choices",
+    "choose_job",
     "compare_job",
     "compile_job",
     "finetune_job",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from fairline.runs import DataSpec, NetworkInfo, Run, load_network, save_network
 LAST_LAYERS = {"dfr": "last layer", "afr": "AFR", "self": "SELF"}
 
 #: Commands whose runs hold linearized networks that can be trained on.
-STUDENTS = ("linearize", "finetune", "last-layer", "adjust")
+STUDENTS = ("linearize", "finetune", "last-layer", "adjust", "choose")
 
 #: Commands whose runs hold linearized networks.
 LINEARIZED = (*STUDENTS, "compile")
@@ -85,8 +85,13 @@ def last_layer_told(run: Run) -> str:
 
 
 def lineage_of(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """The configs of some runs and of all that they were built on, by folder."""
-    return {str(run.folder.resolve()): run.config for source in runs for run in source.lineage()}
+    """The configs of some runs and of all that they were built on or chosen from, by folder."""
+    found: dict[str, dict[str, Any]] = {}
+    for source in runs:
+        for run in source.lineage():
+            found |= lineage_of(run.candidates())
+            found[str(run.folder.resolve())] = run.config
+    return found
 
 
 def require_split(split: str) -> None:
@@ -116,9 +121,39 @@ def data_of(run: Run, root: str | None) -> DataSpec:
 
 
 def load_parts(run: Run, root: str | None, groups: Groups | None = None) -> dict[str, GroupedData]:
-    """The parts ``train``, ``val`` and ``test`` of the run's data, in other groups where such are named."""
+    """The parts ``train``, ``val`` and ``test`` of the run's data, in groups that are named or that it was made for."""
     parts = data_of(run, root).load()[1]
+    groups = made_for(run) if groups is None else groups
     return parts if groups is None else regrouped(parts, groups)
+
+
+def made_for(run: Run) -> Groups | None:
+    """Other groups than the data's that a run's masks or networks were trained under, the last that were named."""
+    for each in reversed(run.lineage()):
+        # What a choice was made of is not before it, but beside.
+        found = [each.config.get("groups")] if each.command in ("linearize", "finetune") else []
+        found += [made_for(candidate) for candidate in each.candidates()]
+        if groups := [own for own in found if own is not None]:
+            return cast(Groups, groups[-1])
+    return None
+
+
+def judged_in(runs: Sequence[Run], groups: Groups | None) -> Groups | None:
+    """The groups to judge runs in: those that are named, else those that any of them was made for.
+
+    Returns:
+        The groups; None for those of the data.
+
+    Raises:
+        FairlineError: None are named, and the runs were made for different ones.
+    """
+    if groups is not None:
+        return groups
+    found = {str(own): own for run in runs if (own := made_for(run)) is not None}
+    if len(found) > 1:
+        told = "; ".join(found)
+        raise FairlineError(f"The runs were made for different groups ({told}); name those to judge by (--groups).")
+    return next(iter(found.values()), None)
 
 
 def in_groups(groups: Groups | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fairline import objectives
 from fairline._own import files, identity
+from fairline.data import Groups
 from fairline.data.grouped import GroupedData
 from fairline.jobs._common import load_parts
 from fairline.ranks import here
@@ -23,7 +24,12 @@ def known_by(objective: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tried_on(
-    parent: Run, root: str | None, out: str | Path, objective: str, options: Mapping[str, Any]
+    parent: Run,
+    root: str | None,
+    out: str | Path,
+    objective: str,
+    options: Mapping[str, Any],
+    groups: Groups | None = None,
 ) -> Callable[[], dict[str, GroupedData]]:
     """Refuse an objective of the user's own that is not whole, before its run folder is made.
 
@@ -33,11 +39,15 @@ def tried_on(
         out: The run folder; of a finished run nothing is tried.
         objective: As for :func:`fairline.objectives.build`.
         options: Of its constructor.
+        groups: Other groups than those that the parent was made for.
 
     Returns:
         Gives the parts of the data, which are loaded once, when they are asked for.
     """
-    parts = cache(partial(load_parts, parent, root))
+    parts = cache(partial(load_parts, parent, root, groups))
+    if groups is not None:
+        # Before the folder is taken: the groups may not fit the data.
+        parts()
     if not Run(out).finished:
         # Of several processes the first writes, so it tries what a checkpoint keeps; all are told.
         here().first(lambda: objectives.try_on(objective, options, lambda: parts()["train"]))

@@ -21,6 +21,7 @@ from fairline.jobs._common import (
     built_on,
     do_once,
     in_groups,
+    judged_in,
     lineage_of,
     load_base,
     load_parts,
@@ -64,7 +65,7 @@ def audit_job(
         explain: Also take every measure with which the paper explains the disparity.
         split: Part to measure on.
         resamples: Bootstrap resamples.
-        groups: Other groups than the data's, to measure the same images by; see :meth:`GroupedData.regroup`.
+        groups: Other groups to measure by than the data's (:meth:`GroupedData.regroup`) or those the runs are made for.
         with_base: Whether the base network has rows of its own; it is what the others are compared with anyway.
         costs: Whether to predict what private inference of each network, and of the base network, costs.
         root: Where the data are now, if they have moved.
@@ -80,11 +81,11 @@ def audit_job(
     """
     where = resolve_device(device)
     require_bootstrap(split, resamples)
-    request = _Request(measures, options or {}, explain, split, resamples, seed, groups)
     runs = open_runs("An audit", sources, "train", *LINEARIZED)
+    request = _Request(measures, options or {}, explain, split, resamples, seed, judged_in(runs, groups))
     base = _common_base(runs)
     # Before the folder is taken: the groups may not fit the data.
-    regrouped = None if groups is None else _told(load_parts(base, root, groups), split)
+    regrouped = None if request.groups is None else _told(load_parts(base, root, request.groups), split)
 
     def work(run: Run) -> None:
         parts = regrouped or load_parts(base, root)

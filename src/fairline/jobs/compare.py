@@ -28,6 +28,7 @@ from fairline.jobs._common import (
     STUDENTS,
     do_once,
     in_groups,
+    judged_in,
     last_layer_told,
     lineage_of,
     load_parts,
@@ -35,6 +36,7 @@ from fairline.jobs._common import (
     require_bootstrap,
     settings_told,
 )
+from fairline.jobs.choose import choices
 from fairline.jobs.linearize import placement_of
 from fairline.masking import masked_relus
 from fairline.runs import NetworkInfo, Run, load_info, load_network
@@ -51,20 +53,28 @@ def method_label(run: Run, info: NetworkInfo) -> str:
         parts.append(info.surrogate)
     if run.command == "linearize":
         parts.append("not finetuned")
-    lineage = run.lineage()
-    own = next(each for each in reversed(lineage) if each.command not in ("last-layer", "adjust"))
-    if own.command == "finetune":
-        text = settings_told(own.config["objective"], own.config["objective_options"])
-        parts.append(text if own.config.get("distill", True) else f"{text}, labels only")
-    for each in lineage:
-        if each.command == "last-layer":
-            parts.append(last_layer_told(each))
-        if each.command == "adjust":
-            tau = each.config["tau"]
-            parts.append(each.config["method"].replace("_", " ") + ("" if tau is None else f" tau={tau:g}"))
+    parts += [text for each in run.lineage() for text in _steps(each)]
     label = ", ".join(parts)
     # The linearizer is named only where it is not the usual one.
     return label if info.method == "snl" else f"{info.method}: {label}"
+
+
+def _steps(run: Run, varied: str = "") -> list[str]:
+    """What was done in one run, in words; ``varied`` names an option whose value is not told."""
+    if run.command == "choose":
+        rule = "" if run.config["rule"] == "worst_group" else f" by {run.config['rule'].replace('_', ' ')}"
+        first = run.candidates()[1]
+        return [*_steps(first, run.config["option"]), f"{run.config['option']} chosen{rule}"]
+    if run.command == "finetune":
+        options = {key: value for key, value in run.config["objective_options"].items() if key != varied}
+        text = settings_told(run.config["objective"], options)
+        return [text if run.config.get("distill", True) else f"{text}, labels only"]
+    if run.command == "last-layer":
+        return [last_layer_told(run)]
+    if run.command == "adjust":
+        tau = None if varied == "tau" else run.config["tau"]
+        return [run.config["method"].replace("_", " ") + ("" if tau is None else f" tau={tau:g}")]
+    return []
 
 
 def placed(run: Run, info: NetworkInfo) -> str:
@@ -93,11 +103,10 @@ def compare_job(
     Args:
         sources: Folders of linearize, finetune or last-layer runs.
         out: The run folder.
-        baseline: Method to compare with, as the table names it; ``erm`` (plain distillation) by default, else the
-            first.
+        baseline: Method to compare with, as the table names it; plain distillation by default, else the first.
         split: Part to measure on.
         resamples: Bootstrap resamples, where there is one base network.
-        groups: Other groups to compare in than those of the runs' data; see :meth:`GroupedData.regroup`.
+        groups: Other groups to compare in than the data's (:meth:`GroupedData.regroup`) or those the runs are made for.
         root: Where the data are now, if they have moved.
         seed: Of the bootstrap.
         device: The accelerator if there is one, by default.
@@ -112,6 +121,7 @@ def compare_job(
     where = resolve_device(device)
     require_bootstrap(split, resamples)
     runs = open_runs("A comparison", sources, *STUDENTS)
+    groups = judged_in(runs, groups)
     families = _families(runs)
     config = {
         "sources": [run.parent_entry() for run in runs],
@@ -130,17 +140,24 @@ def compare_job(
     def work(run: Run) -> None:
         count = sum(len(source.networks()) for source in runs) + len(families)
         look = partial(_seen, split=split, root=root, groups=groups, device=where, told=_counter(progress, count))
-        _write(run, [_kept(run, *each, look) for each in enumerate(families)], baseline, resamples, seed)
+        _write(run, [_kept(run, *each, look) for each in enumerate(families)], families, baseline, resamples, seed)
 
     return do_once(out, "compare", config, where, work)
 
 
-def _write(run: Run, tables: Sequence[Sequence[pd.DataFrame]], baseline: str | None, resamples: int, seed: int) -> None:
-    """The run's tables, of what was seen of each family."""
+def _write(
+    run: Run,
+    tables: Sequence[Sequence[pd.DataFrame]],
+    families: Sequence[_Family],
+    baseline: str | None,
+    resamples: int,
+    seed: int,
+) -> None:
+    """The run's tables, of what was seen of each family and what was chosen for it."""
     predictions, layers, counts, shifts = zip(*tables, strict=True)
     table = _compared(predictions, baseline, resamples, seed)
     free = _against_null(predictions, shifts, table["baseline"].iloc[0], resamples, seed)
-    table = pd.concat([table, free], ignore_index=True)
+    table = pd.concat([table, free], ignore_index=True).merge(_chosen(families), "left", ["method", "relus"])
     table["train_n"] = table["group"].map(pd.concat(counts).groupby("group")["n"].mean())
     write_table(run.folder / "predictions.parquet", pd.concat(predictions))
     write_table(run.folder / "null_front.parquet", pd.concat(shifts))
@@ -230,6 +247,18 @@ def _seen(
 def _groups(part: GroupedData) -> NDArray[np.str_]:
     """Name of each image's group."""
     return np.asarray(part.group_names)[part.groups.cpu().numpy()]
+
+
+def _chosen(families: Sequence[_Family]) -> pd.DataFrame:
+    """How many settings were ``tried`` for each method and budget, and which each base network takes."""
+    rows = []
+    for family in families:
+        of_run = {run.folder.resolve(): choices(run) for run in family.runs}
+        for (label, info, _), folder in _labelled(family):
+            tried, strength = of_run.get(folder.parents[1].resolve(), {}).get(folder.name, (1, ""))
+            rows.append({"method": label, "relus": info.relus, "tried": tried, "strength": strength})
+    found = pd.DataFrame(rows).groupby(["method", "relus"], as_index=False, sort=False)
+    return found.agg({"tried": "max", "strength": lambda own: " · ".join(filter(None, own))})
 
 
 def _kept_by_layer(model: nn.Module, info: NetworkInfo, placement: str) -> list[dict[str, Any]]:

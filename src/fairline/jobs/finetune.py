@@ -14,9 +14,20 @@ from torch import nn
 from fairline import linearize as linearizers
 from fairline import objectives
 from fairline._io import resolve_device
+from fairline.data import Groups
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.jobs._common import LAST_LAYERS, STUDENTS, Rows, built_on, do_once, load_base, load_parts, remake
+from fairline.jobs._common import (
+    LAST_LAYERS,
+    STUDENTS,
+    Rows,
+    built_on,
+    do_once,
+    in_groups,
+    load_base,
+    load_parts,
+    remake,
+)
 from fairline.jobs._objective import known_by, tried_on
 from fairline.jobs._precision import settle
 from fairline.jobs.compare import compare_job
@@ -32,6 +43,7 @@ def finetune_job(
     *,
     distill: bool = True,
     preset: str | None = None,
+    groups: Groups | None = None,
     root: str | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -49,6 +61,8 @@ def finetune_job(
         objective_options: Its options.
         distill: Whether the base network teaches.
         preset: One of ``fairline.linearize.FINETUNE_PRESETS``; settings and options that are given win over it.
+        groups: Other groups to repair for than those of the run's data; see :meth:`GroupedData.regroup`. What is built
+            on the run is chosen and judged in them.
         root: Where the data are now, if they have moved.
         seed: Of every random choice.
         device: The accelerator if there is one, by default.
@@ -66,8 +80,9 @@ def finetune_job(
     options = {**chosen.get("objective", {}), **(objective_options or {})}
     objectives.build(objective, **options)
     known = known_by(objective, options)
-    config = {**built_on(parent), **known, "distill": distill, "settings": settings, "seed": seed}
-    data = tried_on(parent, root, out, objective, options)
+    asked = {"distill": distill, "settings": settings, "seed": seed, **in_groups(groups)}
+    config = {**built_on(parent), **known, **asked}
+    data = tried_on(parent, root, out, objective, options, groups)
 
     def work(run: Run) -> None:
         base, parts = load_base(parent)[0], data()

@@ -13,7 +13,8 @@ from fairline import objectives
 from fairline._io import resolve_device
 from fairline._registry import build_named
 from fairline.compiler.mask_cost import PredictedCost
-from fairline.jobs._common import built_on, do_once, load_base, settings_told
+from fairline.data import Groups
+from fairline.jobs._common import built_on, do_once, in_groups, load_base, settings_told
 from fairline.jobs._objective import known_by, tried_on
 from fairline.jobs._precision import settle
 from fairline.linearize import ForCost, Linearized
@@ -39,6 +40,7 @@ def linearize_job(
     objective_options: Mapping[str, Any] | None = None,
     *,
     for_cost: Mapping[str, Any] | None = None,
+    groups: Groups | None = None,
     root: str | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -56,6 +58,7 @@ def linearize_job(
         objective: What the masks are learned under, as for :func:`~fairline.jobs.finetune.finetune_job`.
         objective_options: Its options.
         for_cost: Layers are emptied first: settings of :class:`~fairline.linearize.ForCost` and of the predicted cost.
+        groups: Other groups to place them for than the data's; as for :func:`~fairline.jobs.finetune.finetune_job`.
         root: Where the data are now, if they have moved.
         seed: Of every random choice.
         device: The accelerator if there is one, by default.
@@ -73,9 +76,9 @@ def linearize_job(
     teacher, info = load_base(parent)
     linearizers.resolve_budgets(budgets, info.total)
     asked = {"budgets": list(budgets), "method": method, **fair, "settings": settings, "seed": seed}
-    config = {**built_on(parent), **asked, **({} if for_cost is None else {"for_cost": dict(for_cost)})}
+    config = {**built_on(parent), **asked, **_more(for_cost, groups)}
     common = replace(info, stage="linearized", method=method, seed=seed, placement=placement_of(config))
-    parts = tried_on(parent, root, out, objective, objective_options or {})
+    parts = tried_on(parent, root, out, objective, objective_options or {}, groups)
 
     def work(run: Run) -> None:
         rows: list[dict[str, float]] = []
@@ -88,6 +91,11 @@ def linearize_job(
         run.write_metrics(rows)
 
     return do_once(out, "linearize", config, where, work)
+
+
+def _more(for_cost: Mapping[str, Any] | None, groups: Groups | None) -> dict[str, Any]:
+    """What the config says of masks that are placed for a cost, or for other groups; else nothing."""
+    return {**({} if for_cost is None else {"for_cost": dict(for_cost)}), **in_groups(groups)}
 
 
 def _fair(objective: str, options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -27,12 +27,12 @@ from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
 from fairline.masking import copy_model
+from fairline.objectives.choice import Rule, accuracies, chosen, require_rule
 from fairline.objectives.last_layer import output_layer
 
 logger = logging.getLogger(__name__)
 
 Method = Literal["logit_adjust", "tau_norm", "weight_scale"]
-Rule = Literal["worst_group", "largest_loss"]
 
 #: Strengths that are tried.
 TAUS = tuple(round(0.125 * step, 3) for step in range(25))
@@ -130,12 +130,9 @@ def require_settings(method: str, tau: float | None, rule: str, within: float) -
     """
     if method not in get_args(Method):
         raise FairlineError(f"Classes are rebalanced by {', '.join(get_args(Method))}, not '{method}'.")
-    if rule not in get_args(Rule):
-        raise FairlineError(f"τ is chosen by {' or '.join(get_args(Rule))}, not '{rule}'.")
     if tau is not None and not math.isfinite(tau):
         raise FairlineError(f"τ must be finite, not {tau}.")
-    if not (within >= 0 and math.isfinite(within)):
-        raise FairlineError(f"The overall accuracy that may go is in percentage points, 0 or more, not {within}.")
+    require_rule(rule, within)
 
 
 def _require_shares(train: GroupedData) -> None:
@@ -201,21 +198,20 @@ def _chosen(
     val.require_groups("choosing τ")
     if rule == "largest_loss" and reference is None:
         raise FairlineError("The largest loss of a group is counted against a network: give a reference.")
-    before = None if reference is None else _by_group(predict(reference, val), val)
+    before = None if reference is None else accuracies(predict(reference, val), val)[1]
     tried = []
     for tau in TAUS:
         scale, shift = transform(tau)
         moved = logits.clone()
         moved[:, : len(scale)] = moved[:, : len(scale)] * scale + shift
-        groups = _by_group(moved, val)
-        overall = float((moved.argmax(1) == val.labels.to(moved.device)).double().mean())
+        overall, groups = accuracies(moved, val)
         row = {"tau": tau, "accuracy": overall, "worst_group_accuracy": min(groups)}
         if before is not None:
             row["largest_loss"] = max(100 * (b - a) for b, a in zip(before, groups, strict=True))
         tried.append(row)
-    if rule == "largest_loss":
-        return min(tried, key=lambda row: row["largest_loss"])["tau"], tried
-    return best_strength(tried, within), tried
+    place = chosen(tried, rule, within, tried[0]["accuracy"])
+    assert place is not None  # τ = 0 is always within
+    return tried[place]["tau"], tried
 
 
 def best_strength(tried: Sequence[Mapping[str, float]], within: float) -> float:
@@ -228,16 +224,9 @@ def best_strength(tried: Sequence[Mapping[str, float]], within: float) -> float:
     Returns:
         Its τ.
     """
-    allowed = [row for row in tried if 100 * (tried[0]["accuracy"] - row["accuracy"]) <= within + 1e-9]
-    return max(allowed, key=lambda row: row["worst_group_accuracy"])["tau"]
-
-
-def _by_group(logits: Tensor, data: GroupedData) -> Sequence[float]:
-    """Accuracy of each group."""
-    right = (logits.argmax(1).cpu() == data.labels.cpu()).double()
-    groups = data.groups.cpu()
-    accuracies: list[float] = (torch.bincount(groups, right) / torch.bincount(groups)).tolist()
-    return accuracies
+    place = chosen(tried, "worst_group", within, tried[0]["accuracy"])
+    assert place is not None  # the first is always within
+    return tried[place]["tau"]
 
 
 __all__ = ["TAUS", "Method", "Rule", "adjust", "adjust_in_place", "balanced_scale", "best_strength", "require_settings"]

@@ -329,6 +329,7 @@ def write_comparison(
         beyond_budgets=budget_order(frame[frame["measure"] == "beyond_control"]),
         legends={name: legend(name, frame, layers) for name in own},
         free=free_told(run, frame),
+        choices=choices(frame),
         has_classes=bool((frame["class"] != "").any()),
         tables=[(budget, table(frame, budget)) for budget in budget_order(frame)],
         settings=settings(run),
@@ -531,6 +532,24 @@ def table(frame: pd.DataFrame, budget: str) -> list[dict[str, Any]]:
             own.append(row)
         made.append({"who": name, "share": share, "rows": own})
     return made
+
+
+def choices(frame: pd.DataFrame) -> list[dict[str, str]]:
+    """A row for each method and budget whose strength was chosen on validation images: how many were tried, and which.
+
+    Args:
+        frame: From :func:`prepare`; a comparison of an earlier version tells of none.
+
+    Returns:
+        ``method``, ``budget``, ``tried`` and ``strength``, one for each base network in their order.
+    """
+    if "tried" not in frame:
+        return []
+    own = frame[(frame["tried"] > 1)].drop_duplicates(["budget", "method"])
+    return [
+        {"method": row.method, "budget": row.budget, "tried": f"{row.tried:.0f}", "strength": row.strength}
+        for row in own[["method", "budget", "tried", "strength"]].itertuples(index=False)
+    ]
 
 
 def _interval(frame: pd.DataFrame, run: Run) -> str:

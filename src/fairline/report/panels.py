@@ -161,6 +161,12 @@ def finetuned(rows: pd.DataFrame, objective: str = "erm") -> pd.DataFrame:
     return own[own["finetune"] == objective] if (own["finetune"] == objective).any() else own
 
 
+def one_of_several(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows are of one value of a sweep, whatever was chosen of it."""
+    tried = pd.to_numeric(rows["tried"], errors="coerce")
+    return (tried == 1) & (rows["strength"] != "")
+
+
 def reference(rows: pd.DataFrame) -> str:
     """The finetune that others are set beside: plain distillation if there is one, else the first; empty for none."""
     plain = finetuned(rows)
@@ -230,8 +236,10 @@ def mitigation_drop(rows: pd.DataFrame, finetune: str = "lagrangian") -> pd.Data
 
 
 def variants_of_mu(rows: pd.DataFrame) -> list[tuple[float, str]]:
-    """Each μ that Algorithm 1 was run with, smallest first, and the finetune's name."""
-    own = rows[rows["objective"] == "lagrangian"][["objective_options", "finetune"]].drop_duplicates()
+    """Each μ that Algorithm 1 was run with, smallest first, and the finetune's name; none that was chosen."""
+    tried = pd.to_numeric(rows["tried"], errors="coerce").fillna(1)
+    own = rows[(rows["objective"] == "lagrangian") & (tried <= 1)]
+    own = own[["objective_options", "finetune"]].drop_duplicates()
     return sorted(
         (float(json.loads(text).get("mu", 0)), str(name)) for text, name in own.itertuples(index=False, name=None)
     )

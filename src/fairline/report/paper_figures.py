@@ -34,6 +34,7 @@ from fairline.report.panels import (
     Panel,
     finetuned,
     mitigation_drop,
+    one_of_several,
     over_seeds,
     panels,
     recipes,
@@ -421,7 +422,8 @@ def _mitigations(table: pd.DataFrame, wanted: Sequence[Panel]) -> dict[str, Any]
     held = [(panel, rows_of(table, panel)) for panel in wanted]
     others: dict[str, list[Panel]] = {}
     for panel, rows in held:
-        for name in rows.loc[rows["stage"] == "finetuned", "finetune"].unique():
+        # Of a sweep what was chosen is drawn; its table has the rest.
+        for name in rows.loc[(rows["stage"] == "finetuned") & ~one_of_several(rows), "finetune"].unique():
             if name != reference(rows):
                 others.setdefault(str(name), []).append(panel)
     return {

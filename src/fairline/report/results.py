@@ -39,7 +39,7 @@ def write_study_results(spec: StudySpec, out: str | Path, results: str | Path) -
     for cell in cells:
         if cell.kind != "compare":
             continue
-        name = cell.about["data_label"]
+        name = cell.about["results"]
         run = Run.read(storage.fetch(cell), "compare")
         table = run.table("comparison.parquet")
         for column in ("value", "low", "high", "percent"):

@@ -212,11 +212,21 @@ class Run:
         """The runs that this one was built on, the training run first, and this one last."""
         if self.command == "train":
             return [self]
-        parent = Path(self.config["parent"]["folder"])
-        if not parent.exists():
+        return [*self._named(self.config["parent"]).lineage(), self]
+
+    def candidates(self) -> list[Run]:
+        """The runs that a ``choose`` run chose from, what they were compared with first; of other runs none."""
+        if self.command != "choose":
+            return []
+        return [self._named(entry) for entry in (self.config["reference"], *self.config["sources"])]
+
+    def _named(self, entry: Mapping[str, str]) -> Run:
+        """A finished run that this one's config names."""
+        folder = Path(entry["folder"])
+        if not folder.exists():
             # The runs may have been moved together.
-            parent = self.folder.resolve().parent / parent.name
-        return [*Run.read(parent).lineage(), self]
+            folder = self.folder.resolve().parent / folder.name
+        return Run.read(folder)
 
     def base(self) -> Run:
         """The training run at the start of the lineage."""

@@ -1,8 +1,9 @@
 """The cells of a study: what must be computed, each named by the hash of all that determines it.
 
     train (a data set and a seed) ──► linearize (one run gives all budgets) ──► finetune ──► last-layer, adjust
-      └──► audit                                                                  └──► audit   └──► audit
-                                              all finetunes of a data set, over the seeds ──► compare
+      └──► audit                                                                  ├──► audit   └──► audit
+                                                   all values of a sweep, and plain distillation ──► choose, as finetune
+                                                       all methods of a data set, over the seeds ──► compare
 
 Cells with equal hashes are the same work, within a study and between studies that share a store.
 """
@@ -33,8 +34,8 @@ class Cell:
     """One run.
 
     Attributes:
-        kind: The job: ``train``, ``linearize``, ``finetune``, ``last-layer``, ``adjust``, ``audit`` or
-            ``compare``.
+        kind: The job: ``train``, ``linearize``, ``finetune``, ``choose``, ``last-layer``, ``adjust``, ``audit``
+            or ``compare``.
         arguments: What determines the result beside the parents; plain JSON.
         parents: The cells that it is built on.
         where: Its name for people, ``DATA-SEED/NAME``; not part of the hash.
@@ -93,8 +94,9 @@ def require_known(spec: StudySpec) -> None:
         placed_under = masks.method, located(masks.objective, spec.folder), masks.options
         checks.append((f"masks.{name}", partial(jobs.build_linearizer, *placed_under, **masks.settings)))
     checks += [
-        (f"methods.{place}", partial(objectives.build, located(method.objective, spec.folder), **method.options))
+        (f"methods.{place}", partial(objectives.build, located(method.objective, spec.folder), **options))
         for place, method in enumerate(spec.methods)
+        for _, options in method.variants()
     ]
     for where, call in (("train", train), ("finetune", finetune)):
         known = {*inspect.signature(call).parameters, *DEFAULTS}
@@ -119,9 +121,10 @@ def try_objectives(spec: StudySpec, root: str | None) -> None:
         FairlineError: One fails on two images of the study's data; see :func:`fairline.objectives.try_on`.
     """
     tried = [
-        (f"methods.{place}", method.objective, method.options)
+        (f"methods.{place}", method.objective, options)
         for place, method in enumerate(spec.methods)
         if is_own(method.objective)
+        for _, options in method.variants()
     ]
     tried += [
         (f"masks.{name}", masks.objective, masks.options)
@@ -154,30 +157,41 @@ def cells_of(spec: StudySpec) -> list[Cell]:
     """
     cells: list[Cell] = []
     finished: dict[str, list[Cell]] = {name: [] for name in spec.data}
+    curves: dict[str, list[Cell]] = {name: [] for name in spec.data}
     for seed in spec.seeds:
         for name in spec.data:
-            own, last = _of_one(spec, name, seed)
+            own, last, tried = _of_one(spec, name, seed)
             cells += own
             finished[name] += last
-    for name, parents in finished.items():
-        cells.append(
-            Cell("compare", {"baseline": spec.baseline}, tuple(parents), f"compare-{name}", {"data_label": name})
-        )
+            curves[name] += tried
+    for what, compared in (("compare", finished), ("curves", curves)):
+        for name, parents in compared.items():
+            if parents:
+                about = {"data_label": name, "results": name if what == "compare" else f"{name}_curves"}
+                cells.append(Cell("compare", {"baseline": spec.baseline}, tuple(parents), f"{what}-{name}", about))
     return list({cell.key: cell for cell in cells}.values())
 
 
-def _of_one(spec: StudySpec, name: str, seed: int) -> tuple[list[Cell], list[Cell]]:
-    """Cells of one data set and seed, and those of them whose networks are compared."""
+def _of_one(spec: StudySpec, name: str, seed: int) -> tuple[list[Cell], list[Cell], list[Cell]]:
+    """Cells of one data set and seed; those of them whose networks are compared, and those of every strength."""
     base = _base(spec, name, seed)
     # A scale may have methods that leave some masks out.
     placements = {masks: _placed(spec, masks, base) for masks in dict.fromkeys(masks for _, masks in finetunes(spec))}
     cells = [base, _audited(spec, base), *placements.values()]
-    compared = []
+    compared: list[Cell] = []
+    curves: list[Cell] = []
     for method, masks in finetunes(spec):
-        for made in _finetuned(spec, method, placements[masks]):
+        variants = _variants(spec, method, placements[masks])
+        last = variants[0]
+        if method.sweep:
+            (plain,) = _variants(spec, spec.reference(masks), placements[masks])
+            last = _chosen(spec, method, plain, variants)
+            cells += [each for made in (plain, *variants) for each in (made, _audited(spec, made))]
+            curves += [plain, *variants]
+        for made in (last, *_after(method, last)):
             cells += [made, _audited(spec, made)]
             compared.append(made)
-    return cells, compared
+    return cells, compared, list({cell.key: cell for cell in curves}.values())
 
 
 def _base(spec: StudySpec, name: str, seed: int) -> Cell:
@@ -218,34 +232,50 @@ def _placed(spec: StudySpec, masks: str, base: Cell) -> Cell:
     return Cell("linearize", arguments, (base,), _beside(base, f"masks-{masks}"), about)
 
 
-def _finetuned(spec: StudySpec, method: Finetune, placed: Cell) -> list[Cell]:
-    """A finetune of linearized networks, and their last layers retrained or adjusted if the method says so."""
-    seed = placed.about["seed"]
-    arguments = {
-        **_named(spec, method.objective),
-        "options": method.options,
-        "settings": {"augment": False, "select": "accuracy", **spec.finetune},
-        "seed": seed,
-    }
-    about = {
-        **placed.about,
-        "finetune": method.folder,
-        "objective_options": method.options,
-        "own": _where(spec, method.objective),
-    }
-    name = _beside(placed, f"{placed.about['masks']}-{method.folder}")
-    cells = [Cell("finetune", arguments, (placed,), name, about)]
+def _variants(spec: StudySpec, method: Finetune, placed: Cell) -> list[Cell]:
+    """The finetunes of linearized networks: one, or one for each value of the method's sweep."""
+    cells = []
+    for told, options in method.variants():
+        arguments = {
+            **_named(spec, method.objective),
+            "options": options,
+            "settings": {"augment": False, "select": "accuracy", **spec.finetune},
+            "seed": placed.about["seed"],
+        }
+        about = {
+            **placed.about,
+            "finetune": f"{method.folder} {told}".strip(),
+            "objective_options": options,
+            "strength": told,
+            "own": _where(spec, method.objective),
+        }
+        name = "-".join(filter(None, [placed.about["masks"], method.folder, told.replace("=", "-")]))
+        cells.append(Cell("finetune", arguments, (placed,), _beside(placed, name), about))
+    return cells
+
+
+def _chosen(spec: StudySpec, method: Finetune, plain: Cell, variants: Sequence[Cell]) -> Cell:
+    """The choice among the values of a sweep."""
+    about = {**variants[0].about, "finetune": method.folder, "objective_options": method.options, "strength": ""}
+    name = _beside(plain, f"{plain.about['masks']}-{method.folder}")
+    arguments = spec.choose.model_dump(mode="json", exclude={"reference"})
+    return Cell("choose", arguments, (plain, *variants), name, about)
+
+
+def _after(method: Finetune, made: Cell) -> list[Cell]:
+    """Last layers retrained, or classes rebalanced, if the method says so."""
+    cells = []
     if method.last_layer:
         # Deep feature reweighting is what was done before there were others, so it is not named.
         way = "dfr" if method.last_layer is True else method.last_layer
         named = {} if way == "dfr" else {"method": way}
-        retrained = {**about, "finetune": f"{method.folder}, {jobs.LAST_LAYERS[way]}"}
-        folder = f"{name}-{'last-layer' if way == 'dfr' else way}"
-        cells.append(Cell("last-layer", {"seed": seed, **named}, (cells[0],), folder, retrained))
+        retrained = {**made.about, "finetune": f"{method.folder}, {jobs.LAST_LAYERS[way]}"}
+        folder = f"{made.where}-{'last-layer' if way == 'dfr' else way}"
+        cells.append(Cell("last-layer", {"seed": made.about["seed"], **named}, (made,), folder, retrained))
     for adjusted in method.adjust:
-        moved = {**about, "finetune": f"{method.folder}, {adjusted.label}"}
-        folder = f"{name}-{adjusted.label.replace(' ', '-')}"
-        cells.append(Cell("adjust", adjusted.model_dump(mode="json"), (cells[0],), folder, moved))
+        moved = {**made.about, "finetune": f"{method.folder}, {adjusted.label}"}
+        folder = f"{made.where}-{adjusted.label.replace(' ', '-')}"
+        cells.append(Cell("adjust", adjusted.model_dump(mode="json"), (made,), folder, moved))
     return cells
 
 
@@ -363,6 +393,11 @@ def _finetune(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[st
     return jobs.finetune_job(parents[0], folder, _objective(cell), given["options"], **settings)
 
 
+def _choose(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:
+    known = {name: common[name] for name in ("root", "device", "progress")}
+    return jobs.choose_job(parents[1:], folder, reference=parents[0], **cell.arguments, **known)
+
+
 def _last_layer(cell: Cell, folder: Path, parents: Sequence[Path], common: dict[str, Any]) -> Run:
     return jobs.last_layer_job(parents[0], folder, root=common["root"], progress=common["progress"], **cell.arguments)
 
@@ -390,6 +425,7 @@ _JOBS: dict[str, Callable[[Cell, Path, Sequence[Path], dict[str, Any]], Run]] = 
     "train": _train,
     "linearize": _linearize,
     "finetune": _finetune,
+    "choose": _choose,
     "last-layer": _last_layer,
     "adjust": _adjust,
     "audit": _audit,

@@ -91,8 +91,8 @@ def run_study(
 
 
 def _compared(cells: Sequence[Cell], storage: Storage) -> dict[str, Run]:
-    """The compare run of each data set."""
-    compares = [cell for cell in cells if cell.kind == "compare"]
+    """The compare run of each data set; that of every strength of its sweeps stands beside it in the store."""
+    compares = [cell for cell in cells if cell.kind == "compare" and cell.about["results"] == cell.about["data_label"]]
     return {str(cell.about["data_label"]): Run.read(storage.fetch(cell), "compare") for cell in compares}
 
 

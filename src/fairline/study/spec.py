@@ -21,7 +21,9 @@ from pydantic import (
 from fairline._io import json_digest
 from fairline._own import files, is_own, located
 from fairline.errors import FairlineError
-from fairline.objectives.post_hoc import Method, Rule
+from fairline.jobs.choose import strength
+from fairline.objectives.choice import Rule
+from fairline.objectives.post_hoc import Method
 
 
 class _Strict(BaseModel):
@@ -83,27 +85,66 @@ class Adjust(_Strict):
 
 
 class Finetune(_Strict):
-    """One finetune of the networks of some masks."""
+    """One finetune of the networks of some masks; with ``sweep`` one a value, of which validation data choose."""
 
     objective: str
     label: str = ""
     options: dict[str, Any] = Field(default_factory=dict)
+    sweep: dict[str, list[Any]] = Field(default_factory=dict)
     masks: list[str] = Field(min_length=1)
     last_layer: bool | Literal["dfr", "afr", "self"] = False
     adjust: list[Adjust] = Field(default_factory=list)
 
     @model_serializer(mode="wrap")
     def _known_by(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Studies that adjust nothing keep the hash under which their results are known."""
+        """Studies that adjust and sweep nothing keep the hash under which their results are known."""
         content: dict[str, Any] = written(self)
-        if not self.adjust:
-            del content["adjust"]
+        for name in ("adjust", "sweep"):
+            if not getattr(self, name):
+                del content[name]
         return content
+
+    @model_validator(mode="after")
+    def _one_strength(self) -> Finetune:
+        if not self.sweep:
+            return self
+        if len(self.sweep) > 1:
+            raise ValueError(f"a sweep is of one option, not of {' and '.join(self.sweep)}")
+        ((option, values),) = self.sweep.items()
+        if option in self.options:
+            raise ValueError(f"'{option}' is swept and stands among the options too")
+        if len(values) < 2:
+            raise ValueError(f"the sweep of '{option}' needs two values at least")
+        if any(value in values[:place] for place, value in enumerate(values)):
+            raise ValueError(f"the sweep of '{option}' has a value twice")
+        return self
+
+    def variants(self) -> list[tuple[str, dict[str, Any]]]:
+        """Each strength, such as ``mu=0.5``, and the objective's options under it; without a sweep those alone."""
+        if not self.sweep:
+            return [("", self.options)]
+        ((option, values),) = self.sweep.items()
+        return [(strength(option, value), {**self.options, option: value}) for value in values]
 
     @property
     def folder(self) -> str:
         """Its part of the run folder's name."""
         return self.label or self.objective.rpartition(":")[2]
+
+
+class Choose(_Strict):
+    """How one value of a sweep is chosen, for each seed, masks and budget; see :func:`fairline.jobs.choose_job`.
+
+    Attributes:
+        rule: On the validation part.
+        within: Overall accuracy that may be lost against plain distillation, in percentage points.
+        reference: Plain distillation, as the study calls it; the method under ``erm`` that is named nothing else, else
+            the first one.
+    """
+
+    rule: Rule = "worst_group"
+    within: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    reference: str = ""
 
 
 class Audit(_Strict):
@@ -129,6 +170,7 @@ class StudySpec(_Strict):
         masks: Placements by name.
         finetune: Settings of :func:`fairline.finetune`, the same for all.
         methods: The finetunes.
+        choose: How one value of a method's sweep is chosen.
         baseline: Method that the others are compared with, as the comparison names it.
         audit: What is measured of every network.
         code: Digests of the code of the user's own model and objectives, by the name that the study gives them; noted
@@ -145,17 +187,20 @@ class StudySpec(_Strict):
     masks: dict[str, Masks] = Field(min_length=1)
     finetune: dict[str, Any] = Field(default_factory=dict)
     methods: list[Finetune] = Field(min_length=1)
+    choose: Choose = Field(default_factory=Choose)
     baseline: str = "erm"
     audit: Audit = Field(default_factory=Audit)
     code: dict[str, dict[str, str]] = Field(default_factory=dict)
     folder: Path | None = Field(default=None, exclude=True)
 
     @model_serializer(mode="wrap")
-    def _without_code(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Studies without code of the user's own are written as ever, and keep the hash that they are known by."""
+    def _known_by(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Studies without sweeps or code of the user's own are written as ever, and keep the hash they are known by."""
         content: dict[str, Any] = handler(self)
         if not self.code:
             content.pop("code", None)
+        if not any(method.sweep for method in self.methods):
+            content.pop("choose", None)
         return content
 
     @property
@@ -192,6 +237,36 @@ class StudySpec(_Strict):
                     raise ValueError(f"method '{method.folder}' is there twice for masks '{masks}'; give one a label")
                 folders.add((masks, method.folder))
         return self
+
+    @model_validator(mode="after")
+    def _sweeps_are_fair(self) -> StudySpec:
+        swept = [method for method in self.methods if method.sweep]
+        counts = {method.folder: len(method.variants()) for method in swept}
+        if len(set(counts.values())) > 1:
+            told = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ValueError(f"sweeps try different numbers of values ({told}); methods compare at equal effort only")
+        for masks in dict.fromkeys(masks for method in swept for masks in method.masks):
+            self.reference(masks)
+        return self
+
+    def reference(self, masks: str) -> Finetune:
+        """Plain distillation on some masks, against which what a sweep may lose is counted.
+
+        Returns:
+            The method.
+
+        Raises:
+            ValueError: There is none.
+        """
+        plain = [method for method in self.methods if not method.sweep and masks in method.masks]
+        if self.choose.reference:
+            plain = [method for method in plain if method.folder == self.choose.reference]
+        else:
+            plain = [method for method in plain if method.objective == "erm"]
+        if not plain:
+            wanted = f"'{self.choose.reference}'" if self.choose.reference else "plain distillation (objective erm)"
+            raise ValueError(f"what a sweep may lose is counted against {wanted}, which masks '{masks}' do not have")
+        return next((method for method in plain if method.folder == "erm"), plain[0])
 
     @property
     def digest(self) -> str:

@@ -11,6 +11,8 @@ import pandas as pd
 
 from fairline._io import read_json, write_table
 from fairline.errors import FairlineError
+from fairline.jobs import choices
+from fairline.runs import Run
 from fairline.study.cells import cells_of
 from fairline.study.spec import StudySpec
 from fairline.study.storage import Storage
@@ -33,6 +35,8 @@ COLUMNS = (
     "objective",
     "objective_options",
     "finetune",
+    "strength",
+    "tried",
     "relus",
     "total_relus",
     "asked",
@@ -66,10 +70,11 @@ def collect(spec: StudySpec, storage: Storage) -> pd.DataFrame:
     Returns:
         The table, empty if no audit is finished, with the columns :data:`COLUMNS`. ``value``, ``low`` and ``high``
         (95 % limits, missing where a measure has none) have the unit of the measure; ``class`` is empty but for rows
-        of one class (its recall, in all images or in a group); ``n`` counts images measured,
-        ``train_n`` training images; ``asked`` is the ReLU count that the network was made for, ``relus`` what it has;
-        options and ``versions`` are JSON; ``cell`` names the audit in the store, ``commit``, ``device``, ``versions``
-        and ``started`` are those of the run that made the network.
+        of one class (its recall, in all images or in a group); ``strength`` is what was chosen on validation images, or
+        the one value of a sweep that a network stands for, and ``tried`` how many were tried; ``n`` counts images
+        measured, ``train_n`` training images; ``asked`` is the ReLU count that the network was made for, ``relus``
+        what it has; options and ``versions`` are JSON; ``cell`` names the audit in the store, ``commit``, ``device``,
+        ``versions`` and ``started`` are those of the run that made the network.
 
     Raises:
         FairlineError: A file is broken.
@@ -84,6 +89,7 @@ def collect(spec: StudySpec, storage: Storage) -> pd.DataFrame:
         made = read_json(storage.fetch(cell.parents[0]) / "environment.json")
         sizes = counts[counts["part"] == "train"].set_index("group")["n"]
         known = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in cell.about.items()}
+        known |= _chosen(table, storage.fetch(cell.parents[0]), str(cell.about.get("strength", "")))
         tables.append(
             table.drop(columns=["model", "seed"]).assign(
                 study=spec.name,
@@ -103,6 +109,15 @@ def collect(spec: StudySpec, storage: Storage) -> pd.DataFrame:
     if not tables:
         return pd.DataFrame(columns=list(COLUMNS))
     return pd.concat(tables, ignore_index=True)[list(COLUMNS)]
+
+
+def _chosen(table: pd.DataFrame, folder: Path, strength: str) -> dict[str, Any]:
+    """Columns of what was tried on validation data for each network, and what was taken; ``strength`` of one value."""
+    found = choices(Run(folder))
+    names = table["model"].str.rpartition("/")[2]
+    tried = names.map(lambda name: found.get(name, (1, ""))[0])
+    told = names.map(lambda name: found.get(name, (1, ""))[1])
+    return {"tried": tried, "strength": told.where(told != "", strength)}
 
 
 def keep(spec: StudySpec, storage: Storage) -> pd.DataFrame:
@@ -158,7 +173,7 @@ def _tables(source: str) -> list[pd.DataFrame]:
 
 
 def _checked(file: Path) -> pd.DataFrame:
-    table = _with_class(_read(file))
+    table = _with_choices(_with_class(_read(file)))
     missing = [name for name in COLUMNS if name not in table]
     if missing:
         raise FairlineError(f"{file} is not the table of a study: it has no column '{missing[0]}'.")
@@ -168,6 +183,11 @@ def _checked(file: Path) -> pd.DataFrame:
 def _with_class(table: pd.DataFrame) -> pd.DataFrame:
     """Audits of earlier versions told of no class."""
     return table if "class" in table else table.assign(**{"class": ""})
+
+
+def _with_choices(table: pd.DataFrame) -> pd.DataFrame:
+    """Tables of earlier versions do not say what was tried for a network."""
+    return table if "tried" in table else table.assign(strength="", tried=float("nan"))
 
 
 def _read(file: Path) -> pd.DataFrame:
