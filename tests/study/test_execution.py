@@ -201,6 +201,14 @@ def test_a_way_to_the_last_layer_is_part_of_its_cell(said, more, named, tmp_path
     assert all(cell.arguments == {"seed": cell.about["seed"], **more} for cell in cells)
 
 
+def test_several_ways_to_the_last_layer_are_a_cell_each(tmp_path):
+    path = tmp_path / "last.yaml"
+    path.write_text(SPEC.read_text().replace("{objective: erm,", "{objective: erm, last_layer: [self, dfr],"))
+    cells = [cell for cell in cells_of(load_spec(path)) if cell.kind == "last-layer"]
+    assert {cell.about["finetune"] for cell in cells} == {"erm, SELF", "erm, last layer"}
+    assert len({cell.where for cell in cells}) == len(cells)
+
+
 def test_another_kind_of_store_gives_the_same_table(undisturbed, tmp_path, monkeypatch):
     scratch = tmp_path / "scratch"
     monkeypatch.setenv("FAIRLINE_SCRATCH", str(scratch))

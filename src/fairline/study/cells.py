@@ -265,9 +265,8 @@ def _chosen(spec: StudySpec, method: Finetune, plain: Cell, variants: Sequence[C
 def _after(method: Finetune, made: Cell) -> list[Cell]:
     """Last layers retrained, or classes rebalanced, if the method says so."""
     cells = []
-    if method.last_layer:
+    for way in method.last_layers:
         # Deep feature reweighting is what was done before there were others, so it is not named.
-        way = "dfr" if method.last_layer is True else method.last_layer
         named = {} if way == "dfr" else {"method": way}
         retrained = {**made.about, "finetune": f"{method.folder}, {jobs.LAST_LAYERS[way]}"}
         folder = f"{made.where}-{'last-layer' if way == 'dfr' else way}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -24,6 +24,9 @@ from fairline.errors import FairlineError
 from fairline.jobs.choose import strength
 from fairline.objectives.choice import Rule
 from fairline.objectives.post_hoc import Method
+
+#: How a last layer is retrained; see :func:`fairline.jobs.last_layer_job`.
+Way = Literal["dfr", "afr", "self"]
 
 
 class _Strict(BaseModel):
@@ -92,7 +95,7 @@ class Finetune(_Strict):
     options: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     masks: list[str] = Field(min_length=1)
-    last_layer: bool | Literal["dfr", "afr", "self"] = False
+    last_layer: bool | Way | Annotated[list[Way], Field(min_length=1)] = False
     adjust: list[Adjust] = Field(default_factory=list)
 
     @model_serializer(mode="wrap")
@@ -125,6 +128,14 @@ class Finetune(_Strict):
             return [("", self.options)]
         ((option, values),) = self.sweep.items()
         return [(strength(option, value), {**self.options, option: value}) for value in values]
+
+    @property
+    def last_layers(self) -> list[Way]:
+        """The ways in which the last layer is retrained, each for itself."""
+        if isinstance(self.last_layer, list):
+            return list(dict.fromkeys(self.last_layer))
+        # Deep feature reweighting is what was done before there were others.
+        return ["dfr"] if self.last_layer is True else [self.last_layer] if self.last_layer else []
 
     @property
     def folder(self) -> str:
