@@ -365,7 +365,10 @@ def test_agreement_on_the_real_protocol_is_close_to_that_in_the_clear():
 
 
 @spu
-@pytest.mark.parametrize(("late", "timeout"), [(0, 20), (20, 5)], ids=["at once", "after SPU gave the link up"])
+@pytest.mark.parametrize(
+    ("late", "timeout"),
+    [pytest.param(0, 20, id="at once"), pytest.param(20, 5, id="after SPU gave the link up", marks=pytest.mark.slow)],
+)
 def test_serve_and_query(tmp_path, late, timeout):
     from PIL import Image
 

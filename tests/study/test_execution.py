@@ -406,6 +406,7 @@ def test_what_nothing_knows_is_refused_before_anything_runs(tmp_path, change, wo
     require_known(load_spec(SPEC))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_nothing_is_lost(undisturbed, tmp_path):
     """A limit on the size of files stands for the full disk: writing fails midway."""
     store = tmp_path / "store"
