@@ -209,22 +209,22 @@ def _chosen(
         if before is not None:
             row["largest_loss"] = max(100 * (b - a) for b, a in zip(before, groups, strict=True))
         tried.append(row)
-    place = chosen(tried, rule, within, tried[0]["accuracy"])
-    assert place is not None  # τ = 0 is always within
-    return tried[place]["tau"], tried
+    return best_strength(tried, within, rule), tried
 
 
-def best_strength(tried: Sequence[Mapping[str, float]], within: float) -> float:
-    """The strength that the rule ``"worst_group"`` takes; of equals the first.
+def best_strength(tried: Sequence[Mapping[str, float]], within: float, rule: Rule = "worst_group") -> float:
+    """The strength that a rule takes; of equals the first.
 
     Args:
-        tried: ``tau``, ``accuracy`` and ``worst_group_accuracy`` of each; the first leaves the network as it is.
+        tried: ``tau`` of each, and what :func:`~fairline.objectives.choice.chosen` asks for; the first leaves the
+            network as it is.
         within: Overall accuracy that may go, in percentage points.
+        rule: See there.
 
     Returns:
         Its τ.
     """
-    place = chosen(tried, "worst_group", within, tried[0]["accuracy"])
+    place = chosen(tried, rule, within, tried[0]["accuracy"])
     assert place is not None  # the first is always within
     return tried[place]["tau"]
 
