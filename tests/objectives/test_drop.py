@@ -20,18 +20,14 @@ from fairline.objectives import ERM, Batch, GroupDrop, Lagrangian
 from fairline.objectives.drop import MEASURES, cost
 from fairline.training import finetune, run_epochs, train
 from tests.conftest import make_data
-from tests.objectives.test_lagrangian import random_batch
+from tests.objectives.test_lagrangian import begun, random_batch
 from tests.reference.objectives import drop_lagrangian, drops, primal_dual
 
 N = 200
 
 
 def started(groups: int, multipliers: list[float], **options) -> GroupDrop:
-    objective = GroupDrop(**options)
-    objective.start(make_data(200, classes=3, groups=groups))
-    objective.load_state_dict({"multipliers": torch.tensor(multipliers)})
-    objective.multipliers = objective.multipliers.double()
-    return objective
+    return begun(GroupDrop(**options), groups, multipliers)
 
 
 @settings(max_examples=40, deadline=None)

@@ -28,12 +28,16 @@ def random_batch(n, groups, classes, seed):
     return logits.requires_grad_(), targets, Batch(torch.zeros(n, 1, 2, 2), labels, members, torch.arange(n))
 
 
-def started(groups: int, multipliers: list[float], **options) -> Lagrangian:
-    objective = Lagrangian(mu=0.1, **options)
+def begun(objective, groups: int, multipliers: list[float]):
+    """The objective after its start, with some multipliers in float64."""
     objective.start(make_data(200, classes=3, groups=groups))
     objective.load_state_dict({"multipliers": torch.tensor(multipliers)})
     objective.multipliers = objective.multipliers.double()
     return objective
+
+
+def started(groups: int, multipliers: list[float], **options) -> Lagrangian:
+    return begun(Lagrangian(mu=0.1, **options), groups, multipliers)
 
 
 @settings(max_examples=40, deadline=None)
