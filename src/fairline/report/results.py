@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from fairline._io import atomic_path, make_folder, read_json, write_table, write_text
+from fairline.audit.comparison import BASE
 from fairline.charts import save_charts
 from fairline.errors import FairlineError
 from fairline.report import costs
@@ -46,6 +47,7 @@ def write_study_results(spec: StudySpec, out: str | Path, results: str | Path) -
             table[column] = table[column].map("{:.5g}".format)
         with atomic_path(folder / f"{name}.csv") as temporary:
             table.to_csv(temporary, index=False)
+        _write_line(run, str(table["baseline"].iloc[0]), folder / f"{name}_null_front.csv")
         for file in write_comparison_figures(run.folder, folder):
             if file.suffix == ".png":
                 file.replace(folder / f"{name}_{file.name}")
@@ -62,6 +64,20 @@ def write_study_results(spec: StudySpec, out: str | Path, results: str | Path) -
     }
     write_text(folder / "provenance.json", json.dumps(content, indent=2) + "\n")
     return folder
+
+
+def _write_line(run: Run, baseline: str, target: Path) -> None:
+    """Write what shifts reach for nothing: accuracies of the baseline and the base network under every strength."""
+    # Made before the line was drawn.
+    if not (run.folder / "null_front.parquet").exists():
+        return
+    shifts = run.table("null_front.parquet")
+    rows = shifts[shifts["method"].isin([BASE, baseline]) & (shifts["part"] == run.config["split"])]
+    seeds = {base: int(run.config["lineage"][base]["seed"]) for base in rows["base"].unique()}
+    rows = rows.assign(seed=rows["base"].map(seeds))
+    with atomic_path(target) as temporary:
+        columns = ["method", "relus", "seed", "tau", "group", "accuracy"]
+        rows[columns].to_csv(temporary, index=False, float_format="%.5g")
 
 
 def write_audits(sources: Sequence[str | Path], studies: Sequence[str], target: str | Path) -> list[Path]:
