@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fairline import models as models
     from fairline.audit import AuditReport as AuditReport
     from fairline.audit import audit as audit
+    from fairline.audit.predicted import audit_predictions as audit_predictions
     from fairline.compiler import CompiledNetwork as CompiledNetwork
     from fairline.compiler import compile as compile
     from fairline.data import GroupedData as GroupedData
@@ -90,6 +91,7 @@ _LAZY = {
     "SNL": "fairline.linearize",
     "adjust": "fairline.objectives",
     "audit": "fairline.audit",
+    "audit_predictions": "fairline.audit.predicted",
     "compile": "fairline.compiler",
     "data": "",
     "finetune": "fairline.training",

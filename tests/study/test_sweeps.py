@@ -137,7 +137,11 @@ def test_the_table_has_what_was_chosen_and_the_whole_curves(swept):
     assert set(compared.loc[compared["measure"] == "beyond_control", "method"]) == names - {"erm"}
     values = {"lagrangian mu=0.05", "lagrangian mu=30", "group_dro step=0.5", "group_dro step=1000", "erm"}
     assert set(curves.loc[curves["measure"] == "accuracy", "method"]) == values
-    line = pd.read_csv(results / "digits_null_front.csv").set_index(["method", "group", "tau", "relus", "seed"]).sort_index()
+    line = (
+        pd.read_csv(results / "digits_null_front.csv")
+        .set_index(["method", "group", "tau", "relus", "seed"])
+        .sort_index()
+    )
     plain = compared[(compared["measure"] == "accuracy") & (compared["method"] == "erm")]
     for row in plain[plain["group"] == "overall"].to_dict("records"):
         free = line.loc[("erm", "overall", 0.0, row["relus"]), "accuracy"]

@@ -279,6 +279,32 @@ def print_audit(run: Run, within: float = 5.0, critical: Sequence[str] = ()) -> 
         out_console.print(sentence, highlight=False)
 
 
+def print_predicted(run: Run, within: float = 5.0, critical: Sequence[str] = ()) -> None:
+    """Accuracy by group and class of predictions, and whether they may stand in place of the reference."""
+    import pandas as pd
+
+    from fairline.report.predicted import judge, rows_of, summary
+    from fairline.report.verdict import reason
+
+    frame = run.table("audit.parquet")
+    judged = judge(run, within, critical)
+    for column, share in (("group", "accuracy"), ("class", "recall")):
+        rows = rows_of(frame, column)
+        table = pd.DataFrame(
+            [{"samples": row["n"], share: row["share"], "95 %": row["limits"]} for row in rows],
+            index=pd.Index([row["who"] for row in rows], name=column),
+        )
+        if judged is not None:
+            table["points"] = [row["change"] for row in rows]
+            table["95 % "] = [row["change_limits"] for row in rows]
+        print_frame(table, f"by {column}")
+    out_console.print(summary(frame), highlight=False)
+    if judged is not None:
+        out_console.print(
+            f"Within {within:g} points of the reference: {judged.answer}. {reason(judged)}", highlight=False
+        )
+
+
 def _print_small(everything: pd.DataFrame, split: str) -> None:
     """Groups that are too small to be judged."""
     from fairline.data.grouped import OVERALL, TOO_SMALL

@@ -62,6 +62,34 @@ OtherGroups = Annotated[
         "(age:0-17,18-64,65+), or intersections (race,sex). Several --groups are intersected too.",
     ),
 ]
+_OF_PREDICTIONS = "Predictions in place of runs"
+PredictionFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--predictions", metavar="FILE", help="CSV or parquet, a row a sample.", rich_help_panel=_OF_PREDICTIONS
+    ),
+]
+LabelColumn = Annotated[
+    str, typer.Option("--label", metavar="COLUMN", help="Its classes.", rich_help_panel=_OF_PREDICTIONS)
+]
+PredictionColumn = Annotated[
+    str,
+    typer.Option(
+        "--prediction",
+        metavar="COLUMN",
+        help="Predicted classes; 'p_*' for columns of probabilities, p_CLASS each.",
+        rich_help_panel=_OF_PREDICTIONS,
+    ),
+]
+ReferenceColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--reference",
+        metavar="COLUMN",
+        help="The same before linearization, to compare with.",
+        rich_help_panel=_OF_PREDICTIONS,
+    ),
+]
 DataOption = Annotated[
     list[str] | None,
     typer.Option("--data-option", metavar="KEY=VALUE", help="Further option of the data set, e.g. crop=150 (celeba)."),

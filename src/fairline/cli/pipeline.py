@@ -17,6 +17,7 @@ from fairline.cli.console import (
     print_compiled,
     print_frame,
     print_frontier,
+    print_predicted,
     progress_bars,
     say_best,
     say_strengths,
@@ -39,6 +40,7 @@ from fairline.cli.options import (
     Devices,
     Epochs,
     Groups,
+    LabelColumn,
     LearningRate,
     Mean,
     Model,
@@ -50,6 +52,9 @@ from fairline.cli.options import (
     OtherGroups,
     Out,
     PrecisionOption,
+    PredictionColumn,
+    PredictionFile,
+    ReferenceColumn,
     Root,
     Seed,
     Select,
@@ -460,10 +465,15 @@ def adjust(
 
 @app.command()
 def audit(
-    sources: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of train, linearize, finetune or compile runs.")
-    ],
     out: Out,
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="RUN...", help="Folders of train, linearize, finetune or compile runs."),
+    ] = None,
+    predictions: PredictionFile = None,
+    label: LabelColumn = "label",
+    prediction: PredictionColumn = "prediction",
+    reference: ReferenceColumn = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Also take every measure that explains who pays; takes minutes a network.")
     ] = False,
@@ -486,15 +496,29 @@ def audit(
     devices: Devices = 1,
     strategy: Strategy = "auto",
 ) -> None:
-    """Measure every network of some runs, group by group, against the base network, and say which may ship."""
+    """Measure every network of some runs, or predictions in a file, group by group, and say which may ship."""
     from fairline.audit.verdict import require_within
-    from fairline.jobs import audit_job
+    from fairline.jobs import audit_job, audit_predictions_job
 
     require_within(within)
-
+    if predictions is not None:
+        if sources:
+            raise FairlineError("An audit is of runs or of --predictions, not of both.")
+        run = audit_predictions_job(
+            predictions,
+            out,
+            label=label,
+            prediction=prediction,
+            reference=reference,
+            groups=one_or_all(groups) or "group",
+            resamples=resamples,
+            seed=seed,
+        )
+        print_predicted(run, within, critical or ())
+        return
     run = work_together(
         audit_job,
-        sources,
+        sources or (),
         out,
         measures=parse_names(measures, "measure"),
         options=parse_measure_options(option),
@@ -761,9 +785,10 @@ def report(
     from fairline.report.compiled import write_compiled, write_compiled_figures
     from fairline.report.costs import write_cost_figures, write_frontier
     from fairline.report.html import write_figures, write_report
+    from fairline.report.predicted import write_predicted, write_predicted_figures
     from fairline.runs import Run
 
-    command = Run.read(source, "audit", "compare", "frontier", "compile").command
+    command = Run.read(source, "audit", "audit-predictions", "compare", "frontier", "compile").command
     if costs is not None and command != "audit":
         raise FairlineError(f"The cost panel belongs to the report of an audit; {source} holds a {command} run.")
     if critical and command == "compile":
@@ -774,6 +799,8 @@ def report(
         path = write_frontier(source, out, within=within, critical=critical or [])
     elif command == "compile":
         path = write_compiled(source, out)
+    elif command == "audit-predictions":
+        path = write_predicted(source, out, within=within, critical=critical or ())
     else:
         path = write_comparison(source, out, within=within, critical=critical or [])
     out_console.print(f"Report: {path.resolve()}", soft_wrap=True)
@@ -783,6 +810,7 @@ def report(
             "compare": write_comparison_figures,
             "frontier": write_cost_figures,
             "compile": write_compiled_figures,
+            "audit-predictions": write_predicted_figures,
         }
         for file in writers[command](source, figures):
             out_console.print(f"Figure: {file}", soft_wrap=True)

@@ -10,6 +10,7 @@ from fairline.jobs.demo import run_demo
 from fairline.jobs.finetune import ablate_job, finetune_job, last_layer_job
 from fairline.jobs.imported import import_job
 from fairline.jobs.linearize import build_linearizer, linearize_job
+from fairline.jobs.predicted import audit_predictions_job
 from fairline.jobs.quick import quick_settings
 from fairline.jobs.theory import theory_job
 from fairline.jobs.train import train_job
@@ -19,6 +20,7 @@ __all__ = [
     "ablate_job",
     "adjust_job",
     "audit_job",
+    "audit_predictions_job",
     "build_linearizer",
     "choices",
     "choose_job",

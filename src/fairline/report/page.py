@@ -70,15 +70,17 @@ def settings(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
             if key not in ("command", "data", "parent") and value not in ({}, [], None)
         ]
         sections.append((f"{config['command']}: {Path(folder).name}", rows))
-    data = run.config["data"]
-    rows = [
-        ("name", data["name"]),
-        ("split seed", str(data["split_seed"])),
-        ("fingerprint", data["fingerprint"]),
-    ]
-    rows += [(key, _plain(value)) for key, value in data["options"].items()]
-    rows += [(f"groups of this {run.command}", _plain(run.config["groups"]))] if "groups" in run.config else []
-    sections.insert(0, ("data", rows))
+    # Predictions that come in a file have no images here.
+    data = run.config.get("data")
+    if data is not None:
+        rows = [
+            ("name", data["name"]),
+            ("split seed", str(data["split_seed"])),
+            ("fingerprint", data["fingerprint"]),
+        ]
+        rows += [(key, _plain(value)) for key, value in data["options"].items()]
+        rows += [(f"groups of this {run.command}", _plain(run.config["groups"]))] if "groups" in run.config else []
+        sections.insert(0, ("data", rows))
     machine = read_json(run.folder / "environment.json")
     rows = [(key, _plain(value)) for key, value in machine.items() if value]
     return [*sections, (f"environment of the {run.command} run", rows)]

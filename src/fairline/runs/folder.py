@@ -210,7 +210,7 @@ class Run:
 
     def lineage(self) -> list[Run]:
         """The runs that this one was built on, the training run first, and this one last."""
-        if self.command == "train":
+        if "parent" not in self.config:
             return [self]
         return [*self._named(self.config["parent"]).lineage(), self]
 
