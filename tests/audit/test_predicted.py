@@ -160,7 +160,7 @@ def test_a_table_becomes_a_page(table):
         (["--predictions", "said.csv", "--prediction", "q_*"], "has no two columns 'q_*'"),
         (["--predictions", "said.csv", "--groups", "colour"], "colour"),
         (["--predictions", "said.csv", "--prediction", "p_*", "--label", "p_class 1"], "y_true has the class"),
-        (["said.csv", "--predictions", "said.csv"], "not of both"),
+        (["said.csv", "--predictions", "said.csv"], "no runs, --explain or --option"),
         ([], "at least one run"),
     ],
 )

@@ -62,34 +62,6 @@ OtherGroups = Annotated[
         "(age:0-17,18-64,65+), or intersections (race,sex). Several --groups are intersected too.",
     ),
 ]
-_OF_PREDICTIONS = "Predictions in place of runs"
-PredictionFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--predictions", metavar="FILE", help="CSV or parquet, a row a sample.", rich_help_panel=_OF_PREDICTIONS
-    ),
-]
-LabelColumn = Annotated[
-    str, typer.Option("--label", metavar="COLUMN", help="Its classes.", rich_help_panel=_OF_PREDICTIONS)
-]
-PredictionColumn = Annotated[
-    str,
-    typer.Option(
-        "--prediction",
-        metavar="COLUMN",
-        help="Predicted classes; 'p_*' for columns of probabilities, p_CLASS each.",
-        rich_help_panel=_OF_PREDICTIONS,
-    ),
-]
-ReferenceColumn = Annotated[
-    str | None,
-    typer.Option(
-        "--reference",
-        metavar="COLUMN",
-        help="The same before linearization, to compare with.",
-        rich_help_panel=_OF_PREDICTIONS,
-    ),
-]
 DataOption = Annotated[
     list[str] | None,
     typer.Option("--data-option", metavar="KEY=VALUE", help="Further option of the data set, e.g. crop=150 (celeba)."),
@@ -401,19 +373,66 @@ def _of_table(
     )
 
 
-def with_table_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of data in a folder; those that were given are its argument ``table``."""
-    own = [each for each in inspect.signature(command, eval_str=True).parameters.values() if each.name != "table"]
-    added = inspect.signature(_of_table, eval_str=True).parameters
+_FILE = "Predictions in place of runs"
 
-    @functools.wraps(command)
-    def called(**given: Any) -> None:
-        table = _of_table(**{name: given.pop(name) for name in added})
-        command(**given, table=table)
 
-    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *added.values())]
-    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return called
+def _of_predictions(
+    predictions: Annotated[
+        Path | None,
+        typer.Option("--predictions", metavar="FILE", help="CSV or parquet, a row a sample.", rich_help_panel=_FILE),
+    ] = None,
+    label: Annotated[
+        str, typer.Option("--label", metavar="COLUMN", help="Its classes.", rich_help_panel=_FILE)
+    ] = "label",
+    prediction: Annotated[
+        str,
+        typer.Option(
+            "--prediction",
+            metavar="COLUMN",
+            help="Predicted classes; 'p_*' for columns of probabilities, p_CLASS each.",
+            rich_help_panel=_FILE,
+        ),
+    ] = "prediction",
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="COLUMN",
+            help="The same before linearization, to compare with.",
+            rich_help_panel=_FILE,
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """What an audit of predictions reads; empty where it is of runs."""
+    about = {"label": label, "prediction": prediction, "reference": reference}
+    return {} if predictions is None else {"file": predictions, **about}
+
+
+def _bundled(argument: str, options: Callable[..., dict[str, Any]]) -> Callable[..., Callable[..., None]]:
+    """A decorator that gives a command some options; what is made of them is one argument of it."""
+
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = inspect.signature(command, eval_str=True).parameters.values()
+        own = [each for each in parameters if each.name != argument]
+        added = inspect.signature(options, eval_str=True).parameters
+
+        @functools.wraps(command)
+        def called(**given: Any) -> None:
+            bundle = options(**{name: given.pop(name) for name in added})
+            command(**given, **{argument: bundle})
+
+        told = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *added.values())]
+        called.__signature__ = inspect.Signature(told)  # type: ignore[attr-defined]
+        return called
+
+    return give
+
+
+#: Gives a command the options of data in a folder; those that were given are its argument ``table``.
+with_table_options = _bundled("table", _of_table)
+
+#: Gives a command the options of predictions in a file; they are its argument ``told``.
+with_prediction_options = _bundled("told", _of_predictions)
 
 
 def data_spec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +41,6 @@ from fairline.cli.options import (
     Devices,
     Epochs,
     Groups,
-    LabelColumn,
     LearningRate,
     Mean,
     Model,
@@ -52,9 +52,6 @@ from fairline.cli.options import (
     OtherGroups,
     Out,
     PrecisionOption,
-    PredictionColumn,
-    PredictionFile,
-    ReferenceColumn,
     Root,
     Seed,
     Select,
@@ -73,6 +70,7 @@ from fairline.cli.options import (
     parse_names,
     parse_options,
     parse_value,
+    with_prediction_options,
     with_table_options,
 )
 from fairline.errors import FairlineError
@@ -464,16 +462,14 @@ def adjust(
 
 
 @app.command()
+@with_prediction_options
 def audit(
     out: Out,
+    told: dict[str, Any],
     sources: Annotated[
         list[Path] | None,
         typer.Argument(metavar="RUN...", help="Folders of train, linearize, finetune or compile runs."),
     ] = None,
-    predictions: PredictionFile = None,
-    label: LabelColumn = "label",
-    prediction: PredictionColumn = "prediction",
-    reference: ReferenceColumn = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Also take every measure that explains who pays; takes minutes a network.")
     ] = False,
@@ -498,23 +494,13 @@ def audit(
 ) -> None:
     """Measure every network of some runs, or predictions in a file, group by group, and say which may ship."""
     from fairline.audit.verdict import require_within
-    from fairline.jobs import audit_job, audit_predictions_job
+    from fairline.jobs import audit_job
 
     require_within(within)
-    if predictions is not None:
-        if sources:
-            raise FairlineError("An audit is of runs or of --predictions, not of both.")
-        run = audit_predictions_job(
-            predictions,
-            out,
-            label=label,
-            prediction=prediction,
-            reference=reference,
-            groups=one_or_all(groups) or "group",
-            resamples=resamples,
-            seed=seed,
-        )
-        print_predicted(run, within, critical or ())
+    if told:
+        if sources or explain or option:
+            raise FairlineError("An audit of --predictions has no networks: no runs, --explain or --option.")
+        _audit_predictions(told, out, one_or_all(groups), resamples, seed, within, critical or ())
         return
     run = work_together(
         audit_job,
@@ -534,6 +520,21 @@ def audit(
         strategy=strategy,
     )
     print_audit(run, within, critical or ())
+
+
+def _audit_predictions(
+    told: dict[str, Any],
+    out: Path,
+    groups: str | list[str] | None,
+    resamples: int,
+    seed: int,
+    within: float,
+    critical: Sequence[str],
+) -> None:
+    from fairline.jobs import audit_predictions_job
+
+    run = audit_predictions_job(out=out, groups=groups or "group", resamples=resamples, seed=seed, **told)
+    print_predicted(run, within, critical)
 
 
 @app.command()

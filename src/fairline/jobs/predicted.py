@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from fairline._io import write_table
+from fairline.audit import AuditReport
 from fairline.audit.predicted import audit_predictions
 from fairline.data import Groups
 from fairline.data.columns import read_columns
@@ -51,22 +52,7 @@ def audit_predictions_job(
     Raises:
         FairlineError: The file cannot be read, a column is missing, or what it holds is no prediction.
     """
-    table = read_columns(file)
-    known = [label, *([] if reference is None else [reference]), prediction]
-    truth, *chosen = [_columns(table, file, each) for each in known]
-    if isinstance(truth, pd.DataFrame):
-        raise FairlineError(f"--label is one column, not '{label}'.")
-    used = {str(column) for each in (truth, *chosen) for column in _names(each)}
-    report = audit_predictions(
-        truth,
-        _of_classes(chosen[-1], prediction),
-        table[[column for column in table if column not in used or column == label]],
-        None if reference is None else _of_classes(chosen[0], reference),
-        by=groups,
-        name=Path(file).stem,
-        seed=seed,
-        resamples=resamples,
-    )
+    report = _report(file, label, prediction, reference, groups, resamples, seed)
     config: dict[str, Any] = {
         "predictions": {"file": str(file), "digest": digest([Path(file)])},
         "label": label,
@@ -82,6 +68,34 @@ def audit_predictions_job(
         write_table(run.folder / "audit.parquet", report.to_frame())
 
     return do_once(out, "audit-predictions", config, torch.device("cpu"), work)
+
+
+def _report(
+    file: str | Path,
+    label: str,
+    prediction: str,
+    reference: str | None,
+    groups: Groups,
+    resamples: int,
+    seed: int,
+) -> AuditReport:
+    table = read_columns(file)
+    truth, own = (_columns(table, file, each) for each in (label, prediction))
+    before = None if reference is None else _columns(table, file, reference)
+    if isinstance(truth, pd.DataFrame):
+        raise FairlineError(f"--label is one column, not '{label}'.")
+    # What was predicted makes no groups.
+    used = {column for each in (own, before) if each is not None for column in _names(each)} - {label}
+    return audit_predictions(
+        truth,
+        _of_classes(own, prediction),
+        table[[column for column in table if column not in used]],
+        None if before is None or reference is None else _of_classes(before, reference),
+        by=groups,
+        name=Path(file).stem,
+        seed=seed,
+        resamples=resamples,
+    )
 
 
 def _columns(table: pd.DataFrame, file: str | Path, name: str) -> pd.Series[Any] | pd.DataFrame:
