@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from fairline.objectives import reweight_last_layer as reweight_last_layer
     from fairline.ranks import launch as launch
     from fairline.report.html import write_report as write_report
+    from fairline.runs.hub import load as load
+    from fairline.runs.hub import push as push
     from fairline.training import finetune as finetune
     from fairline.training import train as train
     from fairline.weights import import_masks as import_masks
@@ -98,12 +100,14 @@ _LAZY = {
     "finetune_last_layer": "fairline.objectives",
     "import_masks": "fairline.weights",
     "launch": "fairline.ranks",
+    "load": "fairline.runs.hub",
     "load_masks": "fairline.masking",
     "load_weights": "fairline.weights",
     "mask_relus": "fairline.masking",
     "models": "",
     "private": "",
     "predict": "fairline.inference",
+    "push": "fairline.runs.hub",
     "relu_count": "fairline.masking",
     "retrain_last_layer": "fairline.objectives",
     "reweight_last_layer": "fairline.objectives",

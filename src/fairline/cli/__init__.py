@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fairline import __version__
-from fairline.cli import pipeline, private, study
+from fairline.cli import pipeline, private, publish, study
 from fairline.cli.console import err_console, out_console
 from fairline.errors import FairlineError
 
@@ -26,6 +26,7 @@ app = typer.Typer(
     "[bold]demo[/] does all five.",
 )
 app.add_typer(pipeline.app)
+app.add_typer(publish.app)
 app.add_typer(study.app, name="study")
 app.add_typer(private.app, name="private")
 

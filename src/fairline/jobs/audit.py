@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from fairline._io import resolve_device, write_table
+from fairline._io import resolve_device, write_json, write_table
 from fairline.audit import REGISTRY, Subject, audit_subject, explaining
 from fairline.data import Groups
 from fairline.data.grouped import GroupedData
@@ -113,6 +113,7 @@ def _config(base: Run, runs: Sequence[Run], request: _Request, with_base: bool, 
 def _write_beside(run: Run, parts: Mapping[str, GroupedData], priced: Mapping[str, Path]) -> None:
     """How many images each group has, and what the networks that are to be priced cost."""
     write_table(run.folder / "counts.parquet", _counts(parts))
+    write_json(run.folder / "classes.json", {"classes": list(parts[run.config["split"]].class_names)})
     if priced:
         write_table(run.folder / "costs.parquet", here().first(lambda: predicted_costs(priced)))
 

@@ -214,6 +214,10 @@ class Run:
             return [self]
         return [*self._named(self.config["parent"]).lineage(), self]
 
+    def sources(self) -> list[Run]:
+        """The runs whose networks this one measures, in their order; of others none."""
+        return [self._named(entry) for entry in self.config.get("sources", ())]
+
     def candidates(self) -> list[Run]:
         """The runs that a ``choose`` run chose from, what they were compared with first; of other runs none."""
         if self.command != "choose":
