@@ -311,9 +311,13 @@ def test_progress_counts_every_batch(parts):
     model = fresh()
     list(run_epochs(model, parts[0], parts[1], progress=reports.append, **arguments(model, epochs=2)))
     batches = math.ceil(len(parts[0]) / 32)
-    assert [report.done for report in reports] == list(range(1, 2 * batches + 1))
+    assert [report.done for report in reports if not report.metrics] == list(range(1, 2 * batches + 1))
     assert {report.total for report in reports} == {2 * batches}
     assert "val accuracy" in reports[-1].message
+    ended = [report for report in reports if report.metrics]
+    assert [report.done for report in ended] == [batches, 2 * batches]
+    assert [report.metrics["epoch"] for report in ended] == [1, 2]
+    assert {"loss", "val_accuracy", "learning_rate"} <= set(ended[0].metrics)
 
 
 def test_predict_refuses_what_is_no_classifier(parts):
@@ -353,7 +357,7 @@ def test_every_image_is_seen_once_and_none_is_alone(parts, n, batch_size):
     assert min(epoch) >= 2
     assert epoch[:-1] == [batch_size] * (len(epoch) - 1)
     assert epoch[-1] <= batch_size + 1
-    assert [report.done for report in reports] == list(range(1, len(sizes) + 1))
+    assert [report.done for report in reports if not report.metrics] == list(range(1, len(sizes) + 1))
     assert {report.total for report in reports} == {len(sizes)}
 
 

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from fairline.runs.hub import load as load
     from fairline.runs.hub import push as push
     from fairline.training import finetune as finetune
+    from fairline.training import log_to as log_to
     from fairline.training import train as train
     from fairline.weights import import_masks as import_masks
     from fairline.weights import load_weights as load_weights
@@ -103,6 +104,7 @@ _LAZY = {
     "load": "fairline.runs.hub",
     "load_masks": "fairline.masking",
     "load_weights": "fairline.weights",
+    "log_to": "fairline.training",
     "mask_relus": "fairline.masking",
     "models": "",
     "private": "",

@@ -17,10 +17,13 @@ from rich.text import Text
 from fairline.errors import FairlineError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
 
     from fairline.report.verdict import Candidate
     from fairline.runs import Run
+    from fairline.training import Progress as Report
     from fairline.training import ProgressCallback
 
 
@@ -63,8 +66,6 @@ err_console = LiteralConsole(stderr=True)
 @contextlib.contextmanager
 def progress_bars() -> Iterator[ProgressCallback]:
     """Draw progress reports, one bar a stage, with the time left."""
-    from fairline.training import Progress as Report
-
     # In a narrow terminal the message gives way, never the time left.
     columns = (
         _text_column("{task.description}", max_width=34),
@@ -90,12 +91,15 @@ def progress_bars() -> Iterator[ProgressCallback]:
             sys.exit(130)
 
 
-def work_together(job: Callable[..., Run], *arguments: Any, **settings: Any) -> Run:
+def work_together(
+    job: Callable[..., Run], *arguments: Any, log: tuple[Path, Sequence[str] | None] | None = None, **settings: Any
+) -> Run:
     """Do a job on one device or several and draw its progress; of several processes only the first says what follows.
 
     Args:
         job: One of :mod:`fairline.jobs`.
         arguments: Its own.
+        log: The run's folder, and the tools that are told the numbers of each epoch.
         settings: Its own, and ``devices`` and ``strategy``; see :func:`fairline.ranks.launch`.
 
     Returns:
@@ -105,9 +109,16 @@ def work_together(job: Callable[..., Run], *arguments: Any, **settings: Any) -> 
         FairlineError: The input is wrong, or a process was lost.
     """
     from fairline.ranks import RankLost, here, launch
+    from fairline.training import log_to
 
+    folder, tools = log or (".", None)
     try:
-        with progress_bars() as progress:
+        with progress_bars() as drawn, log_to(tools or (), folder) as noted:
+
+            def progress(update: Report) -> None:
+                drawn(update)
+                noted(update)
+
             run: Run = launch(job, *arguments, progress=progress, **settings)
     except FairlineError as error:
         if here().is_first or isinstance(error, RankLost):

@@ -126,6 +126,16 @@ Strategy = Annotated[
         "else starts them.",
     ),
 ]
+#: Kept here so that help need not load torch; a test compares it with the registry.
+LOG_TOOLS = ("csv", "tensorboard", "mlflow", "wandb")
+Log = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log",
+        metavar="TOOL",
+        help=f"Note the numbers of each epoch in {', '.join(LOG_TOOLS)}; may be repeated. Files go to the run's logs/.",
+    ),
+]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; the accelerator by default.")]
 
 #: Kept here so that help need not load torch; a test compares it with the registry.

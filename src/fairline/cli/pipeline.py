@@ -42,6 +42,7 @@ from fairline.cli.options import (
     Epochs,
     Groups,
     LearningRate,
+    Log,
     Mean,
     Model,
     ModelOption,
@@ -163,6 +164,7 @@ def train(
     devices: Devices = 1,
     strategy: Strategy = "auto",
     precision: PrecisionOption = None,
+    log: Log = None,
     *,
     table: dict[str, Any],
 ) -> None:
@@ -187,6 +189,7 @@ def train(
         device=device,
         devices=devices,
         strategy=strategy,
+        log=(out, log),
         **drop_none(precision=precision),
     )
     say_best(run)
@@ -278,6 +281,7 @@ def linearize(
     devices: Devices = 1,
     strategy: Strategy = "auto",
     precision: PrecisionOption = None,
+    log: Log = None,
 ) -> None:
     """Switch off all but a budget of ReLUs; one run gives every budget."""
     from fairline.jobs import linearize_job
@@ -314,6 +318,7 @@ def linearize(
         device=device,
         devices=devices,
         strategy=strategy,
+        log=(out, log),
         **settings,
     )
     list_networks(run)
@@ -356,6 +361,7 @@ def finetune(
     devices: Devices = 1,
     strategy: Strategy = "auto",
     precision: PrecisionOption = None,
+    log: Log = None,
 ) -> None:
     """Finetune every network of a linearize run under knowledge distillation."""
     from fairline.jobs import finetune_job
@@ -377,6 +383,7 @@ def finetune(
         device=device,
         devices=devices,
         strategy=strategy,
+        log=(out, log),
     )
     list_networks(run)
 

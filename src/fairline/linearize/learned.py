@@ -333,6 +333,7 @@ class _Learning:
         self.aims = [budget for budget in run.asked if budget < run.open]
         self.state = _State(method.lam, run.open, self._close_again)
         self.optimizer = method.optimizer(run.student)
+        self.ended: Progress | None = None
         self.protection = None
         if method.protect > 0:
             self.protection = Protection(
@@ -367,6 +368,13 @@ class _Learning:
         return self.state.lam * self.scale * self.method.charged(torch.stack(sums).sum(), self.aim)
 
     def report(self, update: Progress) -> None:
+        """Pass a report on; that of an epoch that has ended waits until its ReLUs are counted."""
+        if update.metrics:
+            self.ended = update
+        else:
+            self.tell(update)
+
+    def tell(self, update: Progress) -> None:
         """Where the run ends, as the ReLUs close now; the count says how far it is."""
         state, run = self.state, self.run
         left = self.epochs_left()
@@ -413,6 +421,8 @@ class _Learning:
             row["protected_group"] = worst
         row["layers"] = sum(bool(method.open(layer).any()) for layer in self.layers.values())
         state.rows.append(row)
+        if self.ended is not None:
+            self.tell(replace(self.ended, metrics=row))
 
     def behind(self) -> float:
         """How far the run is behind its pace: 0 if it is not, else from 1 to 3."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from fairline.training.augment import random_crop_and_flip
 from fairline.training.checkpoint import Stateful
 from fairline.training.fit import DEFAULTS, Best, History, Select, Settings, finetune, train
+from fairline.training.loggers import LOGGERS, log_to
 from fairline.training.loop import LOOP_DEFAULTS, Epoch, LoopSettings, run_epochs
 from fairline.training.progress import Progress, ProgressCallback, named_stage
 from fairline.training.trial import TRIAL_IMAGES, choose
 
 __all__ = [
     "DEFAULTS",
+    "LOGGERS",
     "LOOP_DEFAULTS",
     "TRIAL_IMAGES",
     "Best",
@@ -24,6 +26,7 @@ __all__ = [
     "Stateful",
     "choose",
     "finetune",
+    "log_to",
     "named_stage",
     "random_crop_and_flip",
     "run_epochs",

@@ -72,7 +72,7 @@ class LoopSettings(TypedDict, total=False):
         augment: Random crops, and flips where ``train.flip`` allows them.
         seed: Of shuffling, augmentation and the model's own randomness.
         device: The accelerator if there is one, by default.
-        progress: Called after every batch.
+        progress: Called after every batch, and with the numbers of each epoch after it.
         checkpoint: File to resume from and to save to after each epoch.
         precision: What to compute in, see :func:`~fairline.training.choose`; float32 on a CPU by default. A
             resumed run goes on in what it began in.
@@ -379,6 +379,10 @@ class _Run:
         if not math.isnan(result.val_accuracy):
             self.message += f", val accuracy {result.val_accuracy:.1%}"
         logger.info("%s: %s (%.1f s)", self.stage, self.message, result.seconds)
+        if self.progress is not None:
+            batches = len(self.batch_sizes)
+            done, total = result.epoch * batches, self.epochs * batches
+            self.progress(Progress(self.stage, done, total, self.message, result.row()))
 
     def save(self, epoch: int) -> None:
         """Write the checkpoint, where there is one."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,14 @@ class Progress:
         total: Batches in this stage, at most, or about, where the stage ends by what it reaches; None as long as that
             cannot be told.
         message: Newest numbers, in a few words.
+        metrics: Numbers of the epoch that has just ended, by name, ``epoch`` among them; empty in all other reports.
     """
 
     stage: str
     done: int
     total: int | None
     message: str = ""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
 ProgressCallback = Callable[[Progress], None]
