@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fairline.masking import mask_relus, masked_relus
+from fairline.masking.surrogates import held
 from fairline.models import build
 from fairline.private.graph import Node, PlainGraph
 from tests.private.networks import settle
@@ -27,6 +28,7 @@ STEPS = (
     "avg_pool",
     "max_pool",
     "quadratic",
+    "polynomial",
 )
 
 
@@ -82,6 +84,13 @@ class Maker:
         elif kind == "quadratic":
             weight = self.weight(f"{name}.coefficients", 3, shape[0], 1, 1)
             self.emit("quadratic", (source,), shape, [weight], self.mask(shape))
+        elif kind == "polynomial":
+            degrees = [self.draw(st.integers(0, 3)) for _ in range(shape[0])]
+            weights = [self.weight(f"{name}.coefficients", 4, shape[0], 1, 1)] if max(degrees) > 1 else []
+            if weights:
+                value = self.graph.weights[weights[0]]
+                self.graph.weights[weights[0]] = held(value, torch.tensor(degrees))
+            self.emit("polynomial", (source,), shape, weights, self.mask(shape), degrees=degrees)
         elif kind == "add":
             other = self.draw(st.sampled_from([key for key, value in self.values.items() if value == shape]))
             self.emit("add", (source, other), shape, alpha=self.draw(st.sampled_from([1, -1, 0.5])))
@@ -123,13 +132,16 @@ def student(
     """A float64 network of an architecture with random masks of one kind, ``pixel``, ``channel`` or ``layer``."""
     torch.manual_seed(seed)
     size = 16 if arch == "vgg19" else 8
-    model = mask_relus(settle(build(arch, 3, 3, size, width=width), seed), torch.zeros(1, 3, size, size), surrogate)
+    uniform = "identity" if surrogate == "mixed" else surrogate
+    model = mask_relus(settle(build(arch, 3, 3, size, width=width), seed), torch.zeros(1, 3, size, size), uniform)
     generator = torch.Generator().manual_seed(seed)
     for layer in masked_relus(model).values():
         whole = (*layer.shape[: {"pixel": 3, "channel": 1, "layer": 0}[kind]],)
         rolls = torch.rand(whole + (1,) * (len(layer.shape) - len(whole)), generator=generator)
         layer.set_mask(rolls < share)
-        if surrogate == "quadratic":
+        if surrogate == "mixed":
+            layer.use_degrees(torch.randint(4, layer.shape[:1], generator=generator))
+        if layer.coefficients is not None:
             with torch.no_grad():
                 layer.coefficients.add_(torch.randn(layer.coefficients.shape, generator=generator) * 0.02)
     return model.double().eval()

@@ -64,7 +64,7 @@ def test_the_dense_form_is_the_formula_with_full_jacobians(graph, schedule):
     images = images_of(graph)
     same(built(images), dense_logits(regions.graph, images))
     assert {node.op for node in built.nodes} <= {
-        "linear", "relu", "quadratic", "max_pool", "gather", "reshape", "concat", "add"
+        "linear", "relu", "quadratic", "polynomial", "max_pool", "gather", "reshape", "concat", "add"
     }  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_columns_that_are_left_out_are_zero_and_no_unit_reads_one_of_its_level(g
 CASES = st.tuples(
     st.sampled_from([0.0, 0.003, 0.05, 0.5, 1.0]),
     st.sampled_from(["pixel", "channel", "layer"]),
-    st.sampled_from(["identity", "identity", "quadratic"]),
+    st.sampled_from(["identity", "identity", "quadratic", "cubic", "mixed", "zero"]),
 )
 
 

@@ -34,7 +34,7 @@ def thinned(masked: nn.Module, counts: dict[str, int]) -> nn.Module:
     return masked
 
 
-@pytest.mark.parametrize("surrogate", ["identity", "quadratic"])
+@pytest.mark.parametrize("surrogate", ["identity", "quadratic", "cubic", "zero"])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_the_cost_of_the_masked_network(name, surrogate):
     torch.manual_seed(0)

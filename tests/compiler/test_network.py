@@ -19,7 +19,7 @@ from tests.compiler.networks import student
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
 
-@pytest.fixture(scope="module", params=["identity", "quadratic"])
+@pytest.fixture(scope="module", params=["identity", "quadratic", "mixed"])
 def pair(request):
     """A student in float32 and its compiled form; the quadratic one keeps a layer of polynomials."""
     model = student("cnn", 0.1, "pixel", request.param, width=4).float()

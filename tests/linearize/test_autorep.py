@@ -233,7 +233,7 @@ def test_on_the_command_line(runs, tmp_path):
         ({"lam": 0.0}, "AutoReP needs lam > 0"),
         ({"hold": -1}, "hold ≥ 0"),
         ({"square": -0.1}, "square ≥ 0"),
-        ({"surrogate": "cubic"}, "identity or quadratic, not 'cubic'"),
+        ({"surrogate": "quartic"}, "cubic or zero, not 'quartic'"),
     ],
 )
 def test_bad_settings(options, message):

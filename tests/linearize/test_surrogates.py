@@ -14,13 +14,19 @@ from fairline import SNL, CoordinateDescent, Magnitude, finetune
 from fairline.audit.functional import Functional
 from fairline.errors import FairlineError
 from fairline.inference import predict
-from fairline.linearize.surrogates import damped, fit_quadratics, least_squares, start_masked
+from fairline.linearize.surrogates import (
+    damped,
+    fit_surrogates,
+    least_squares,
+    start_masked,
+)
 from fairline.masking import MaskedReLU, load_masks, mask_relus, masked_relus, save_masks, surrogate_of
 from fairline.runs import ModelSpec, NetworkInfo, load_network, save_network
 
 
-def moments_of(x: torch.Tensor) -> torch.Tensor:
-    powers = [x**k for k in range(5)] + [x**k * x.clamp_min(0) for k in range(3)]
+def moments(x: torch.Tensor, degree: int = 2) -> torch.Tensor:
+    """Of values a channel, (C, N)."""
+    powers = [x**k for k in range(2 * degree + 1)] + [x**k * x.clamp_min(0) for k in range(degree + 1)]
     return torch.stack([power.sum(1) for power in powers], 1)
 
 
@@ -38,13 +44,13 @@ def quadratic(shape=(3, 4, 4), mask=None, seed=0) -> MaskedReLU:
 def test_the_fit_to_a_normal_distribution_is_the_closed_form():
     """E[relu] = 1/√(2π), E[x·relu] = 1/2, E[x²·relu] = 2/√(2π): c = (1, √(2π), 1)/√(8π)."""
     gauss = 1 / math.sqrt(2 * math.pi)
-    moments = torch.tensor([[1.0, 0.0, 1.0, 0.0, 3.0, gauss, 0.5, 2 * gauss]], dtype=torch.float64)
+    normal = torch.tensor([[1.0, 0.0, 1.0, 0.0, 3.0, gauss, 0.5, 2 * gauss]], dtype=torch.float64)
     expected = torch.tensor([[1 / math.sqrt(8 * math.pi), 0.5, 1 / math.sqrt(8 * math.pi)]], dtype=torch.float64)
-    torch.testing.assert_close(least_squares(moments), expected)
+    torch.testing.assert_close(least_squares(normal), expected)
     # With a fifth of the square: E[relu − 0.2·c₂x²] = c₀, and the odd part is unmoved.
     constant = gauss - 0.2 / math.sqrt(8 * math.pi)
     torch.testing.assert_close(
-        damped(expected, moments), torch.tensor([[constant, 0.5, 1 / math.sqrt(8 * math.pi)]]).double()
+        damped(expected, normal), torch.tensor([[constant, 0.5, 1 / math.sqrt(8 * math.pi)]]).double()
     )
 
 
@@ -53,7 +59,7 @@ def test_the_fit_to_a_normal_distribution_is_the_closed_form():
 def test_the_fit_is_numpys_least_squares(seed, scale, shift):
     generator = torch.Generator().manual_seed(seed)
     x = scale * (torch.randn(2, 200, generator=generator, dtype=torch.float64) + shift)
-    found = least_squares(moments_of(x))
+    found = least_squares(moments(x))
     for own, values in zip(found, x.numpy(), strict=True):
         design = np.stack([np.ones_like(values), values, values**2], 1)
         fitted = design @ own.numpy()
@@ -63,12 +69,10 @@ def test_the_fit_is_numpys_least_squares(seed, scale, shift):
 
 def test_channels_that_never_bend_or_never_pass():
     x = torch.rand(1, 100, dtype=torch.float64) + 0.5
-    torch.testing.assert_close(
-        least_squares(moments_of(x))[0], torch.tensor([0.0, 1.0, 0.0]).double(), atol=1e-6, rtol=0
-    )
-    torch.testing.assert_close(least_squares(moments_of(-x))[0], torch.zeros(3).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(least_squares(moments(x))[0], torch.tensor([0.0, 1.0, 0.0]).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(least_squares(moments(-x))[0], torch.zeros(3).double(), atol=1e-6, rtol=0)
     # A constant leaves the coefficients open; the value there is right.
-    c = least_squares(moments_of(torch.full((1, 50), 2.0, dtype=torch.float64)))[0]
+    c = least_squares(moments(torch.full((1, 50), 2.0, dtype=torch.float64)))[0]
     assert float(c[0] + 2 * c[1] + 4 * c[2]) == pytest.approx(2.0)
 
 
@@ -137,7 +141,7 @@ def test_masking_with_quadratics_changes_nothing_until_a_relu_goes(parts, traine
         for layer in masked_relus(model).values():
             layer.set_mask(torch.zeros(layer.shape, dtype=torch.bool))
     torch.testing.assert_close(predict(masked, parts[2]), predict(plain, parts[2]))
-    fit_quadratics(mask_relus(trained, parts[0].normalized(slice(2)), "quadratic"), parts[0], samples=50)
+    fit_surrogates(mask_relus(trained, parts[0].normalized(slice(2)), "quadratic"), parts[0], samples=50)
 
 
 def test_quadratics_fit_better_than_the_identity(parts, trained):
@@ -216,8 +220,14 @@ def test_mask_files_name_their_surrogate(parts, trained, tmp_path):
 
 
 def test_an_unknown_surrogate(parts, trained):
-    with pytest.raises(FairlineError, match="identity or quadratic, not 'cubic'"):
-        mask_relus(trained, parts[0].normalized(slice(2)), "cubic")
-    with pytest.raises(FairlineError, match="identity or quadratic, not 'cubic'"):
-        Magnitude(surrogate="cubic")
+    told = "identity, quadratic, cubic or zero, not 'quartic'"
+    with pytest.raises(FairlineError, match=told):
+        mask_relus(trained, parts[0].normalized(slice(2)), "quartic")
+    with pytest.raises(FairlineError, match=told):
+        Magnitude(surrogate="quartic")
+    layer = MaskedReLU((3, 4, 4))
+    with pytest.raises(FairlineError, match="no surrogate of degree 4; degrees are 0 to 3"):
+        layer.use_degrees(torch.tensor([1, 4, 2]))
+    with pytest.raises(FairlineError, match=r"3 channels need as many degrees, not \(2,\)"):
+        layer.use_degrees(torch.tensor([1, 2]))
     assert isinstance(trained, nn.Module)

@@ -54,14 +54,16 @@ def settle(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def masked(model: nn.Module, example: Tensor, share: float, surrogate: str = "identity", seed: int = 0) -> nn.Module:
     """A copy that keeps a share of its ReLUs at random, all of layer 1 and none of layer 2 unless 0 or 1."""
-    result = mask_relus(model, example, surrogate)
+    result = mask_relus(model, example, "identity" if surrogate == "mixed" else surrogate)
     generator = torch.Generator().manual_seed(seed)
     for place, layer in enumerate(masked_relus(result).values()):
         kept = torch.rand(layer.kept.shape, generator=generator) < share
         if 0 < share < 1 and place < 2:
             kept = torch.full_like(kept, place == 0)
         layer.set_mask(kept)
-        if surrogate == "quadratic":
+        if surrogate == "mixed":
+            layer.use_degrees(torch.arange(place, place + layer.shape[0]) % 4)
+        if layer.coefficients is not None:
             with torch.no_grad():
                 layer.coefficients.add_(torch.randn(layer.coefficients.shape, generator=generator) * 0.05)
     return result.eval()

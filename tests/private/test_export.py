@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fairline.errors import FairlineError
-from fairline.masking import mask_relus, masked_relus
+from fairline.masking import SURROGATES, mask_relus, masked_relus
 from fairline.models import build
 from fairline.private import PlainGraph, to_graph, write_onnx
 from fairline.private.graph import Positions, kept_relus
@@ -25,7 +25,11 @@ def images():
 
 
 @pytest.fixture(
-    scope="module", params=[(share, kind) for share in (0.0, 0.3, 1.0) for kind in ("identity", "quadratic")], ids=str
+    scope="module",
+    params=[
+        (share, kind) for share in (0.0, 0.3, 1.0) for kind in (*SURROGATES, "mixed") if share < 1 or kind != "zero"
+    ],
+    ids=str,
 )
 def case(request):
     torch.manual_seed(0)
@@ -284,7 +288,7 @@ def relus_in_jax(graph: PlainGraph) -> int:
     return count(program.jaxpr)
 
 
-@pytest.mark.parametrize("surrogate", ["identity", "quadratic"])
+@pytest.mark.parametrize("surrogate", ["identity", "quadratic", "mixed"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 def test_only_kept_relus_are_evaluated(share, surrogate):
     pytest.importorskip("jax")
@@ -309,6 +313,11 @@ def test_gathering_and_putting_back_moves_nothing(flags):
     positions = Positions.of(mask)
     x = torch.arange(len(flags))
     assert torch.equal(torch.cat([x[positions.kept], x[positions.rest]])[positions.inverse], x)
+    degrees = [place * 7 % 4 for place in range(len(flags))]
+    ordered = Positions.of(mask, degrees)
+    assert torch.equal(torch.cat([x[ordered.kept], x[ordered.rest]])[ordered.inverse], x)
+    assert [degrees[unit] for unit in ordered.rest] == sorted((degrees[unit] for unit in ordered.rest), reverse=True)
+    assert ordered.sizes == tuple(sum(degrees[unit] == degree for unit in ordered.rest) for degree in range(4))
     assert mask[positions.kept].all()
     assert not mask[positions.rest].any()
 

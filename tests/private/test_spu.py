@@ -71,9 +71,10 @@ def gone(folder: Path, timeout: float = 30) -> bool:
 
 
 @spu
+@pytest.mark.parametrize("surrogate", ["quadratic", "mixed"])
 @pytest.mark.parametrize("protocol", ["cheetah", "semi2k"])
-def test_a_private_inference_gives_the_plain_logits_at_the_predicted_price(protocol):
-    model = masked(settle(Everything()), torch.zeros(1, 3, 16, 16), 0.3, "quadratic")
+def test_a_private_inference_gives_the_plain_logits_at_the_predicted_price(protocol, surrogate):
+    model = masked(settle(Everything()), torch.zeros(1, 3, 16, 16), 0.3, surrogate)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     told = []
     found = run(model, images, protocol=protocol, repeats=1, progress=told.append)

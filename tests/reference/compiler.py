@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fairline.private.graph import OPERATORS, PlainGraph, kept_relus
+from fairline.private.graph import MASKED, OPERATORS, POLYNOMIALS, PlainGraph, kept_relus
 
 Jacobians = dict[str, dict[str, Tensor]]
 
@@ -16,7 +16,7 @@ def nonlinear_nodes(graph: PlainGraph) -> list[str]:
     return [
         node.name
         for node in graph.nodes
-        if node.op in ("quadratic", "max_pool") or (node.op == "relu" and kept_relus(graph, node))
+        if node.op in (*POLYNOMIALS, "max_pool") or (node.op == "relu" and kept_relus(graph, node))
     ]
 
 
@@ -26,7 +26,7 @@ def corrected(graph: PlainGraph, x: Tensor, corrections: dict[str, Tensor]) -> d
     values = {"x": x}
     for node in graph.nodes:
         inputs = [values[name] for name in node.inputs]
-        if node.op in ("relu", "quadratic", "max_pool"):
+        if node.op in (*MASKED, "max_pool"):
             value = OPERATORS["avg_pool"](graph, node, inputs, ()) if node.op == "max_pool" else inputs[0]
             values[node.name] = value + corrections.get(node.name, 0)
         else:

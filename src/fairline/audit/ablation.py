@@ -47,7 +47,7 @@ class Ablation:
         layers: Masks that keep a ReLU, by module name, in the order of modules.
         count: r, how many ReLUs are kept for each image.
         bends: What is not affine even without corrections and stays: functions, as torch names them, and how many
-            modules call each; ``quadratic_surrogate``, and how many layers have one.
+            modules call each; ``quadratic_surrogate`` and other polynomials, and how many layers have them.
 
     Raises:
         FairlineError: Masks are still being learned, or masks cannot reach the ReLUs.
@@ -72,9 +72,10 @@ class Ablation:
             for name, paths in _seen(network, example).others.items()
             if paths.keys() - masks.keys()
         }
-        quadratics = sum(layer.coefficients is not None for layer in masks.values())
-        if quadratics:
-            self.bends["quadratic_surrogate"] = quadratics
+        for layer in masks.values():
+            if layer.coefficients is not None:
+                kind = f"{layer.surrogate}_surrogate"
+                self.bends[kind] = self.bends.get(kind, 0) + 1
 
     def logits(self, data: GroupedData) -> Tensor:
         """Logits of what is left at the moment.

@@ -249,7 +249,9 @@ def linearize(
     ] = None,
     surrogate: Annotated[
         str | None,
-        typer.Option(help="What stands in a ReLU's place: identity or quadratic (identity; autorep: quadratic)."),
+        typer.Option(
+            help="What stands in a ReLU's place: identity, quadratic, cubic or zero (identity; autorep: quadratic)."
+        ),
     ] = None,
     for_cost: Annotated[
         str | None,

@@ -34,7 +34,7 @@ class Frontier:
 class Anatomy:
     """A plain graph as the compiler sees it.
 
-    Nonlinear nodes are ReLUs that keep any unit that matters, quadratics and max poolings; all others are affine. A
+    Nonlinear nodes are ReLUs that keep any unit that matters, polynomials and max poolings; all others are affine. A
     ReLU passes on the units that it does not keep.
 
     Args:

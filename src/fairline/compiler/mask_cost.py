@@ -19,7 +19,7 @@ from fairline.compiler.regions import Regions, weights_of
 from fairline.masking import copy_model, masked_relus
 from fairline.private.cost import Cost, layer_costs
 from fairline.private.export import to_graph
-from fairline.private.graph import Node, PlainGraph
+from fairline.private.graph import MASKED, Node, PlainGraph
 from fairline.private.wire import network as find_network
 
 
@@ -97,13 +97,13 @@ def with_kept(graph: PlainGraph, kept: Mapping[str, int], seed: int = 0) -> Plai
     renamed: dict[str, str] = {}
     for node in graph.nodes:
         node = replace(node, inputs=tuple(renamed.get(name, name) for name in node.inputs))
-        if node.op in ("relu", "quadratic"):
+        if node.op in MASKED:
             count, size = kept.get(node.layer, 0), math.prod(node.shape)
             if count == 0 and node.op == "relu" and node.name != graph.nodes[-1].name:
                 renamed[node.name] = node.inputs[0]
                 continue
             if count == size:
-                node = replace(node, op="relu", weights=(), mask=None)
+                node = replace(node, op="relu", weights=(), mask=None, options={})
             else:
                 mask = torch.zeros(size, dtype=torch.bool)
                 mask[torch.randperm(size, generator=generator)[:count]] = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fairline.compiler.regions import weights_of
-from fairline.private.graph import PlainGraph
+from fairline.private.graph import POLYNOMIALS, PlainGraph, polynomial_units
 
 
 def multiply_adds(graph: PlainGraph) -> int:
@@ -15,7 +15,7 @@ def multiply_adds(graph: PlainGraph) -> int:
         graph: With or without weights.
 
     Returns:
-        Those of convolutions, linear layers, scales of single units and squares.
+        Those of convolutions, linear layers, scales of single units and polynomials.
     """
     total = 0
     for node in graph.nodes:
@@ -25,8 +25,9 @@ def multiply_adds(graph: PlainGraph) -> int:
             total += math.prod(graph.shapes[node.weights[0]])
         elif node.op in ("affine", "scale"):
             total += math.prod(node.shape)
-        elif node.op == "quadratic":
-            total += 2 * (math.prod(node.shape) - int(graph.masks[str(node.mask)].sum()))
+        elif node.op in POLYNOMIALS:
+            *_, squares, cubes = polynomial_units(graph, node)
+            total += 2 * squares + 3 * cubes
     return total
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fairline.errors import FairlineError
-from fairline.private.graph import OPERATORS, Node, PlainGraph
+from fairline.private.graph import MASKED, OPERATORS, Node, PlainGraph
 
 
 def _conv2d(graph: PlainGraph, node: Node, inputs: Sequence[Tensor], _: Sequence[Tensor]) -> Tensor:
@@ -44,14 +44,13 @@ _COUNTS: dict[str, Callable[[PlainGraph, Node, Sequence[Tensor], Sequence[Tensor
     "affine": _each,
     "add": _add,
     "scale": _each,
-    "relu": _each,
-    "quadratic": _each,
+    **dict.fromkeys(MASKED, _each),
     "max_pool": OPERATORS["avg_pool"],
     **{name: OPERATORS[name] for name in ("concat", "avg_pool", "mean", "reshape", "gather")},
 }
 
 #: Operators whose output is affine in their input.
-AFFINE = frozenset(_COUNTS) - {"relu", "quadratic", "max_pool"}
+AFFINE = frozenset(_COUNTS) - {*MASKED, "max_pool"}
 
 
 def require_known(graph: PlainGraph) -> None:
@@ -63,7 +62,7 @@ def require_known(graph: PlainGraph) -> None:
     for node in graph.nodes:
         if node.op not in _COUNTS:
             raise FairlineError(
-                f"The operator '{node.op}' of layer '{node.layer}' is not affine, and no ReLU, square or max pooling; "
+                f"The operator '{node.op}' of layer '{node.layer}' is not affine, and no ReLU, polynomial or max pooling; "
                 "a network with it cannot be compiled."
             )
 

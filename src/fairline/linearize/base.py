@@ -21,8 +21,8 @@ from fairline._io import load_tensors, read_json, resolve_device, save_tensors, 
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.linearize.identity import claim, data_digest, described, network_digest
-from fairline.linearize.surrogates import require_surrogate, start_masked
-from fairline.masking import Surrogate, copy_model, masked_relus, relu_count
+from fairline.linearize.surrogates import start_masked
+from fairline.masking import Surrogate, copy_model, masked_relus, relu_count, require_surrogate
 from fairline.precision import Arithmetic, Precision, require_precision
 from fairline.ranks import here
 from fairline.training import TRIAL_IMAGES, ProgressCallback, choose
@@ -165,7 +165,7 @@ class Linearizer(ABC):
     against all ReLUs that it had at first.
 
     Attributes:
-        surrogate: What stands in a ReLU's place: ``"identity"`` or ``"quadratic"``, fitted.
+        surrogate: What stands in a ReLU's place: ``"identity"``, ``"zero"``, or ``"quadratic"`` or ``"cubic"``, fitted.
         precision: What methods that train compute in: ``"fp32"``, ``"bf16"`` or ``"auto"``; float32 on a CPU if None.
             See :func:`fairline.training.choose`.
         for_cost: Which layers are emptied before the method begins, for what the network costs then; none by default.

@@ -74,7 +74,7 @@ class CoordinateDescent(Linearizer):
             all of it. Layers are then drawn with equal probability, so that those nearly empty are tried too.
         objective: Of the refresh, and within layers whose mean loss decides; CE + T²·KL by default. Its state, such as
             λ of Algorithm 1, lives through all rounds.
-        surrogate: What stands in a ReLU's place: ``"identity"``, as published, or ``"quadratic"``, fitted and learned.
+        surrogate: What stands in a ReLU's place: ``"identity"``, as published, or another, fitted and learned.
         teacher: Source of distillation; the network itself, before this run, by default.
         seed: Of the whole run.
     """

@@ -39,8 +39,8 @@ from fairline.errors import FairlineError
 from fairline.inference import predict
 from fairline.linearize.base import Cut, Linearization, Linearizer, set_aside
 from fairline.linearize.structure import close, execution_order, stages_of
-from fairline.linearize.surrogates import fit_quadratics, start_masked
-from fairline.masking import MaskedReLU, copy_model, mask_relus, masked_relus, relu_count
+from fairline.linearize.surrogates import fit_surrogates, start_masked
+from fairline.masking import SURROGATES, MaskedReLU, copy_model, mask_relus, masked_relus, relu_count
 from fairline.models import rescaled
 from fairline.objectives.erm import ERM
 from fairline.training import TRIAL_IMAGES, ProgressCallback, choose, finetune, named_stage
@@ -124,7 +124,7 @@ class DeepReDuce(Linearizer):
         exact: Fill each budget.
         lr: Of the distillation before criticalities are measured.
         batch_size: Samples in a step.
-        surrogate: What stands in a ReLU's place: ``"identity"``, as published, or ``"quadratic"``.
+        surrogate: What stands in a ReLU's place: ``"identity"``, as published, or another.
         seed: Of the whole run.
     """
 
@@ -378,8 +378,8 @@ class DeepReDuce(Linearizer):
             network, options = self._reshaped(run.teacher, rung.alpha, rung.rho)
             student = mask_relus(network, run.train.normalized(slice(2)), self.surrogate).to(run.device)
             close(student, run.emptied)
-        if self.surrogate == "quadratic":
-            fit_quadratics(student, run.train, seed=self.seed)
+        if SURROGATES[self.surrogate].learned:
+            fit_surrogates(student, run.train, seed=self.seed)
         return student, options
 
     def _reshaped(self, model: nn.Module, alpha: float, rho: float) -> tuple[nn.Module, dict[str, int]]:

@@ -73,7 +73,7 @@ class MaskLearning(Linearizer):
         control: Give a budget that keeps every ReLU, as the last of all, a network that was trained for as many epochs
             as the masks took, with λ = 0 and the learning rate of the beginning: what the further training does by
             itself. False is as published: the network as it is.
-        surrogate: What stands in a ReLU's place: ``"identity"`` or ``"quadratic"``, fitted and learned.
+        surrogate: What stands in a ReLU's place: ``"identity"`` or another, polynomials fitted and learned.
         seed: Of the whole run.
     """
 

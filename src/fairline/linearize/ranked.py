@@ -26,7 +26,7 @@ class Ranked(Linearizer):
     Weights stay as they are: finetune next. Nothing is put into the checkpoint folder; nothing here takes long.
 
     Attributes:
-        surrogate: What stands in the place of the others: ``"identity"`` or ``"quadratic"``, fitted.
+        surrogate: What stands in the place of the others: ``"identity"`` or another, polynomials fitted.
         seed: Breaks ties, and what else the method draws.
     """
 

@@ -83,7 +83,7 @@ class SENet(Linearizer):
         granularity: ``"pixel"`` or ``"channel"``.
         literal: Compare activations as they are, by which the search never settles; see above.
         objective: What is minimised beside the activation gap; ERM at ``temperature`` by default.
-        surrogate: What stands in a ReLU's place: ``"identity"``, as published, or ``"quadratic"``.
+        surrogate: What stands in a ReLU's place: ``"identity"``, as published, or another.
         seed: Of the whole run.
     """
 

@@ -7,22 +7,33 @@ from fairline.masking.find import mask_relus
 from fairline.masking.graph import masked_graph
 from fairline.masking.layer import (
     GRANULARITIES,
-    SQUARE_SCALE,
-    SURROGATES,
     Granularity,
     MaskedReLU,
-    Surrogate,
     masked_relus,
     surrogate_of,
+)
+from fairline.masking.surrogates import (
+    MIXED,
+    OF_DEGREE,
+    POWER_SCALES,
+    SQUARE_SCALE,
+    SURROGATES,
+    Polynomial,
+    Surrogate,
+    require_surrogate,
 )
 
 __all__ = [
     "GRANULARITIES",
+    "MIXED",
+    "OF_DEGREE",
+    "POWER_SCALES",
     "SQUARE_SCALE",
     "SURROGATES",
     "Granularity",
     "MaskInfo",
     "MaskedReLU",
+    "Polynomial",
     "Surrogate",
     "copy_model",
     "keep_largest",
@@ -32,6 +43,7 @@ __all__ = [
     "masked_graph",
     "masked_relus",
     "relu_count",
+    "require_surrogate",
     "save_masks",
     "surrogate_of",
     "unwrap",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from fairline._io import load_tensors, save_tensors
@@ -17,17 +18,27 @@ from fairline.masking.layer import (
 
 @dataclass(frozen=True)
 class MaskInfo:
-    """What a mask file says of itself."""
+    """What a mask file says of itself.
+
+    Attributes:
+        method: What chose the masks.
+        budget: The ReLU count asked for.
+        seed: Of the run.
+        layers: Shapes of the activations.
+        surrogate: What stands in a ReLU's place, ``"mixed"`` where channels differ.
+        degrees: Of layers whose channels were given surrogates of their own: the degree of each.
+    """
 
     method: str
     budget: int
     seed: int | None
     layers: dict[str, list[int]]
     surrogate: str = "identity"
+    degrees: dict[str, list[int]] = field(default_factory=dict)
 
 
 def save_masks(path: str | Path, model: nn.Module, *, method: str, budget: int, seed: int | None) -> None:
-    """Write fixed masks to a safetensors file; the coefficients of a quadratic surrogate are weights, and not in it.
+    """Write fixed masks to a safetensors file; the coefficients of surrogates are weights, and not in it.
 
     Args:
         path: The file.
@@ -43,8 +54,14 @@ def save_masks(path: str | Path, model: nn.Module, *, method: str, budget: int, 
     if not layers or any(layer.weight is not None for layer in layers.values()):
         raise FairlineError(f"{type(model).__name__} has no fixed masks to save.")
     shapes = {name: list(layer.shape) for name, layer in layers.items()}
-    info = MaskInfo(method, budget, seed, shapes, surrogate_of(model))
-    save_tensors(path, {name: layer.kept for name, layer in layers.items()}, asdict(info))
+    surrogate = surrogate_of(model)
+    # A network whose surrogates are all zero says so by their name.
+    degrees = {} if surrogate == "zero" else {name: layer.degrees for name, layer in layers.items()}
+    chosen = {name: own.tolist() for name, own in degrees.items() if own is not None}
+    about = asdict(MaskInfo(method, budget, seed, shapes, surrogate, chosen))
+    if not chosen:
+        del about["degrees"]
+    save_tensors(path, {name: layer.kept for name, layer in layers.items()}, about)
 
 
 def load_masks(path: str | Path, model: nn.Module) -> MaskInfo:
@@ -52,7 +69,8 @@ def load_masks(path: str | Path, model: nn.Module) -> MaskInfo:
 
     Args:
         path: Written by :func:`save_masks`.
-        model: Returned by :func:`mask_relus`; changed in place.
+        model: Returned by :func:`mask_relus`; changed in place. Surrogates that were chosen channel by channel come
+            from the file as well.
 
     Returns:
         What the file says of itself.
@@ -77,12 +95,15 @@ def load_masks(path: str | Path, model: nn.Module) -> MaskInfo:
                 f"{path} belongs to another model: mask '{name}' has shape {tuple(tensors[name].shape)}, "
                 f"the model's activation {layer.shape}."
             )
-    surrogate = metadata.get("surrogate", "identity")
-    if surrogate != surrogate_of(model):
+    surrogate, degrees = metadata.get("surrogate", "identity"), metadata.get("degrees", {})
+    if not degrees and surrogate != surrogate_of(model):
         raise FairlineError(
             f"{path} was made for {surrogate} surrogates, but the model's are {surrogate_of(model)}; "
             f"mask it with surrogate='{surrogate}'."
         )
     for name, layer in layers.items():
+        if name in degrees:
+            layer.use_degrees(torch.tensor(degrees[name]))
         layer.set_mask(tensors[name])
-    return MaskInfo(metadata["method"], metadata["budget"], metadata["seed"], metadata["layers"], surrogate)
+    about = metadata["method"], metadata["budget"], metadata["seed"], metadata["layers"]
+    return MaskInfo(*about, surrogate, degrees)

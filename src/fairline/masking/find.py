@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from fairline.errors import FairlineError
 from fairline.masking.copying import copy_model, unwrap
 from fairline.masking.equal import difference, same_random, tensors_of
-from fairline.masking.layer import Surrogate, masked_relus
+from fairline.masking.layer import masked_relus
 from fairline.masking.plan import Plan, others_of
 from fairline.masking.published import take_over_published
+from fairline.masking.surrogates import Surrogate
 from fairline.masking.watch import ACTIVATIONS, Seen, count_calls, is_plain_relu, watch
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ def mask_relus(
 
     Returns:
         A copy with masks, of the model's own class. It equals the model in evaluation and in training mode: outputs,
-        gradients, randomness and buffers. The names of its weights are the same; a quadratic surrogate adds its
-        coefficients.
+        gradients, randomness and buffers. The names of its weights are the same; a surrogate that is learned adds
+        its coefficients.
 
     Raises:
         FairlineError: The model has no ReLU, cannot be copied, has ReLUs that a mask cannot reach, or would not

@@ -2,7 +2,8 @@
 
 A masked ReLU is ``f(x) = m·relu(x) + (1 − m)·g(x)`` with one mask entry a unit: m = 1 keeps the ReLU, m = 0 puts its
 surrogate g in its place, and m between the two (Cho et al. 2022) is what mask learning moves through. The surrogate is
-the identity, with which ``f(x) = x − m·min(x, 0)``, or a quadratic polynomial for each channel.
+the identity, with which ``f(x) = x − m·min(x, 0)``, or a polynomial for each channel
+(:mod:`fairline.masking.surrogates`), of one degree or of several.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fairline.errors import FairlineError
+from fairline.masking.surrogates import (
+    MIXED,
+    OF_DEGREE,
+    POWER_SCALES,
+    SURROGATES,
+    Surrogate,
+    evaluate,
+    held,
+    require_surrogate,
+)
 
 Granularity = Literal["pixel", "channel", "layer"]
 GRANULARITIES: tuple[Granularity, ...] = ("pixel", "channel", "layer")
-Surrogate = Literal["identity", "quadratic"]
-SURROGATES: tuple[Surrogate, ...] = ("identity", "quadratic")
-
-#: Factor of x² in a quadratic surrogate, as AutoReP's published code has it. Without it a deep network of fitted
-#: polynomials overflows: each layer squares what the last one let through.
-SQUARE_SCALE = 0.2
 
 
 def _ordered_as(x: Tensor, mask: Tensor) -> Tensor:
@@ -89,36 +94,45 @@ class _LearnedMaskedReLU(Function):
         return grad_x, grad_mask
 
 
-class _LearnedQuadratic(Function):
-    """m·relu(x) + (1 − m)·(c₀ + c₁x + 0.2·c₂x²) with gradients for x, m and c; saves x alone."""
+class _LearnedPolynomial(Function):
+    """m·relu(x) + (1 − m)·g(x) with gradients for x, m and the coefficients of g; saves x alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor, coefficients: Tensor) -> Tensor:
         mask, coefficients = _ordered_as(x, mask.to(x.dtype)), coefficients.to(x.dtype)
         ctx.save_for_backward(x, mask, coefficients)
-        constant, linear, square = coefficients
-        g = torch.addcmul(linear, x, square, value=SQUARE_SCALE).mul_(x).add_(constant)
+        *lower, last = coefficients
+        g = torch.addcmul(_scaled(lower[-1], len(lower) - 1), x, last, value=POWER_SCALES[len(lower)])
+        for power in reversed(range(len(lower) - 1)):
+            g.mul_(x).add_(_scaled(lower[power], power))
         return g.lerp_(x.clamp_min(0), mask)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, mask, coefficients = ctx.saved_tensors
-        constant, linear, square = coefficients[0], coefficients[1], SQUARE_SCALE * coefficients[2]
         # Sums over the batch come first: all that follows is as small as the mask.
         passed = torch.ops.aten.threshold_backward(grad, x, 0)
-        times_x = grad * x
-        sums = [_sum_over_batch(grad, mask), _sum_over_batch(times_x, mask)]
         replaced = 1 - mask
-        grad_x = (replaced * linear) * grad
-        grad_x.addcmul_(times_x, 2 * replaced * square).addcmul_(passed, mask)
-        sums.append(SQUARE_SCALE * _sum_over_batch(times_x.mul_(x), mask))
+        grad_x = (replaced * coefficients[1]) * grad
+        sums, times_x = [_sum_over_batch(grad, mask)], grad
+        for power in range(1, len(coefficients)):
+            times_x = grad * x if power == 1 else times_x.mul_(x)
+            sums.append(_sum_over_batch(times_x, mask).mul_(POWER_SCALES[power]))
+            if power + 1 < len(coefficients):
+                slope = (power + 1) * replaced * _scaled(coefficients[power + 1], power + 1)
+                grad_x.addcmul_(times_x, slope)
+        grad_x.addcmul_(passed, mask)
         opened = _sum_over_batch(passed.mul_(x), mask)
-        grad_mask = opened - (constant * sums[0] + linear * sums[1] + coefficients[2] * sums[2])
+        grad_mask = opened - sum(c * total for c, total in zip(coefficients, sums, strict=True))
         axes = tuple(range(1, mask.ndim))
         pieces = [replaced * total for total in sums]
         grad_coefficients = torch.stack([p.sum(axes, keepdim=True) if axes else p for p in pieces])
         return grad_x, grad_mask, grad_coefficients
+
+
+def _scaled(coefficient: Tensor, power: int) -> Tensor:
+    return coefficient if POWER_SCALES[power] == 1 else POWER_SCALES[power] * coefficient
 
 
 class MaskedReLU(nn.Module):
@@ -132,8 +146,10 @@ class MaskedReLU(nn.Module):
         kept: bool, ``shape``: which ReLUs a fixed mask keeps.
         weight: The learned mask, compact (``shape``, (C, 1, …) or (1, …)); None while the mask is fixed.
         gate: Turns ``weight`` into the mask, where the two are not the same; of the weight's shape.
-        coefficients: Of the quadratic surrogate ``c₀ + c₁x + 0.2·c₂x²``, (3, C, 1, …), trained with the other weights;
-            None where the surrogate is the identity.
+        coefficients: Of the surrogate ``c₀ + c₁x + 0.2·c₂x² + 0.04·c₃x³``, (3 or 4, C, 1, …), trained with the other
+            weights; None where no channel has any to learn.
+        degrees: int64, (C,): the degree of each channel's surrogate, 0 for zero and 1 for the identity, where they were
+            chosen channel by channel or are zero; else None.
     """
 
     kept: Tensor
@@ -141,6 +157,7 @@ class MaskedReLU(nn.Module):
     weight: nn.Parameter | None
     gate: nn.Module | None
     coefficients: nn.Parameter | None
+    degrees: Tensor | None
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -150,6 +167,7 @@ class MaskedReLU(nn.Module):
         self.register_parameter("weight", None)
         self.register_module("gate", None)
         self.register_parameter("coefficients", None)
+        self.register_buffer("degrees", None)
         self._num_kept = math.prod(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,46 +178,102 @@ class MaskedReLU(nn.Module):
                 "mask the model again with an example of the new input size."
             )
         if self.weight is not None:
-            if self.coefficients is None:
-                return cast(Tensor, _LearnedMaskedReLU.apply(x, self.mask))
-            return cast(Tensor, _LearnedQuadratic.apply(x, self.mask, self.coefficients))
+            return self._learned(x)
         if self._num_kept == 0:
             return self.substitute(x)
         if self._num_kept == self.kept.numel():
             return F.relu(x)
-        if self.coefficients is None:
+        if self.coefficients is None and self.degrees is None:
             return cast(Tensor, _FixedMaskedReLU.apply(x, _ordered_as(x, self._floor.to(x.dtype))))
         return torch.where(_ordered_as(x, self.kept), F.relu(x), self.substitute(x))
 
+    def _learned(self, x: Tensor) -> Tensor:
+        coefficients = self.polynomial
+        if coefficients is not None:
+            return cast(Tensor, _LearnedPolynomial.apply(x, self.mask, coefficients))
+        return cast(Tensor, _LearnedMaskedReLU.apply(x, self.mask))
+
     def substitute(self, x: Tensor) -> Tensor:
         """The surrogate g(x) of every unit, kept or not; x is (B, *shape)."""
-        if self.coefficients is None:
-            return x
-        constant, linear, square = self.coefficients.to(x.dtype)
-        return (SQUARE_SCALE * square * x + linear) * x + constant
+        coefficients = self.polynomial
+        return x if coefficients is None else evaluate(coefficients.to(x.dtype), x)
 
     @property
-    def surrogate(self) -> Surrogate:
-        """What stands in a ReLU's place: ``"identity"`` or ``"quadratic"``."""
-        return "identity" if self.coefficients is None else "quadratic"
+    def polynomial(self) -> Tensor | None:
+        """The surrogate's coefficients, those that are fixed included, (2 to 4, C, 1, …); None for the identity."""
+        if self.degrees is None:
+            return self.coefficients
+        start = self._start(2) if self.coefficients is None else self.coefficients
+        return held(start, self.degrees)
+
+    @property
+    def channel_degrees(self) -> Tensor:
+        """The degree of each channel's surrogate, int64, (C,)."""
+        if self.degrees is not None:
+            return self.degrees
+        degree = 1 if self.coefficients is None else len(self.coefficients) - 1
+        return torch.full((self.shape[0],), degree, device=self.kept.device)
+
+    @property
+    def surrogate(self) -> str:
+        """What stands in a ReLU's place: a key of :data:`SURROGATES`, or ``"mixed"`` where channels differ."""
+        found = self.channel_degrees.unique().tolist()
+        return OF_DEGREE[found[0]] if len(found) == 1 else MIXED
 
     def use_surrogate(self, surrogate: Surrogate) -> None:
-        """Choose what stands in a ReLU's place; a new quadratic starts as the identity.
+        """Choose what stands in a ReLU's place; a new polynomial starts as what stood there before.
 
         Args:
-            surrogate: ``"identity"`` or ``"quadratic"``.
+            surrogate: ``"identity"``, ``"quadratic"``, ``"cubic"`` or ``"zero"``.
 
         Raises:
             FairlineError: There is no such surrogate.
         """
-        if surrogate not in SURROGATES:
-            raise FairlineError(f"A surrogate is {' or '.join(SURROGATES)}, not '{surrogate}'.")
-        if surrogate == "identity":
+        require_surrogate(surrogate)
+        degree = SURROGATES[surrogate].degree
+        before, self.degrees = self.polynomial, None
+        self._hold(before, degree + 1 if SURROGATES[surrogate].learned else 0)
+        if degree == 0:
+            self.degrees = torch.zeros(self.shape[0], dtype=torch.int64, device=self.kept.device)
+
+    def use_degrees(self, degrees: Tensor) -> None:
+        """Choose what stands in a ReLU's place channel by channel; a new polynomial starts as what stood there before.
+
+        Args:
+            degrees: int64, (C,): 0 for zero, 1 for the identity, 2 or 3.
+
+        Raises:
+            FairlineError: There is no surrogate of such a degree, or they are not one a channel.
+        """
+        found = torch.as_tensor(degrees, dtype=torch.int64, device=self.kept.device)
+        if found.shape != self.shape[:1]:
+            raise FairlineError(f"{self.shape[0]} channels need as many degrees, not {tuple(found.shape)}.")
+        unknown = set(found.tolist()) - OF_DEGREE.keys()
+        if unknown:
+            raise FairlineError(f"There is no surrogate of degree {min(unknown)}; degrees are 0 to {max(OF_DEGREE)}.")
+        before = self.polynomial
+        self._hold(before, len(POWER_SCALES) if bool((found > 1).any()) else 0)
+        self.degrees = found.clone()
+
+    def _start(self, rows: int) -> Tensor:
+        """Coefficients of the identity."""
+        start = torch.zeros(rows, self.shape[0], *[1] * (len(self.shape) - 1), device=self.kept.device)
+        start[1] = 1
+        return start
+
+    def _hold(self, before: Tensor | None, rows: int) -> None:
+        """Keep so many coefficients of each channel, with the values that they had so far."""
+        if rows == 0:
             self.coefficients = None
-        elif self.coefficients is None:
-            start = torch.zeros(3, self.shape[0], *[1] * (len(self.shape) - 1), device=self.kept.device)
-            start[1] = 1
-            self.coefficients = nn.Parameter(start)
+            return
+        values = self._start(rows) if before is None else before.new_zeros(rows, *before.shape[1:])
+        if before is not None:
+            values[: len(before)] = before.detach()[:rows]
+        if self.coefficients is not None and len(self.coefficients) == rows:
+            with torch.no_grad():
+                self.coefficients.copy_(values)
+        else:
+            self.coefficients = nn.Parameter(values)
 
     @property
     def mask(self) -> Tensor:
@@ -262,13 +336,15 @@ class MaskedReLU(nn.Module):
         self._floor = torch.where(self.kept, 0.0, -math.inf)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if (degrees := state_dict.get(f"{prefix}degrees")) is not None:
+            self.use_degrees(degrees)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._refresh()
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         text = f"shape={self.shape}, " + ("learned" if self.weight is not None else f"kept={self._num_kept}")
-        return text if self.coefficients is None else f"{text}, surrogate={self.surrogate}"
+        return text if self.surrogate == "identity" else f"{text}, surrogate={self.surrogate}"
 
 
 def masked_relus(model: nn.Module) -> dict[str, MaskedReLU]:
@@ -276,7 +352,7 @@ def masked_relus(model: nn.Module) -> dict[str, MaskedReLU]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedReLU)}
 
 
-def surrogate_of(model: nn.Module) -> Surrogate:
-    """What stands in the place of a model's ReLUs: quadratic where any layer has coefficients."""
-    kinds = {layer.surrogate for layer in masked_relus(model).values()}
-    return "quadratic" if "quadratic" in kinds else "identity"
+def surrogate_of(model: nn.Module) -> str:
+    """What stands in the place of a model's ReLUs: a key of :data:`SURROGATES`, or ``"mixed"``."""
+    kinds = {layer.surrogate for layer in masked_relus(model).values()} or {"identity"}
+    return kinds.pop() if len(kinds) == 1 else MIXED

@@ -1,7 +1,7 @@
 """What a private inference costs, predicted: bytes, rounds and seconds of a network on a protocol.
 
 A cost has parts (:data:`PARTS`): ReLUs, by the value and by the layer that keeps any; max pooling, which is comparisons
-as ReLUs are and which no mask touches; quadratics; linear layers; opening the result; and what a session costs before
+as ReLUs are and which no mask touches; polynomials; linear layers; opening the result; and what a session costs before
 its first image. So it is never "ReLUs × constant": linear layers and pooling are a floor, and masks that empty whole
 layers save rounds that masks which thin them do not.
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fairline.errors import FairlineError
 from fairline.private.blocks import cut_matrices
 from fairline.private.export import to_graph
-from fairline.private.graph import Node, PlainGraph, kept_relus
+from fairline.private.graph import POLYNOMIALS, Node, PlainGraph, kept_relus, polynomial_units
 from fairline.private.wire import Network
 from fairline.private.wire import network as find_network
 
@@ -60,7 +60,7 @@ class Cost:
 PARTS = {
     "relu": "ReLUs",
     "max_pool": "max pooling",
-    "quadratic": "quadratics",
+    "quadratic": "polynomials",
     "linear": "linear layers",
     "open": "opening",
     "setup": "setup, once a session",
@@ -148,7 +148,7 @@ class Cheetah(ProtocolCost):
     TRANSFERS = 2.37
     #: Five ciphertexts for each 8,192 products with a private value.
     PRIVATE_PRODUCTS, PER_PRIVATE = 8192, 1_143_500
-    #: Triples for products of shared values are made 4,096 at a time, of which a call with quadratics needs many; using
+    #: Triples for products of shared values are made 4,096 at a time, of which a call with polynomials needs many; using
     #: one takes 32 bytes.
     TRIPLE, USE_TRIPLE = 279.2, 32.1
     #: Seconds of a matrix product: to send a ciphertext, to encode a polynomial and multiply it with one, to merge two
@@ -343,7 +343,7 @@ class Estimate:
         compute_seconds: On two CPU cores; NaN where no source tells.
         network_seconds: Bytes and rounds on this network.
         setup: Once a session; no part of the numbers above.
-        layers: A row for each operator, two where quadratics stand beside ReLUs: layer, op, part (see :data:`PARTS`),
+        layers: A row for each operator, two where polynomials stand beside ReLUs: layer, op, part (see :data:`PARTS`),
             relus, bytes, offline_bytes, rounds, compute_seconds.
         source: Where the constants come from.
     """
@@ -485,7 +485,7 @@ def _row(graph: PlainGraph, node: Node | None, part: str, cost: Cost) -> dict[st
 def part_costs(graph: PlainGraph, costs: ProtocolCost, batch: int = 1) -> Iterator[tuple[Node | None, str, Cost]]:
     """Cost of each node of a graph, by part, and of opening its output (None)."""
     for node in graph.nodes:
-        if node.op == "quadratic" and (kept := kept_relus(graph, node)):
+        if node.op in POLYNOMIALS and (kept := kept_relus(graph, node)):
             yield node, "relu", costs.relu(batch * kept)
         yield node, _PART_OF.get(node.op, "linear"), OPERATORS[node.op](graph, node, costs, batch)
     yield None, "open", costs.open(batch * graph.outputs)
@@ -545,10 +545,17 @@ def _relu(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cos
     return total if node.mask is None else total + costs.pick(2 * batch * units)
 
 
-def _quadratic(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
-    kept, units = kept_relus(graph, node), math.prod(node.shape)
-    squares = batch * (units - kept)
-    return costs.product_with_private(squares) + costs.product(squares) + costs.pick(2 * batch * units)
+def _polynomial(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
+    """By Horner's rule: a product with a private factor, and a product of secrets for each power above x.
+
+    Squares and cubes are taken at once; zero and the identity cost nothing but that units are picked.
+    """
+    *_, squares, cubes = polynomial_units(graph, node)
+    total = costs.pick(2 * batch * math.prod(node.shape))
+    if squares + cubes:
+        bent = batch * (squares + cubes)
+        total += costs.product_with_private(bent) + costs.product(bent)
+    return total + costs.product(batch * cubes) if cubes else total
 
 
 def _max_pool(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
@@ -559,9 +566,9 @@ def _max_pool(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) ->
 
 
 #: Operators whose cost is no linear layer's.
-_PART_OF = {"relu": "relu", "quadratic": "quadratic", "max_pool": "max_pool"}
+_PART_OF = {"relu": "relu", **dict.fromkeys(POLYNOMIALS, "quadratic"), "max_pool": "max_pool"}
 
-#: What each operator of :data:`fairline.private.graph.OPERATORS` costs; a quadratic without the ReLUs beside it.
+#: What each operator of :data:`fairline.private.graph.OPERATORS` costs; a polynomial without the ReLUs beside it.
 OPERATORS: dict[str, Callable[[PlainGraph, Node, ProtocolCost, int], Cost]] = {
     "conv2d": _conv2d,
     "linear": _linear,
@@ -570,7 +577,8 @@ OPERATORS: dict[str, Callable[[PlainGraph, Node, ProtocolCost, int], Cost]] = {
     "scale": _truncated,
     "concat": _free,
     "relu": _relu,
-    "quadratic": _quadratic,
+    "quadratic": _polynomial,
+    "polynomial": _polynomial,
     "avg_pool": _truncated,
     "max_pool": _max_pool,
     "mean": _truncated,

@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 
 from fairline.errors import FairlineError
 from fairline.inference import logits_of
-from fairline.masking import SQUARE_SCALE, copy_model, masked_relus
+from fairline.masking import MaskedReLU, copy_model, masked_relus
 from fairline.masking.published import take_over_published
+from fairline.masking.surrogates import evaluate
 from fairline.private.graph import Node, PlainGraph
 from fairline.private.network import GraphNetwork
 
@@ -23,10 +24,9 @@ def _masked_relu(x: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept, x.clamp_min(0), x)
 
 
-@torch.library.custom_op("fairline::quadratic", mutates_args=())
-def _quadratic(x: Tensor, kept: Tensor, coefficients: Tensor) -> Tensor:
-    constant, linear, square = coefficients
-    return torch.where(kept, x.clamp_min(0), (SQUARE_SCALE * square * x + linear) * x + constant)
+@torch.library.custom_op("fairline::polynomial", mutates_args=())
+def _polynomial(x: Tensor, kept: Tensor, coefficients: Tensor, degrees: Tensor) -> Tensor:
+    return torch.where(kept, x.clamp_min(0), evaluate(coefficients, x))
 
 
 @_masked_relu.register_fake
@@ -34,24 +34,27 @@ def _(x: Tensor, kept: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@_quadratic.register_fake
-def _(x: Tensor, kept: Tensor, coefficients: Tensor) -> Tensor:
+@_polynomial.register_fake
+def _(x: Tensor, kept: Tensor, coefficients: Tensor, degrees: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
 class _Leaf(nn.Module):
     """Stands for a masked ReLU while the network is traced, so that it comes out as one node."""
 
-    def __init__(self, kept: Tensor, coefficients: Tensor | None) -> None:
+    def __init__(self, layer: MaskedReLU) -> None:
         super().__init__()
-        self.register_buffer("kept", kept.clone())
+        # Where all ReLUs are kept, no polynomial is left.
+        coefficients = None if layer.num_kept == layer.kept.numel() else layer.polynomial
+        self.register_buffer("kept", layer.kept.clone())
         self.register_buffer("coefficients", None if coefficients is None else coefficients.detach().clone())
+        self.register_buffer("degrees", layer.channel_degrees.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         kept = cast(Tensor, self.kept)
         coefficients = cast(Tensor | None, self.coefficients)
         if coefficients is not None:
-            return cast(Tensor, torch.ops.fairline.quadratic(x, kept, coefficients))
+            return cast(Tensor, torch.ops.fairline.polynomial(x, kept, coefficients, self.degrees))
         return cast(Tensor, torch.ops.fairline.masked_relu(x, kept))
 
 
@@ -92,9 +95,7 @@ def to_graph(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float
         expected = _run(model, batch.clone())
         take_over_published(model, batch.clone())
         for name, layer in masked_relus(model).items():
-            # Where all ReLUs are kept, no polynomial is left.
-            coefficients = None if layer.num_kept == layer.kept.numel() else layer.coefficients
-            model.set_submodule(name, _Leaf(layer.kept, coefficients))
+            model.set_submodule(name, _Leaf(layer))
         program = _export(model, batch.clone())
         graph = _Reader(program, tuple(batch.shape[1:]), dtype).read()
         found = graph(batch)
@@ -491,9 +492,18 @@ def _read_masked_relu(reader: _Reader, traced: fx.Node) -> None:
         reader.emit("relu", traced, (traced.args[0],), mask=None if kept.all() else kept)
 
 
-def _read_quadratic(reader: _Reader, traced: fx.Node) -> None:
-    kept, coefficients = (cast(Tensor, reader.tensor(each)) for each in traced.args[1:3])
-    reader.emit("quadratic", traced, (traced.args[0],), {"coefficients": coefficients}, mask=kept)
+def _read_polynomial(reader: _Reader, traced: fx.Node) -> None:
+    kept, coefficients, chosen = (cast(Tensor, reader.tensor(each)) for each in traced.args[1:4])
+    degrees = chosen.tolist()
+    # Coefficients that the degrees fix are public, as they are.
+    weights = {"coefficients": coefficients} if max(degrees) > 1 else {}
+    if set(degrees) == {2}:
+        weights["coefficients"] = coefficients[:3]
+        reader.emit("quadratic", traced, (traced.args[0],), weights, mask=kept)
+    elif set(degrees) == {1}:
+        _read_masked_relu(reader, traced)
+    else:
+        reader.emit("polynomial", traced, (traced.args[0],), weights, mask=kept, degrees=degrees)
 
 
 def _read_pool(op: str) -> Callable[[_Reader, fx.Node], None]:
@@ -607,7 +617,7 @@ _HANDLERS: dict[Any, Callable[[_Reader, fx.Node], None]] = {
     _aten.relu.default: _read_relu,
     _aten.relu_.default: _read_relu,
     torch.ops.fairline.masked_relu.default: _read_masked_relu,
-    torch.ops.fairline.quadratic.default: _read_quadratic,
+    torch.ops.fairline.polynomial.default: _read_polynomial,
     _aten.avg_pool2d.default: _read_pool("avg_pool"),
     _aten.max_pool2d.default: _read_pool("max_pool"),
     _aten.adaptive_avg_pool2d.default: _read_adaptive_avg_pool,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fairline._io import load_tensors, save_tensors
 from fairline.errors import FairlineError
-from fairline.masking import SQUARE_SCALE
+from fairline.masking.surrogates import evaluate
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Node:
         shape: Of its output, without the batch axis.
         weights: Names of the private tensors it uses.
         mask: Name of the public mask it uses, or of a gather's indices; None where all ReLUs are kept.
-        options: Constants: stride, padding, ….
+        options: Constants: stride, padding, the ``degrees`` of a polynomial's channels, ….
     """
 
     op: str
@@ -136,6 +136,8 @@ class PlainGraph:
         for node in nodes:
             if node.op == "gather" and not _in_range(graph, node):
                 raise FairlineError(f"{path} takes units in '{node.name}' that its input does not have.")
+            if node.op == "polynomial" and not _known_degrees(node):
+                raise FairlineError(f"{path} has polynomials in '{node.name}' of degrees that there are none of.")
         return graph
 
     def load_weights(self, path: str | Path, dtype: torch.dtype | None = torch.float32) -> None:
@@ -167,6 +169,11 @@ def _in_range(graph: PlainGraph, node: Node) -> bool:
     if index is None or index.dtype != torch.int64 or index.numel() != math.prod(node.shape):
         return False
     return bool(((index >= 0) & (index < math.prod(graph.input_shapes(node)[0]))).all())
+
+
+def _known_degrees(node: Node) -> bool:
+    degrees = node.options.get("degrees")
+    return isinstance(degrees, list) and len(degrees) == node.shape[0] and all(each in (0, 1, 2, 3) for each in degrees)
 
 
 Context = TypeVar("Context")
@@ -205,27 +212,52 @@ class Positions:
 
     Attributes:
         kept: int64, flat indices of the kept ReLUs.
-        rest: int64, of all other units.
+        rest: int64, of all other units: those of higher degree first.
         inverse: int64, where in ``[kept, rest]`` each unit is.
+        sizes: How many of the others are of degree 0, 1, 2 and 3.
     """
 
     kept: Tensor
     rest: Tensor
     inverse: Tensor
+    sizes: tuple[int, int, int, int]
 
     @classmethod
-    def of(cls, mask: Tensor) -> Positions:
-        """From a mask of any shape."""
+    def of(cls, mask: Tensor, degrees: Sequence[int] | None = None) -> Positions:
+        """From a mask of any shape, and the degree of each channel's polynomial; 1, the identity, by default."""
         flat = mask.flatten()
         kept, rest = flat.nonzero().flatten(), (~flat).nonzero().flatten()
-        return cls(kept, rest, torch.argsort(torch.cat([kept, rest])))
+        channels = torch.tensor([1] * len(mask) if degrees is None else list(degrees))
+        own = channels.repeat_interleave(mask.numel() // max(len(mask), 1))[rest]
+        rest = rest[torch.sort(own, descending=True, stable=True).indices]
+        zero, one, two, three = torch.bincount(own, minlength=4).tolist()
+        return cls(kept, rest, torch.argsort(torch.cat([kept, rest])), (zero, one, two, three))
 
 
 def kept_relus(graph: PlainGraph, node: Node) -> int:
     """ReLUs that a node evaluates for a sample; 0 for operators without any."""
-    if node.op not in ("relu", "quadratic"):
+    if node.op not in MASKED:
         return 0
     return math.prod(node.shape) if node.mask is None else int(graph.masks[node.mask].sum())
+
+
+#: Operators of masked ReLUs that have a polynomial in the place of those that are cut.
+POLYNOMIALS = ("quadratic", "polynomial")
+#: Operators of masked ReLUs.
+MASKED = ("relu", *POLYNOMIALS)
+
+
+def degrees_of(node: Node) -> list[int]:
+    """The degree of each channel's polynomial: 0 (zero), 1 (the identity), 2 or 3."""
+    return [2] * node.shape[0] if node.op == "quadratic" else [int(each) for each in node.options["degrees"]]
+
+
+def polynomial_units(graph: PlainGraph, node: Node) -> list[int]:
+    """How many units are replaced by polynomials of degree 0, 1, 2 and 3."""
+    per_channel = math.prod(node.shape[1:])
+    replaced = (~graph.masks[str(node.mask)]).view(node.shape[0], per_channel).sum(1)
+    units = torch.zeros(4, dtype=torch.int64).index_add_(0, torch.tensor(degrees_of(node)), replaced)
+    return [int(each) for each in units]
 
 
 def _conv2d(_: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
@@ -259,11 +291,16 @@ def _relu(graph: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequ
     return torch.where(graph.masks[node.mask], F.relu(inputs[0]), inputs[0])
 
 
-def _quadratic(graph: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    constant, linear, square = weights[0]
+def _polynomial(graph: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     x = inputs[0]
-    polynomial = (SQUARE_SCALE * square * x + linear) * x + constant
-    return torch.where(graph.masks[str(node.mask)], F.relu(x), polynomial)
+    coefficients = weights[0] if weights else constant_coefficients(degrees_of(node), x)
+    return torch.where(graph.masks[str(node.mask)], F.relu(x), evaluate(coefficients, x))
+
+
+def constant_coefficients(degrees: Sequence[int], x: Tensor) -> Tensor:
+    """Those of channels of which none has any of its own, (2, C, 1, …)."""
+    slope = torch.tensor(degrees, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 2))
+    return torch.stack([torch.zeros_like(slope), slope])
 
 
 def _avg_pool(_: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
@@ -295,7 +332,8 @@ OPERATORS: dict[str, Callable[[PlainGraph, Node, Sequence[Tensor], Sequence[Tens
     "scale": _scale,
     "concat": _concat,
     "relu": _relu,
-    "quadratic": _quadratic,
+    "quadratic": _polynomial,
+    "polynomial": _polynomial,
     "avg_pool": _avg_pool,
     "max_pool": _max_pool,
     "mean": _mean,

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fairline.masking import SQUARE_SCALE
-from fairline.private.graph import Node, PlainGraph, Positions, interpret
+from fairline.masking import POWER_SCALES
+from fairline.private.graph import Node, PlainGraph, Positions, degrees_of, interpret
 
 Weights = Mapping[str, Any]
 
@@ -77,9 +77,11 @@ def _concat(_: PlainGraph, node: Node, inputs: Sequence[Any], weights: Sequence[
     return jnp.concatenate(inputs, node.options["axis"])
 
 
-def _split(graph: PlainGraph, node: Node, x: Any) -> tuple[Any, Any, Callable[[Any, Any], Any], Positions]:
+def _split(
+    graph: PlainGraph, node: Node, x: Any, degrees: Sequence[int] | None = None
+) -> tuple[Any, Any, Callable[[Any, Any], Any], Positions]:
     """Kept and other units, (B, n) each, and what puts them back."""
-    positions = Positions.of(graph.masks[str(node.mask)])
+    positions = Positions.of(graph.masks[str(node.mask)], degrees)
     flat = x.reshape(x.shape[0], -1)
 
     def join(kept: Any, rest: Any) -> Any:
@@ -104,12 +106,33 @@ def _relu(graph: PlainGraph, node: Node, inputs: Sequence[Any], weights: Sequenc
     return join(_relu_of(kept), rest)
 
 
-def _quadratic(graph: PlainGraph, node: Node, inputs: Sequence[Any], weights: Sequence[Any]) -> Any:
-    kept, rest, join, positions = _split(graph, node, inputs[0])
-    per_unit = jnp.broadcast_to(weights[0], (3, *node.shape)).reshape(3, -1)
-    constant, linear, square = _take(per_unit, positions.rest)
-    polynomial = (SQUARE_SCALE * square * rest + linear) * rest + constant
-    return join(_relu_of(kept) if kept.shape[1] else kept, polynomial)
+def _polynomial(graph: PlainGraph, node: Node, inputs: Sequence[Any], weights: Sequence[Any]) -> Any:
+    """Horner's rule for the units of degree 2 and 3 at once, since each product of secrets takes rounds."""
+    kept, rest, join, positions = _split(graph, node, inputs[0], degrees_of(node))
+    zeros, linear, _, cubes = positions.sizes
+    bent = rest.shape[1] - zeros - linear
+    parts = [rest[:, bent : bent + linear]] if linear else []
+    if zeros:
+        parts.append(jnp.zeros((rest.shape[0], zeros), rest.dtype))
+    if bent:
+        per_unit = jnp.broadcast_to(weights[0], (len(weights[0]), *node.shape)).reshape(len(weights[0]), -1)
+        taken = _take(per_unit, positions.rest[:bent])
+        coefficients = [each if scale == 1 else scale * each for scale, each in zip(POWER_SCALES, taken, strict=False)]
+
+        def of(power: int) -> Any:
+            """Coefficients of a power in cubics beside those of one power less in squares."""
+            if cubes == 0:
+                return coefficients[power - 1]
+            return jnp.concatenate([coefficients[power][:cubes], coefficients[power - 1][cubes:]])
+
+        x = rest[:, :bent]
+        value = (of(3) * x + of(2)) * x + of(1)
+        if cubes:
+            third = value[:, :cubes] * x[:, :cubes] + coefficients[0][:cubes]
+            value = third if cubes == bent else jnp.concatenate([third, value[:, cubes:]], 1)
+        parts.insert(0, value)
+    replaced = parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1) if parts else rest
+    return join(_relu_of(kept) if kept.shape[1] else kept, replaced)
 
 
 def _windows(node: Node) -> dict[str, Any]:
@@ -152,7 +175,8 @@ OPERATORS: dict[str, Callable[[PlainGraph, Node, Sequence[Any], Sequence[Any]], 
     "scale": _scale,
     "concat": _concat,
     "relu": _relu,
-    "quadratic": _quadratic,
+    "quadratic": _polynomial,
+    "polynomial": _polynomial,
     "avg_pool": _avg_pool,
     "max_pool": _max_pool,
     "mean": _mean,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fairline.errors import FairlineError
 from fairline.masking import MaskedReLU
-from fairline.private.graph import OPERATORS, Node, PlainGraph, interpret
+from fairline.private.graph import MASKED, OPERATORS, Node, PlainGraph, degrees_of, interpret
 
 
 class GraphNetwork(nn.Module):
@@ -27,10 +27,12 @@ class GraphNetwork(nn.Module):
         self.relus = nn.ModuleDict()
         in_relus = set()
         for node in graph.nodes:
-            if node.op in ("relu", "quadratic"):
+            if node.op in MASKED:
                 layer = MaskedReLU(node.shape)
                 if node.mask is not None:
                     layer.set_mask(graph.masks[node.mask])
+                if node.op == "polynomial":
+                    layer.use_degrees(torch.tensor(degrees_of(node)))
                 for name in node.weights:
                     layer.coefficients = nn.Parameter(graph.weights[name].clone())
                     in_relus.add(name)
@@ -49,7 +51,7 @@ class GraphNetwork(nn.Module):
             raise FairlineError(_other_images(x.shape[1:], self._input_shape))
         indices = {name: self.get_buffer(f"_index_{_key(name)}") for name in self._indices}
         graph = PlainGraph(self._input_shape, self._nodes, self._shapes, indices, {})
-        operators = {**OPERATORS, "relu": self._relu, "quadratic": self._relu}
+        operators = {**OPERATORS, **dict.fromkeys(MASKED, self._relu)}
         return interpret(graph, operators, graph, x, self._weights())
 
     def _relu(self, _: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
@@ -62,7 +64,7 @@ class GraphNetwork(nn.Module):
         for node in self._nodes:
             for name in node.weights:
                 if name not in own:
-                    own[name] = cast(Tensor, cast(MaskedReLU, self.relus[_key(node.name)]).coefficients)
+                    own[name] = cast(Tensor, cast(MaskedReLU, self.relus[_key(node.name)]).polynomial)
         return own
 
     def graph(self, input_shape: Sequence[int] | None = None, dtype: torch.dtype = torch.float32) -> PlainGraph:
@@ -86,14 +88,14 @@ class GraphNetwork(nn.Module):
         renamed: dict[str, str] = {}
         for node in self._nodes:
             node = replace(node, inputs=tuple(renamed.get(name, name) for name in node.inputs))
-            if node.op in ("relu", "quadratic"):
+            if node.op in MASKED:
                 layer = cast(MaskedReLU, self.relus[_key(node.name)])
                 if layer.weight is not None:
                     raise FairlineError(f"The masks of '{node.name}' are still being learned; fix them first.")
                 if node.op == "relu" and not layer.num_kept and node.name != self._nodes[-1].name:
                     renamed[node.name] = node.inputs[0]
                     continue
-                # A quadratic needs its mask even where it keeps everything.
+                # A polynomial needs its mask even where it keeps everything.
                 whole = node.op == "relu" and layer.num_kept == layer.kept.numel()
                 node = replace(node, mask=None if whole else node.name)
                 if not whole:

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fairline._io import atomic_path
 from fairline.errors import FairlineError
-from fairline.masking import SQUARE_SCALE
-from fairline.private.graph import Node, PlainGraph, Positions, interpret
+from fairline.masking import POWER_SCALES
+from fairline.private.graph import Node, PlainGraph, Positions, degrees_of, interpret
 
 #: Old enough for every engine, new enough for axes as attributes of all operators used.
 OPSET = 17
@@ -86,9 +87,9 @@ class _Builder:
         self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
 
-    def split(self, node: Node, x: str) -> tuple[str, str, Positions]:
+    def split(self, node: Node, x: str, degrees: Sequence[int] | None = None) -> tuple[str, str, Positions]:
         """Kept and other units, flattened."""
-        positions = Positions.of(self.graph.masks[str(node.mask)])
+        positions = Positions.of(self.graph.masks[str(node.mask)], degrees)
         flat = self.add("Flatten", [x], f"{node.name}.flat", axis=1)
         names = []
         for kind in ("kept", "rest"):
@@ -156,21 +157,36 @@ def _relu(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequenc
     return builder.join(node, builder.add("Relu", [kept], f"{node.name}.relu"), rest, positions)
 
 
-def _quadratic(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
-    kept, rest, positions = builder.split(node, inputs[0])
+def _polynomial(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
+    kept, rest, positions = builder.split(node, inputs[0], degrees_of(node))
+    parts, start = [], 0
     # ONNX knows no privacy: the coefficients can be spread over their units here.
-    per_unit = builder.graph.weights[weights[0]].expand(3, *node.shape).reshape(3, -1)[:, positions.rest]
-    constant, linear, square = (
-        builder.constant(f"{node.name}.{name}", value.numpy())
-        for name, value in zip(
-            ("constant", "linear", "square"), per_unit * torch.tensor([[1.0], [1.0], [SQUARE_SCALE]]), strict=True
-        )
-    )
-    x = builder.add("Mul", [rest, square], f"{node.name}.1")
-    x = builder.add("Add", [x, linear], f"{node.name}.2")
-    x = builder.add("Mul", [x, rest], f"{node.name}.3")
-    x = builder.add("Add", [x, constant], f"{node.name}.4")
-    return builder.join(node, builder.add("Relu", [kept], f"{node.name}.relu"), x, positions)
+    coefficients = builder.graph.weights[weights[0]] if weights else torch.zeros(1, *[1] * len(node.shape))
+    per_unit = coefficients.expand(-1, *node.shape).reshape(len(coefficients), -1)[:, positions.rest]
+    for degree, count in reversed(list(enumerate(positions.sizes))):
+        if not count:
+            continue
+        name = f"{node.name}.{degree}"
+        index = builder.constant(f"{name}.index", np.arange(start, start + count))
+        x = builder.add("Gather", [rest, index], f"{name}.x", axis=1)
+        if degree == 0:
+            x = builder.add("Mul", [x, _number(builder, f"{name}.zero", 0)], name)
+        elif degree > 1:
+            x = _horner(builder, name, degree, x, per_unit[:, start : start + count])
+        parts.append(x)
+        start += count
+    replaced = builder.add("Concat", parts, f"{node.name}.replaced", axis=1) if parts else rest
+    return builder.join(node, builder.add("Relu", [kept], f"{node.name}.relu"), replaced, positions)
+
+
+def _horner(builder: _Builder, name: str, degree: int, x: str, per_unit: Tensor) -> str:
+    """Polynomials of some units, of their coefficients (degree + 1 or more, units)."""
+    value = builder.constant(f"{name}.c{degree}", (POWER_SCALES[degree] * per_unit[degree]).numpy())
+    for power in reversed(range(degree)):
+        own = builder.constant(f"{name}.c{power}", (POWER_SCALES[power] * per_unit[power]).numpy())
+        product = builder.add("Mul", [value, x], f"{name}.times{power}")
+        value = builder.add("Add", [product, own], f"{name}.plus{power}")
+    return value
 
 
 def _pool(kind: str) -> Callable[[_Builder, Node, Sequence[str], Sequence[str]], str]:
@@ -207,7 +223,8 @@ OPERATORS: dict[str, Callable[[_Builder, Node, Sequence[str], Sequence[str]], st
     "scale": _scale,
     "concat": _concat,
     "relu": _relu,
-    "quadratic": _quadratic,
+    "quadratic": _polynomial,
+    "polynomial": _polynomial,
     "avg_pool": _pool("AveragePool"),
     "max_pool": _pool("MaxPool"),
     "mean": _mean,

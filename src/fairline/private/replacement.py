@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fairline.private.cost import COSTS, Estimate, estimate
-from fairline.private.graph import Node, PlainGraph, kept_relus
+from fairline.private.graph import POLYNOMIALS, Node, PlainGraph, kept_relus
 
 #: Parts that may outweigh the ReLUs, those first that something cheaper can stand in for.
 RIVALS = ("max_pool", "quadratic", "linear")
@@ -24,7 +24,7 @@ def replacement(graph: PlainGraph, told: Estimate) -> dict[str, Any]:
     Returns:
         ``replace``, a key of :data:`fairline.private.cost.PARTS`, empty where none outweighs the ReLUs; ``replace_in``,
         in what it does, a comma between; ``replaced_bytes``, ``replaced_rounds`` and ``replaced_seconds``, of a call
-        to the network in which average pools stand for max pools, or nothing for quadratics. NaN for linear layers,
+        to the network in which average pools stand for max pools, or nothing for polynomials. NaN for linear layers,
         for which nothing can stand.
     """
     row = told.row()
@@ -62,11 +62,11 @@ def without_part(graph: PlainGraph, part: str) -> PlainGraph:
         node = replace(node, inputs=tuple(renamed.get(name, name) for name in node.inputs))
         if node.op == part == "max_pool":
             node = replace(node, op="avg_pool")
-        elif node.op == part == "quadratic":
+        elif part == "quadratic" and node.op in POLYNOMIALS:
             if not kept_relus(graph, node) and node.name != graph.nodes[-1].name:
                 renamed[node.name] = node.inputs[0]
                 continue
-            node = replace(node, op="relu", weights=())
+            node = replace(node, op="relu", weights=(), options={})
         nodes.append(node)
     return PlainGraph(graph.input_shape, nodes, _used(nodes, graph.shapes), graph.masks, {})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from fairline import models
 from fairline._io import read_json, save_tensors, write_json
 from fairline.errors import FairlineError
-from fairline.masking import Surrogate, load_masks, mask_relus, masked_relus, relu_count, save_masks
+from fairline.masking import MIXED, Surrogate, load_masks, mask_relus, masked_relus, relu_count, save_masks
 from fairline.weights import load_weights
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ class NetworkInfo:
         seed: Of the job that made it.
         reached: Whether the method reached the budget by its own rule.
         placement: Under what the masks were learned, where that is not plain distillation: ``"lagrangian"``.
-        surrogate: What stands in the place of the other ReLUs: ``"identity"`` or ``"quadratic"``.
+        surrogate: What stands in the place of the other ReLUs: a key of :data:`fairline.masking.SURROGATES`, or
+            ``"mixed"`` where channels differ.
         compiled: Whether it is a compiled network, made of one that ``model`` builds.
     """
 
@@ -106,7 +107,7 @@ class NetworkInfo:
     seed: int = 0
     reached: bool = True
     placement: str = ""
-    surrogate: Surrogate = "identity"
+    surrogate: str = "identity"
     compiled: bool = False
 
     @property
@@ -132,7 +133,7 @@ def save_compiled(folder: Path, model: CompiledNetwork, info: NetworkInfo) -> No
 
 def _mask_keys(model: nn.Module) -> set[str]:
     """What the state of a model holds that belongs to the mask file."""
-    return {f"{name}.kept" for name in masked_relus(model)}
+    return {f"{name}.{part}" for name in masked_relus(model) for part in ("kept", "degrees")}
 
 
 def load_info(folder: Path) -> NetworkInfo:
@@ -170,10 +171,11 @@ def load_network(folder: Path) -> tuple[nn.Module, NetworkInfo]:
     has_masks = info.stage != "base" or (folder / "masks.safetensors").exists()
     if has_masks:
         # Compared with its architecture before it was saved.
-        model = mask_relus(model, info.model.example(), info.surrogate, check=False)
-    load_weights(model, folder / "model.safetensors")
-    if has_masks:
+        surrogate = None if info.surrogate == MIXED else cast(Surrogate, info.surrogate)
+        model = mask_relus(model, info.model.example(), surrogate, check=False)
+        # Masks first: which coefficients there are may be told by them.
         load_masks(folder / "masks.safetensors", model)
+    load_weights(model, folder / "model.safetensors")
     return model.eval(), info
 
 
