@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from fairline.linearize import AutoReP as AutoReP
     from fairline.linearize import CoordinateDescent as CoordinateDescent
     from fairline.linearize import DeepReDuce as DeepReDuce
+    from fairline.linearize import Delphi as Delphi
     from fairline.linearize import Layerwise as Layerwise
     from fairline.linearize import Linearized as Linearized
     from fairline.linearize import Magnitude as Magnitude
     from fairline.linearize import Random as Random
+    from fairline.linearize import SAFENet as SAFENet
     from fairline.linearize import SENet as SENet
     from fairline.masking import MaskedReLU as MaskedReLU
     from fairline.masking import load_masks as load_masks
@@ -74,6 +76,8 @@ _LAZY = {
     "CompiledNetwork": "fairline.compiler",
     "CoordinateDescent": "fairline.linearize",
     "DeepReDuce": "fairline.linearize",
+    "Delphi": "fairline.linearize",
+    "SAFENet": "fairline.linearize",
     "ERM": "fairline.objectives",
     "FairlineError": "fairline.errors",
     "GroupDRO": "fairline.objectives",

@@ -23,6 +23,8 @@ FAST = {
     "senet": {"sensitivity_epochs": 1, "mask_epochs": 1, "epochs": 1, "batch_size": 64, "samples": 50},
     "coordinate_descent": {"step": 120, "candidates": 2, "refresh_epochs": 1},
     "deepreduce": {"stages": "2,5,8", "criticality_epochs": 1, "reshape_epochs": 1},
+    "delphi": {"population": 2, "generations": 1, "batch_size": 64},
+    "safenet": {"population": 2, "generations": 1, "batch_size": 64, "samples": 50},
 }
 
 
@@ -34,7 +36,7 @@ def test_another_run_is_refused_in_one_sentence(parts, trained, tmp_path, name):
     other_network = copy.deepcopy(trained)
     with torch.no_grad():
         next(other_network.parameters()).view(-1)[0] += 1e-3
-    surrogate = "identity" if name == "autorep" else "quadratic"
+    surrogate = "identity" if name in ("autorep", "delphi") else "quadratic"
     cases = [
         ("seed is 0 there and 1 here", {"seed": 1}, trained, parts[0], [300, 100]),
         (

@@ -32,6 +32,8 @@ METHODS = {
     "coordinate_descent": {"step": 60, "candidates": 2, "refresh_epochs": 1},
     "coordinate_descent within": {"step": 60, "candidates": 2, "refresh_epochs": 1, "within_layers": True},
     "deepreduce": {"stages": "2,5,8", "criticality_epochs": 1, "batch_size": 64, "reshape_epochs": 1},
+    "delphi": {"population": 2, "generations": 1, "batch_size": 64},
+    "safenet channels": {"population": 2, "generations": 1, "batch_size": 64, "samples": 50},
     "deepreduce warm": {"stages": "2,5,8", "order": "8,2,5", "fresh": False},
 }
 

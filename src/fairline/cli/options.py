@@ -139,7 +139,18 @@ Log = Annotated[
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; the accelerator by default.")]
 
 #: Kept here so that help need not load torch; a test compares it with the registry.
-LINEARIZERS = ("snl", "deepreduce", "senet", "autorep", "coordinate_descent", "layerwise", "magnitude", "random")
+LINEARIZERS = (
+    "snl",
+    "deepreduce",
+    "senet",
+    "autorep",
+    "coordinate_descent",
+    "delphi",
+    "safenet",
+    "layerwise",
+    "magnitude",
+    "random",
+)
 OBJECTIVES = (
     "erm",
     "lagrangian",

@@ -250,7 +250,8 @@ def linearize(
     surrogate: Annotated[
         str | None,
         typer.Option(
-            help="What stands in a ReLU's place: identity, quadratic, cubic or zero (identity; autorep: quadratic)."
+            help="What stands in a ReLU's place: identity, quadratic, cubic or zero (identity; autorep, delphi: "
+            "quadratic; safenet, at most: cubic)."
         ),
     ] = None,
     for_cost: Annotated[

@@ -62,8 +62,8 @@ def require_known(graph: PlainGraph) -> None:
     for node in graph.nodes:
         if node.op not in _COUNTS:
             raise FairlineError(
-                f"The operator '{node.op}' of layer '{node.layer}' is not affine, and no ReLU, polynomial or max pooling; "
-                "a network with it cannot be compiled."
+                f"The operator '{node.op}' of layer '{node.layer}' is not affine, and no ReLU, polynomial or max "
+                "pooling; a network with it cannot be compiled."
             )
 
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 #: Settings of methods that change what masks are placed for, how the placement is called then, and the value that goes
 #: without saying.
-_MARKS = {"protect": ("protect", 1.0), "empty_layers": ("layers emptied", None)}
+_MARKS = {"protect": ("protect", 1.0), "empty_layers": ("layers emptied", None), "cost": ("scored for the cost", None)}
 #: How the placement is called whose layers were chosen for a cost.
 _FOR_COST = "for {protocol}'s {minimise}"
 
@@ -130,6 +130,8 @@ def build_linearizer(
         given["objective"] = objectives.build(objective, **fair["objective_options"])
     if for_cost is not None:
         given["for_cost"] = _choice(for_cost)
+    if isinstance(given.get("cost"), str):
+        given["cost"] = PredictedCost(given["cost"])
     return linearizers.build(method, **given)
 
 
@@ -160,7 +162,8 @@ def placement_of(config: Mapping[str, Any]) -> str:
     marks = [settings_told(config["objective"], config["objective_options"])] if "objective" in config else []
     for key, (mark, usual) in _MARKS.items():
         if value := config["settings"].get(key):
-            marks.append(mark if value == usual else f"{mark}={value:g}")
+            told = value if isinstance(value, str) else f"{value:g}"
+            marks.append(mark if value == usual else f"{mark}={told}")
     if (options := config.get("for_cost")) is not None:
         choice = _choice(options)
         told = _differing(choice.cost) | _differing(choice)

@@ -12,10 +12,12 @@ from fairline.linearize.autorep import AutoReP
 from fairline.linearize.base import Linearized, Linearizer, resolve_budgets
 from fairline.linearize.coordinate_descent import CoordinateDescent
 from fairline.linearize.deepreduce import FINETUNE_PRESETS, DeepReDuce
+from fairline.linearize.delphi import Delphi
 from fairline.linearize.for_cost import ForCost
 from fairline.linearize.layerwise import Layerwise
 from fairline.linearize.magnitude import Magnitude
 from fairline.linearize.random import Random
+from fairline.linearize.safenet import SAFENet
 from fairline.linearize.senet import SENet
 from fairline.linearize.snl import SNL
 
@@ -26,6 +28,8 @@ REGISTRY: dict[str, type[Linearizer]] = {
     "senet": SENet,
     "autorep": AutoReP,
     "coordinate_descent": CoordinateDescent,
+    "delphi": Delphi,
+    "safenet": SAFENet,
     "layerwise": Layerwise,
     "magnitude": Magnitude,
     "random": Random,
@@ -55,12 +59,14 @@ __all__ = [
     "AutoReP",
     "CoordinateDescent",
     "DeepReDuce",
+    "Delphi",
     "ForCost",
     "Layerwise",
     "Linearized",
     "Linearizer",
     "Magnitude",
     "Random",
+    "SAFENet",
     "SENet",
     "build",
     "resolve_budgets",

@@ -177,6 +177,8 @@ class Linearizer(ABC):
     name: ClassVar[str] = ""
     #: Whether networks go to the checkpoint folder as budgets are met; False where they are made again in no time.
     keeps_snapshots: ClassVar[bool] = True
+    #: Whether the method itself measures on the validation part.
+    measures: ClassVar[bool] = False
 
     surrogate: Surrogate = "identity"
     precision: Precision | Arithmetic | None = None
@@ -239,7 +241,8 @@ class Linearizer(ABC):
             model: The trained network, linearized already or not; not changed.
             train: Training part.
             budgets: Fractions (float, up to 1.0) or counts (int) of ReLUs to keep.
-            val: Validation part, on which ``for_cost`` measures what may be emptied.
+            val: Validation part, on which ``for_cost`` measures what may be emptied, and methods that search measure
+                what they find.
             device: The accelerator if there is one, by default.
             progress: Called after every batch.
             checkpoint: Folder to resume from and to save to. It is this run's: other settings, budgets, data or another
@@ -293,7 +296,7 @@ class Linearizer(ABC):
             settings = {each.name: described(getattr(self, each.name)) for each in fields(self)}
             images, network = data_digest(train), network_digest(model)
             own = {"method": self.name, "budgets": counts, **settings, "training images": images, "network": network}
-            if val is not None and self.for_cost is not None:
+            if val is not None and (self.measures or self.for_cost is not None):
                 own["validation images"] = data_digest(val)
             claim(folder, own)
         return Linearization(

@@ -148,8 +148,8 @@ class Cheetah(ProtocolCost):
     TRANSFERS = 2.37
     #: Five ciphertexts for each 8,192 products with a private value.
     PRIVATE_PRODUCTS, PER_PRIVATE = 8192, 1_143_500
-    #: Triples for products of shared values are made 4,096 at a time, of which a call with polynomials needs many; using
-    #: one takes 32 bytes.
+    #: Triples for products of shared values are made 4,096 at a time, of which a call with polynomials needs many;
+    #: using one takes 32 bytes.
     TRIPLE, USE_TRIPLE = 279.2, 32.1
     #: Seconds of a matrix product: to send a ciphertext, to encode a polynomial and multiply it with one, to merge two
     #: results, interleaved or packed one by one (that works on a prime fewer), and what every product waits.
@@ -546,10 +546,8 @@ def _relu(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cos
 
 
 def _polynomial(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
-    """By Horner's rule: a product with a private factor, and a product of secrets for each power above x.
-
-    Squares and cubes are taken at once; zero and the identity cost nothing but that units are picked.
-    """
+    # By Horner's rule: a product with a private factor, and one of secrets for each power above x, those of squares and
+    # of cubes at once. Zero and the identity cost nothing but that units are picked.
     *_, squares, cubes = polynomial_units(graph, node)
     total = costs.pick(2 * batch * math.prod(node.shape))
     if squares + cubes:

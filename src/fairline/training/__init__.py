@@ -6,7 +6,7 @@ from fairline.training.augment import random_crop_and_flip
 from fairline.training.checkpoint import Stateful
 from fairline.training.fit import DEFAULTS, Best, History, Select, Settings, finetune, train
 from fairline.training.loggers import LOGGERS, log_to
-from fairline.training.loop import LOOP_DEFAULTS, Epoch, LoopSettings, run_epochs
+from fairline.training.loop import LOOP_DEFAULTS, Diverged, Epoch, LoopSettings, run_epochs
 from fairline.training.progress import Progress, ProgressCallback, named_stage
 from fairline.training.trial import TRIAL_IMAGES, choose
 
@@ -16,6 +16,7 @@ __all__ = [
     "LOOP_DEFAULTS",
     "TRIAL_IMAGES",
     "Best",
+    "Diverged",
     "Epoch",
     "History",
     "LoopSettings",

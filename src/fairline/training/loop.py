@@ -34,6 +34,10 @@ from fairline.training.trial import TRIAL_IMAGES, choose
 logger = logging.getLogger(__name__)
 
 
+class Diverged(FairlineError):
+    """The loss is not finite any more."""
+
+
 @dataclass(frozen=True)
 class Epoch:
     """What one epoch brought. Losses are in nats, accuracies in [0, 1]; ``val_*`` is NaN without validation.
@@ -142,7 +146,7 @@ def run_epochs(
         One :class:`Epoch` for each epoch not already done.
 
     Raises:
-        FairlineError: The loss turns non-finite, the checkpoint is another run's, or outputs do not fit the data.
+        FairlineError: The loss turns non-finite (Diverged), the checkpoint is another run's, or outputs do not fit.
     """
     chosen = LOOP_DEFAULTS | settings
     run = _Run(model, train, val, epochs, optimizer, objective, scheduler, teacher, penalty, stage, stateful, **chosen)
@@ -302,7 +306,7 @@ class _Run:
             means["penalty"] = float(total_penalty) / len(self.train)
         for name, mean in means.items():
             if not math.isfinite(mean):
-                raise FairlineError(f"The {name} became {mean} in epoch {epoch} of {self.stage}{self.kept(epoch)}.")
+                raise Diverged(f"The {name} became {mean} in epoch {epoch} of {self.stage}{self.kept(epoch)}.")
         return means
 
     def batches(self) -> Iterator[Batch]:
