@@ -162,8 +162,8 @@ def placement_of(config: Mapping[str, Any]) -> str:
     marks = [settings_told(config["objective"], config["objective_options"])] if "objective" in config else []
     for key, (mark, usual) in _MARKS.items():
         if value := config["settings"].get(key):
-            told = value if isinstance(value, str) else f"{value:g}"
-            marks.append(mark if value == usual else f"{mark}={told}")
+            amount = value if isinstance(value, str) else f"{value:g}"
+            marks.append(mark if value == usual else f"{mark}={amount}")
     if (options := config.get("for_cost")) is not None:
         choice = _choice(options)
         told = _differing(choice.cost) | _differing(choice)
