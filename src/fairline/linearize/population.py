@@ -267,7 +267,8 @@ class _Search:
         if not members:
             return [(None, self.planner.first(place, generator)) for place in range(1, method.population + 1)]
         order = sorted(members, key=lambda member: -member.score)
-        gone = min(max(1, round(method.replaced * len(order))), len(order) - 1)
+        diverged = sum(member.score == -math.inf for member in order)
+        gone = min(max(1, diverged, round(method.replaced * len(order))), len(order) - 1)
         best, replaced = order[:-gone], {member.key for member in order[-gone:]}
         found: list[tuple[Member | None, Plan]] = []
         for member in members:

@@ -85,7 +85,14 @@ def budget_labels(percents: Iterable[float]) -> dict[float, str]:
 
 
 #: Methods whose names are not plain words.
-METHOD_NAMES = {"snl": "SNL", "senet": "SENet", "autorep": "AutoReP", "deepreduce": "DeepReDuce"}
+METHOD_NAMES = {
+    "snl": "SNL",
+    "senet": "SENet",
+    "autorep": "AutoReP",
+    "deepreduce": "DeepReDuce",
+    "delphi": "DELPHI",
+    "safenet": "SAFENet",
+}
 
 
 def variant_label(
