@@ -10,8 +10,8 @@ here:
 
 - *How useful a channel is*: what its ReLUs' removal does to the loss, estimated on training images as
   ``E[(∂L/∂y)²·(relu(x) − g(x))²]``, a sum over its units, with g the best of its polynomials; per ReLU.
-- *Which degree*: the lowest whose estimate is within ``slack`` of the best one's. Zero is for channels that hardly
-  pass anything on, quadratics for those that bend evenly.
+- *Which degree*: the lowest whose estimate is worse than the best one's by at most ``slack`` times what a channel that
+  is cut has in the mean. So zero is for channels that hardly matter, cubics for those that matter most.
 - *A plan* has two numbers a layer. By one all its channels count for more or less than they were estimated to, so that
   it keeps more or fewer of them; the other is its slack. The first plan takes the estimates as they are.
 - *The budget* is of ReLUs, and met as nearly as whole channels allow, never exceeded.
@@ -57,7 +57,8 @@ class SAFENet(PopulationSearch):
 
     Attributes:
         samples: Training images that usefulness is estimated on, at most.
-        slack: At the start, how much worse than the best polynomial one of a lower degree may be, as a share.
+        slack: At the start, how much worse than the best polynomial one of a lower degree may be, as a share of the
+            mean estimate of the channels that are cut.
         spread: Standard deviation of a change to how much a layer's channels count, in logarithms.
         surrogate: The highest degree: ``"cubic"``, as published, or ``"quadratic"``.
     """
@@ -150,9 +151,11 @@ class _Channels(Planner):
             ranks[name] = (best + _LEAST).log() + plan.get(name, [0.0])[0]
         keep_largest(chosen, budget, ranks)
         start = masked_relus(self.student)
+        lost = [self.estimates[name].amin(0)[cut(layer).cpu()] for name, layer in masked_relus(chosen).items()]
+        mean = torch.cat(lost).mean().nan_to_num(0.0)
         for name, layer in masked_relus(network).items():
             before = layer.channel_degrees
-            wanted = self._lowest(name, plan[name][1]).to(before) if name in plan else before
+            wanted = self._lowest(name, plan[name][1] * mean).to(before) if name in plan else before
             wanted = torch.where(cut(start[name]), before, wanted)
             if not torch.equal(wanted, before) or layer.degrees is None:
                 layer.use_degrees(wanted)
@@ -160,10 +163,10 @@ class _Channels(Planner):
                 put(layer, self.moments[name], wanted != before)
         return {name: layer.kept for name, layer in masked_relus(chosen).items()}
 
-    def _lowest(self, name: str, slack: float) -> Tensor:
-        """The lowest degree of each channel that is good enough, int64, (C,)."""
+    def _lowest(self, name: str, more: Tensor) -> Tensor:
+        """The lowest degree of each channel that is worse than the best by so much at most, int64, (C,)."""
         estimates = self.estimates[name]
-        enough = estimates <= (1 + slack) * estimates.amin(0) + _LEAST
+        enough = estimates <= estimates.amin(0) + more + _LEAST
         return torch.tensor(self.degrees)[enough.int().argmax(0)]
 
     def facts(self, network: nn.Module) -> dict[str, Any]:
