@@ -85,7 +85,8 @@ class Maker:
             weight = self.weight(f"{name}.coefficients", 3, shape[0], 1, 1)
             self.emit("quadratic", (source,), shape, [weight], self.mask(shape))
         elif kind == "polynomial":
-            degrees = [self.draw(st.integers(0, 3)) for _ in range(shape[0])]
+            most = self.draw(st.sampled_from([1, 3]))
+            degrees = [self.draw(st.integers(0, most)) for _ in range(shape[0])]
             weights = [self.weight(f"{name}.coefficients", 4, shape[0], 1, 1)] if max(degrees) > 1 else []
             if weights:
                 value = self.graph.weights[weights[0]]

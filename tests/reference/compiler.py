@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fairline.private.graph import MASKED, OPERATORS, POLYNOMIALS, PlainGraph, kept_relus
+from fairline.private.graph import MASKED, OPERATORS, POLYNOMIALS, PlainGraph, degrees_of, kept_relus
 
 Jacobians = dict[str, dict[str, Tensor]]
 
@@ -16,17 +16,19 @@ def nonlinear_nodes(graph: PlainGraph) -> list[str]:
     return [
         node.name
         for node in graph.nodes
-        if node.op in (*POLYNOMIALS, "max_pool") or (node.op == "relu" and kept_relus(graph, node))
+        if node.op == "max_pool"
+        or (node.op in MASKED and kept_relus(graph, node))
+        or (node.op in POLYNOMIALS and max(degrees_of(node)) > 1)
     ]
 
 
 def corrected(graph: PlainGraph, x: Tensor, corrections: dict[str, Tensor]) -> dict[str, Tensor]:
     """All values of a network whose nonlinear nodes are the identity (max poolings the mean) plus a correction."""
     weights = {name: value.double() for name, value in graph.weights.items()}
-    values = {"x": x}
+    values, bent = {"x": x}, nonlinear_nodes(graph)
     for node in graph.nodes:
         inputs = [values[name] for name in node.inputs]
-        if node.op in (*MASKED, "max_pool"):
+        if node.op == "relu" or node.name in bent:
             value = OPERATORS["avg_pool"](graph, node, inputs, ()) if node.op == "max_pool" else inputs[0]
             values[node.name] = value + corrections.get(node.name, 0)
         else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fairline.compiler.structure import AFFINE, read_by, readers, require_known, size
-from fairline.private.graph import Node, PlainGraph, kept_relus
+from fairline.private.graph import POLYNOMIALS, Node, PlainGraph, kept_relus, straight
 
 #: What takes derivatives back through one affine node: from its output's to those of its inputs.
 Transpose = Callable[[PlainGraph, Node, Tensor], list[Tensor]]
@@ -34,7 +34,7 @@ class Frontier:
 class Anatomy:
     """A plain graph as the compiler sees it.
 
-    Nonlinear nodes are ReLUs that keep any unit that matters, polynomials and max poolings; all others are affine. A
+    Nonlinear nodes are ReLUs that keep any unit that matters, polynomials that bend and max poolings; all others are affine. A
     ReLU passes on the units that it does not keep.
 
     Args:
@@ -75,7 +75,9 @@ class Anatomy:
 
     def nonlinear(self, node: Node) -> bool:
         """Whether a node is one."""
-        return node.op not in AFFINE and (node.op != "relu" or len(self.needed[node.name]) > 0)
+        if node.op == "relu":
+            return len(self.needed[node.name]) > 0
+        return node.op not in AFFINE and not (node.op in POLYNOMIALS and straight(self.graph, node))
 
     def passes(self, node: Node, value: Tensor) -> Tensor:
         """The units of a nonlinear node's input, (B, *shape), that its output repeats; 0 in the place of all others."""

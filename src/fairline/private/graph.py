@@ -252,6 +252,11 @@ def degrees_of(node: Node) -> list[int]:
     return [2] * node.shape[0] if node.op == "quadratic" else [int(each) for each in node.options["degrees"]]
 
 
+def straight(graph: PlainGraph, node: Node) -> bool:
+    """Whether a polynomial keeps no ReLU and squares nothing, so that it is affine."""
+    return not kept_relus(graph, node) and max(degrees_of(node)) < 2
+
+
 def polynomial_units(graph: PlainGraph, node: Node) -> list[int]:
     """How many units are replaced by polynomials of degree 0, 1, 2 and 3."""
     per_channel = math.prod(node.shape[1:])
