@@ -34,8 +34,8 @@ class Frontier:
 class Anatomy:
     """A plain graph as the compiler sees it.
 
-    Nonlinear nodes are ReLUs that keep any unit that matters, polynomials that bend and max poolings; all others are affine. A
-    ReLU passes on the units that it does not keep.
+    Nonlinear nodes are ReLUs that keep any unit that matters, polynomials that bend and max poolings; all others are
+    affine. A ReLU passes on the units that it does not keep.
 
     Args:
         graph: Its weights are not read.
