@@ -24,6 +24,12 @@ def _masked_relu(x: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept, x.clamp_min(0), x)
 
 
+# Nodes have the names of these operators, and a graph's digest its nodes' names: quadratics keep theirs.
+@torch.library.custom_op("fairline::quadratic", mutates_args=())
+def _quadratic(x: Tensor, kept: Tensor, coefficients: Tensor) -> Tensor:
+    return torch.where(kept, x.clamp_min(0), evaluate(coefficients, x))
+
+
 @torch.library.custom_op("fairline::polynomial", mutates_args=())
 def _polynomial(x: Tensor, kept: Tensor, coefficients: Tensor, degrees: Tensor) -> Tensor:
     return torch.where(kept, x.clamp_min(0), evaluate(coefficients, x))
@@ -31,6 +37,11 @@ def _polynomial(x: Tensor, kept: Tensor, coefficients: Tensor, degrees: Tensor) 
 
 @_masked_relu.register_fake
 def _(x: Tensor, kept: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_quadratic.register_fake
+def _(x: Tensor, kept: Tensor, coefficients: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -44,8 +55,13 @@ class _Leaf(nn.Module):
 
     def __init__(self, layer: MaskedReLU) -> None:
         super().__init__()
+        self.surrogate = layer.surrogate
         # Where all ReLUs are kept, no polynomial is left.
         coefficients = None if layer.num_kept == layer.kept.numel() else layer.polynomial
+        if self.surrogate == "identity":
+            coefficients = None
+        elif self.surrogate == "quadratic" and coefficients is not None:
+            coefficients = coefficients[:3]
         self.register_buffer("kept", layer.kept.clone())
         self.register_buffer("coefficients", None if coefficients is None else coefficients.detach().clone())
         self.register_buffer("degrees", layer.channel_degrees.clone())
@@ -54,6 +70,8 @@ class _Leaf(nn.Module):
         kept = cast(Tensor, self.kept)
         coefficients = cast(Tensor | None, self.coefficients)
         if coefficients is not None:
+            if self.surrogate == "quadratic":
+                return cast(Tensor, torch.ops.fairline.quadratic(x, kept, coefficients))
             return cast(Tensor, torch.ops.fairline.polynomial(x, kept, coefficients, self.degrees))
         return cast(Tensor, torch.ops.fairline.masked_relu(x, kept))
 
@@ -492,18 +510,17 @@ def _read_masked_relu(reader: _Reader, traced: fx.Node) -> None:
         reader.emit("relu", traced, (traced.args[0],), mask=None if kept.all() else kept)
 
 
+def _read_quadratic(reader: _Reader, traced: fx.Node) -> None:
+    kept, coefficients = (cast(Tensor, reader.tensor(each)) for each in traced.args[1:3])
+    reader.emit("quadratic", traced, (traced.args[0],), {"coefficients": coefficients}, mask=kept)
+
+
 def _read_polynomial(reader: _Reader, traced: fx.Node) -> None:
     kept, coefficients, chosen = (cast(Tensor, reader.tensor(each)) for each in traced.args[1:4])
     degrees = chosen.tolist()
-    # Coefficients that the degrees fix are public, as they are.
+    # Where nothing bends, coefficients are what the degrees say.
     weights = {"coefficients": coefficients} if max(degrees) > 1 else {}
-    if set(degrees) == {2}:
-        weights["coefficients"] = coefficients[:3]
-        reader.emit("quadratic", traced, (traced.args[0],), weights, mask=kept)
-    elif set(degrees) == {1}:
-        _read_masked_relu(reader, traced)
-    else:
-        reader.emit("polynomial", traced, (traced.args[0],), weights, mask=kept, degrees=degrees)
+    reader.emit("polynomial", traced, (traced.args[0],), weights, mask=kept, degrees=degrees)
 
 
 def _read_pool(op: str) -> Callable[[_Reader, fx.Node], None]:
@@ -617,6 +634,7 @@ _HANDLERS: dict[Any, Callable[[_Reader, fx.Node], None]] = {
     _aten.relu.default: _read_relu,
     _aten.relu_.default: _read_relu,
     torch.ops.fairline.masked_relu.default: _read_masked_relu,
+    torch.ops.fairline.quadratic.default: _read_quadratic,
     torch.ops.fairline.polynomial.default: _read_polynomial,
     _aten.avg_pool2d.default: _read_pool("avg_pool"),
     _aten.max_pool2d.default: _read_pool("max_pool"),
