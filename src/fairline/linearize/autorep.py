@@ -185,7 +185,8 @@ class AutoReP(MaskLearning):
 
     def charged(self, kept: Tensor, budget: int) -> Tensor:
         """What exceeds the budget, at which ReLUs change places for free; everything, if a run does not stay there."""
-        return (kept - budget).clamp_min(0) if self.hold else kept
+        # Its slope at the budget itself is 0, as in the published code; that of clamp_min is 1.
+        return F.relu(kept - budget) if self.hold else kept
 
     def epochs_at_budget(self) -> int:
         """``hold``."""
