@@ -21,8 +21,13 @@ What differs or is left open:
 - It keeps the best epoch on the test set among those whose count is near the budget; here the last one is kept, with
   the budget filled exactly.
 - Where the count stops falling above a budget, of which nothing is said, λ grows as SNL's does.
-- The factor of the square (``square``) is 0.1 by default and in its CIFAR-100 scripts, 0.2 in those for CIFAR-10, and 2
-  with the coefficient clipped to ±1 for Tiny ImageNet; 0.2 here (:mod:`~fairline.linearize.surrogates` says why).
+- Its polynomials are set anew in every tenth of the first 500 forward passes, those over test images among them, from
+  running moments of each channel, and learned beside that. The formula is one of mean and standard deviation, and gets
+  the variance, taken as 0.5 at least; c₀ is then divided by 5 and c₂ by 10. Here they are fitted once, at the start, by
+  least squares, and learned from the first step.
+- Its square has another factor (``square``) besides: 0.1 by default and in its CIFAR-100 scripts, 0.2 in those for
+  CIFAR-10, and 2 with the coefficient clipped to ±1 for Tiny ImageNet; with the tenth that is 0.01, 0.02 and 0.2. 0.2
+  here (:mod:`~fairline.linearize.surrogates` says why).
 """
 
 from __future__ import annotations

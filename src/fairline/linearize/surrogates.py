@@ -4,8 +4,8 @@ The quadratic ``g(x) = c₀ + c₁x + 0.2·c₂x²`` starts from the least-squar
 pre-activations and is trained with the other weights. c₂ minimises ``E[(relu(x) − c₀ − c₁x − c₂x²)²]``; where x is
 normal this is AutoReP's distribution-aware approximation (Peng et al. 2023), of N(0, 1) ``(1 + x²)/√(8π) + x/2``. As in
 AutoReP's code the square then enters with a smaller factor, without which deep networks overflow; here c₀ and c₁ are
-fitted again to what that leaves. The code's factor differs from script to script (0.1 or 0.2 on CIFAR, 2 with clipping
-on Tiny ImageNet); 0.2 is part of fairline's file format, and ``square`` starts with another one.
+fitted again to what that leaves. The code's factor differs from script to script (0.01 or 0.02 on CIFAR, 0.2 with
+clipping on Tiny ImageNet); 0.2 is part of fairline's file format, and ``square`` starts with another one.
 
 The cubic is fitted likewise, of degree 3, and its cube enters with the square's factor twice.
 """
