@@ -8,13 +8,16 @@ ResNet-18 of width 4 on 1,024 images of CIFAR-10, ten seeds; each seed has a bas
 first auxiliary weights of its own, which both codes get. ``_published.py`` says how the published scripts are run; they
 are read from the checkouts alone. What is done lies in ``--work``, and is not done again.
 
-A third run of each seed, the *twin*, is fairline's with the base network disturbed by a millionth: how far two runs
-part that nothing but rounding tells apart.
+Where the two differ as the documents say, they are also run alike: the published AutoReP with polynomials that start
+from fairline's and are not set anew (*fixed*), and fairline's with learning rates that fall from the first epoch on
+(*cosine*). SNL is run once more with the base network disturbed by a millionth (*twin*): how far two runs part that
+rounding alone tells apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -176,11 +179,22 @@ def published(method: str, checkout: Path, given: Tensors, found: Path, options:
         raise PublishedFailed(f"The published code of {method} failed; see {found.with_suffix('.log')}.")
 
 
-def ours(method: str, base: nn.Module, given: Given, seed: int) -> Tensors:
-    """Run fairline; what ``_published.py`` writes of the published code, of this one."""
+def ours(method: str, base: nn.Module, given: Given, seed: int, *, cosine: bool = False) -> Tensors:
+    """Run fairline; what ``_published.py`` writes of the published code, of this one.
+
+    Args:
+        method: ``"snl"`` or ``"autorep"``.
+        base: The base network.
+        given: All else that both codes get.
+        seed: Of the run.
+        cosine: Whether AutoReP's learning rates fall over the whole run, as published.
+    """
     watch, rows, train = Watch(given.seen), [], given.train
-    linearizer: Any = fl.SNL(seed=seed, **SNL) if method == "snl" else fl.AutoReP(seed=seed, hold=hold(), **AUTOREP)
+    length = {"hold": EPOCHS, "max_epochs": EPOCHS} if cosine else {"hold": hold()}
+    linearizer: Any = fl.SNL(seed=seed, **SNL) if method == "snl" else fl.AutoReP(seed=seed, **length, **AUTOREP)
     lam = linearizer.lam
+    if cosine:
+        linearizer.settle = falling(linearizer)
     (cut,) = watched(linearizer, watch).linearize(base, train, [BUDGET], device="cpu", history=rows)
     found = {}
     if method == "snl":
@@ -194,6 +208,19 @@ def ours(method: str, base: nn.Module, given: Given, seed: int) -> Tensors:
         "history": torch.tensor(history, dtype=torch.float64),
         **watch.trace.tensors(),
     }
+
+
+def falling(method: fl.AutoReP) -> Callable[[torch.optim.Optimizer, int], None]:
+    """A schedule that counts the epochs of the run in the place of those at the budget."""
+    epochs = iter(range(1, EPOCHS + 1))
+
+    def settle(optimizer: torch.optim.Optimizer, _: int) -> None:
+        share = next(epochs) / EPOCHS
+        for group in optimizer.param_groups:
+            start = group.setdefault("initial_lr", group["lr"])
+            group["lr"] = method.lr_min + (start - method.lr_min) * (1 + math.cos(math.pi * share)) / 2
+
+    return settle
 
 
 def hold() -> int:
@@ -247,18 +274,16 @@ def runs_of(seed: int, asked: argparse.Namespace, given: Given) -> dict[str, Cal
     snl = {"alpha": SNL["lam"], "lr": SNL["lr"], "batch": BATCH, "relu_budget": budget}
     snl |= {"epochs": SNL["max_epochs"], "finetune_epochs": FINETUNE}
     autorep = {"ReLU_count": budget / 1000, "lamda": 140, "threshold": 0.003, "degree": 2, "seed": seed}
-    autorep |= {"w_mask_lr": AUTOREP["lr"], "batch_size": BATCH, "scale_x2": SQUARE_SCALE}
+    autorep |= {"w_mask_lr": AUTOREP["lr"], "batch_size": BATCH, "scale_x2": SQUARE_SCALE, "mask_epochs": EPOCHS}
     base = given.base
     return {
         "snl-published": lambda file: published("snl", asked.snl, free, file, snl),
         "snl-fairline": lambda file: keep(file, ours("snl", base, given, seed)),
-        "autorep-published": lambda file: published(
-            "autorep", asked.autorep, free, file, {**autorep, "mask_epochs": EPOCHS}
-        ),
+        "autorep-published": lambda file: published("autorep", asked.autorep, free, file, autorep),
         "autorep-fairline": lambda file: keep(file, ours("autorep", base, given, seed)),
-        "autorep-fixed": lambda file: published("autorep", asked.autorep, fixed, file, {**autorep, "mask_epochs": 1}),
+        "autorep-fixed": lambda file: published("autorep", asked.autorep, fixed, file, autorep),
+        "autorep-cosine": lambda file: keep(file, ours("autorep", base, given, seed, cosine=True)),
         "snl-twin": lambda file: keep(file, ours("snl", disturbed(base, seed), given, seed)),
-        "autorep-twin": lambda file: keep(file, ours("autorep", disturbed(base, seed), given, seed)),
     }
 
 
@@ -268,8 +293,14 @@ def keep(file: Path, tensors: Tensors) -> None:
         torch.save(tensors, temporary)
 
 
-CODES = ("published", "fairline", "twin")
+CODES = ("published", "fairline", "twin", "fixed", "cosine")
 METHODS = ("snl", "autorep")
+PAIRS = (
+    ("snl", "published", "fairline"),
+    ("snl", "twin", "fairline"),
+    ("autorep", "published", "fairline"),
+    ("autorep", "fixed", "cosine"),
+)
 
 
 @dataclass
@@ -290,7 +321,7 @@ class Results:
         found = {}
         for seed in given:
             for method in METHODS:
-                for code in (*CODES, "fixed"):
+                for code in CODES:
                     file = work / f"seed-{seed}" / f"{method}-{code}.pt"
                     if file.exists():
                         found[seed, method, code] = torch.load(file, weights_only=True)
@@ -317,8 +348,6 @@ def runs_table(results: Results) -> pd.DataFrame:
     """How each run ended: epochs, ReLUs, test accuracy in % after masks and after the finetune."""
     rows = []
     for (seed, method, code), found in results.found.items():
-        if code == "fixed":
-            continue
         given = results.given[seed]
         row: dict[str, Any] = {"method": method, "seed": seed, "code": code}
         # What is learned at the budget, or crosses it.
@@ -337,12 +366,11 @@ def runs_table(results: Results) -> pd.DataFrame:
 def steps_table(results: Results) -> pd.DataFrame:
     """How far weights and masks of two runs are apart after some steps, and their first gradients."""
     rows = []
-    pairs = [(m, one, other) for m in METHODS for one, other in (("published", "fairline"), ("twin", "fairline"))]
-    for method, one, other in [*pairs, ("autorep", "fixed", "fairline")]:
+    for method, one, other in PAIRS:
         theirs, own = results.of(method, one), results.of(method, other)
-        for seed in theirs.keys() & own.keys():
+        for seed in sorted(theirs.keys() & own.keys()):
             a, b = theirs[seed], own[seed]
-            row = {"method": method, "seed": seed, "pair": f"{one} and {other}"}
+            row = {"method": method, "pair": f"{one}, {other}", "seed": seed}
             gradient = float((a["gradient"] - b["gradient"]).norm() / b["gradient"].norm())
             for i in range(min(len(a["steps.masks"]), len(b["steps.masks"]))):
                 apart = {n: (a[f"steps.{n}"][i] - b[f"steps.{n}"][i]).abs() for n in ("weights", "masks")}
@@ -356,53 +384,52 @@ def overlap_table(results: Results) -> pd.DataFrame:
     """Jaccard indices of the masks of two runs, and of others that say what to hold them against."""
     rows = []
 
-    def add(method: str, seed: int, pair: str, one: Tensor, other: Tensor) -> None:
+    def add(method: str, pair: str, seed: int, one: Tensor, other: Tensor) -> None:
         index = float((one & other).sum() / (one | other).sum())
-        rows.append({"method": method, "seed": seed, "pair": pair, "jaccard": index})
+        rows.append({"method": method, "pair": pair, "seed": seed, "jaccard": index})
 
+    masks = {
+        (method, code): {seed: mask_of(found, "final") for seed, found in results.of(method, code).items()}
+        for method in METHODS
+        for code in CODES
+    }
+    for method, one, other in PAIRS:
+        for seed in sorted(masks[method, one].keys() & masks[method, other].keys()):
+            add(method, f"{one}, {other}", seed, masks[method, one][seed], masks[method, other][seed])
     for method in METHODS:
-        masks = {c: {s: mask_of(f, "final") for s, f in results.of(method, c).items()} for c in CODES}
-        for seed, own in masks["fairline"].items():
-            for code in ("published", "twin"):
-                if seed in masks[code]:
-                    add(method, seed, f"{code} and fairline", masks[code][seed], own)
-            others = torch.rand(2, len(own), generator=torch.Generator().manual_seed(seed)).argsort(1).argsort(1)
-            add(method, seed, "two random masks", *(others < int(own.sum())))
-            if method == "autorep":
-                start = torch.cat([v.flatten() for n, v in results.given[seed].tensors.items() if "auxiliary." in n])
-                add(
-                    method,
-                    seed,
-                    "fairline and its random start",
-                    own,
-                    start.argsort().argsort() >= len(own) - own.sum(),
-                )
         for code in ("published", "fairline"):
-            seeds = sorted(masks[code])
+            seeds = sorted(masks[method, code])
             for seed, following in zip(seeds, [*seeds[1:], *seeds[:1]], strict=True):
                 if seed != following:
-                    add(method, seed, f"{code}, two seeds", masks[code][seed], masks[code][following])
+                    add(method, f"{code}, two seeds", seed, masks[method, code][seed], masks[method, code][following])
+        for seed, own in masks[method, "fairline"].items():
+            count = int(own.sum())
+            random = torch.rand(2, len(own), generator=torch.Generator().manual_seed(seed)).argsort(1).argsort(1)
+            add(method, "two random masks", seed, *(random < count))
+            if method == "autorep":
+                tensors = results.given[seed].tensors
+                start = torch.cat([value.flatten() for name, value in tensors.items() if name.startswith("auxiliary.")])
+                add(method, "fairline, its random start", seed, own, start.argsort().argsort() >= len(own) - count)
     return pd.DataFrame(rows)
 
 
 def paired_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds of both codes, and of the difference with Student's 95 % limits; of the twin likewise."""
+    """Means over seeds of both runs of a pair, and of the second less the first with Student's 95 % limits."""
     rows = []
-    for method in METHODS:
-        table = runs[runs["method"] == method].set_index(["code", "seed"])
+    by = runs.set_index(["method", "code", "seed"]).sort_index()
+    for method, one, other in PAIRS:
         for measure in ("crossed", "relus", "accuracy_masked", "accuracy_final"):
-            values = {code: table.loc[code][measure].dropna() for code in CODES if code in table.index.levels[0]}
-            own = values["fairline"]
-            if own.empty:
+            both = [by.loc[(method, code), measure] for code in (one, other) if (method, code) in by.index]
+            together = pd.concat(both, axis=1, join="inner").dropna() if len(both) == 2 else pd.DataFrame()
+            if len(together) < 2:
                 continue
-            row: dict[str, Any] = {"method": method, "measure": measure, "seeds": len(own), "fairline": own.mean()}
-            for code in ("published", "twin"):
-                difference = (own - values[code]).dropna() if code in values else own[:0]
-                if len(difference) > 1:
-                    low, high = student_interval(difference.to_numpy(float))
-                    row |= {code: values[code].mean(), f"fairline-{code}": difference.mean()}
-                    row |= {f"low_{code}": low, f"high_{code}": high}
-            rows.append(row)
+            difference = (together.iloc[:, 1] - together.iloc[:, 0]).to_numpy(float)
+            low, high = student_interval(difference)
+            first, second = together.mean()
+            rows.append(
+                {"method": method, "pair": f"{one}, {other}", "measure": measure, "seeds": len(together)}
+                | {"first": first, "second": second, "difference": difference.mean(), "low": low, "high": high}
+            )
     return pd.DataFrame(rows)
 
 
@@ -504,7 +531,7 @@ def write(results: Results, asked: argparse.Namespace) -> None:
         print(tables[name].round(3).to_string(index=False))
     print(tables["paired"].round(2).to_string(index=False))
     print(overlap.groupby(["method", "pair"])["jaccard"].agg(["mean", "min", "max", "count"]).round(3).to_string())
-    print(steps.groupby(["method", "pair", "step"])[list(steps.columns[4:])].median().to_string())
+    print(steps.groupby(["method", "pair", "step"])[list(steps.columns[4:])].median().map("{:.0e}".format).to_string())
     if asked.out is None:
         return
     for name, table in tables.items():
@@ -548,14 +575,14 @@ def main() -> None:
         checked(method, getattr(asked, method))
     data = fl.data.load("cifar10", root=asked.root)
     given = {seed: given_to_both(seed, data, asked.work / "base.pt") for seed in asked.seeds}
-    # Twins last: they are what can be spared.
-    for twins in (False, True):
+    # As they are first, then alike.
+    for first in (True, False):
         for seed, each in given.items():
             folder = make_folder(asked.work / f"seed-{seed}")
             if not (folder / "environment.json").exists():
                 write_json(folder / "environment.json", environment(torch.device("cpu")))
             for name, run in runs_of(seed, asked, each).items():
-                if name.endswith("twin") == twins and not (folder / f"{name}.pt").exists():
+                if name.endswith(("published", "fairline")) == first and not (folder / f"{name}.pt").exists():
                     print(f"seed {seed}: {name}", flush=True)
                     run(folder / f"{name}.pt")
     write(Results.read(asked.work, given), asked)

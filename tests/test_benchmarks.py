@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import fairline as fl
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -64,3 +68,35 @@ def test_benchmark_prints_its_ratios(script, arguments, lines):
     ratios = [float(word) for line in done.stdout.splitlines()[1:] for word in line.split()[-2:] if word[0].isdigit()]
     assert len(ratios) >= lines
     assert all(ratio > 0 for ratio in ratios)
+
+
+def test_the_published_code_gets_the_batches_that_training_takes(parts, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    published = importlib.import_module("_published")
+
+    class Seen(fl.ERM):
+        def losses(self, logits, teacher_logits, batch):
+            seen.append(batch.index)
+            return super().losses(logits, teacher_logits, batch)
+
+    seen: list[torch.Tensor] = []
+    train = parts[0]
+    fl.train(fl.models.build("cnn", 3, 1, 8, width=1), train, epochs=2, batch_size=32, seed=7, objective=Seen())
+    batches = published.Batches(train.images, torch.arange(len(train)), 32, 7)
+    given = [index for _ in range(2) for _, index in batches]
+    assert len(given) == 2 * len(batches)
+    assert all(torch.equal(one, other) for one, other in zip(given, seen, strict=True))
+    batches.restart()
+    assert torch.equal(next(iter(batches))[1], seen[0])
+
+
+def test_published_code_of_another_commit_is_refused(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "fidelity.py"), "--snl", tmp_path, "--autorep", tmp_path, "--root", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert f"{tmp_path} is not an unchanged checkout of" in done.stderr
+    assert "Traceback" not in done.stderr
