@@ -130,19 +130,27 @@ def draw(among: Tensor, count: int, seed: int) -> Tensor:
     return among[torch.randperm(len(among), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
-def given_to_both(seed: int, data: fl.GroupedData, kept: Path) -> Given:
+def given_to_both(seed: int, data: fl.GroupedData, work: Path) -> Given:
     """A seed's images, first auxiliary weights and fitted polynomials, with the base network of all.
 
     Args:
         seed: Of all of them.
         data: CIFAR-10.
-        kept: File of the base network's weights; written if there is none.
+        work: Folder of what is done.
     """
-    base, known = base_network(data, kept)
+    base, known = base_network(data, work / "base.pt")
     train = known.select(draw(torch.arange(len(known)), IMAGES, seed))
     held_out = data.select(data.official_test.nonzero().flatten()[:TEST_IMAGES])
     test = replace(held_out, mean=known.mean, std=known.std)
     seen = test.select(torch.arange(SEEN_IMAGES))
+    file = work / f"seed-{seed}" / "given.pt"
+    if not file.exists():
+        keep(file, tensors_of(seed, base, train, seen))
+    return Given(base, train, seen, test, torch.load(file, weights_only=True))
+
+
+def tensors_of(seed: int, base: nn.Module, train: fl.GroupedData, seen: fl.GroupedData) -> Tensors:
+    """What the published code gets of all this."""
     student = start_masked(base, train, "quadratic", torch.device("cpu"), seed=seed, square=AUTOREP["square"])
     fl.AutoReP(seed=seed, **AUTOREP).prepare(student)
     tensors = {f"base.{name}": value for name, value in base.state_dict().items()}
@@ -151,8 +159,7 @@ def given_to_both(seed: int, data: fl.GroupedData, kept: Path) -> Given:
     for name, part in (("train", train), ("test", seen)):
         tensors |= {f"{name}.images": part.normalized(), f"{name}.labels": part.labels}
     numbers = {"seed": seed, "width": WIDTH, "steps": STEPS, "square_scale": SQUARE_SCALE, "passes": 508.0 - SETTING}
-    tensors |= {name: torch.tensor(number) for name, number in numbers.items()}
-    return Given(base, train, seen, test, tensors)
+    return tensors | {name: torch.tensor(number) for name, number in numbers.items()}
 
 
 class PublishedFailed(SystemExit):
@@ -308,10 +315,12 @@ class Results:
     """What is in the folder of runs.
 
     Attributes:
+        work: The folder.
         given: What both codes got, by seed.
         found: What they gave, by seed, method and code.
     """
 
+    work: Path
     given: dict[int, Given]
     found: dict[tuple[int, str, str], Tensors]
 
@@ -325,7 +334,7 @@ class Results:
                     file = work / f"seed-{seed}" / f"{method}-{code}.pt"
                     if file.exists():
                         found[seed, method, code] = torch.load(file, weights_only=True)
-        return cls(given, found)
+        return cls(work, given, found)
 
     def of(self, method: str, code: str) -> dict[int, Tensors]:
         """The runs of a method and a code, by seed."""
@@ -348,19 +357,22 @@ def runs_table(results: Results) -> pd.DataFrame:
     """How each run ended: epochs, ReLUs, test accuracy in % after masks and after the finetune."""
     rows = []
     for (seed, method, code), found in results.found.items():
-        given = results.given[seed]
-        row: dict[str, Any] = {"method": method, "seed": seed, "code": code}
-        # What is learned at the budget, or crosses it.
-        within = found["history"][:, 1] <= budget_of(given)
-        row["crossed"] = int(within.long().argmax()) + 1 if bool(within.any()) else None
-        row["relus"] = int(mask_of(found, "final").sum())
-        for when in ("masked", "final", "best"):
-            if any(name.startswith(f"{when}.") for name in found):
-                row[f"accuracy_{when}"] = 100 * accuracy(network_of(found, when, given.base), given.test)
-        if any(name.startswith("best.") for name in found):
-            row["relus_best"] = int(mask_of(found, "best").sum())
-        rows.append(row)
+        file = results.work / f"seed-{seed}" / f"{method}-{code}.json"
+        if not file.exists():
+            write_json(file, {"method": method, "seed": seed, "code": code, **end_of(found, results.given[seed])})
+        rows.append(read_json(file))
     return pd.DataFrame(rows)
+
+
+def end_of(found: Tensors, given: Given) -> dict[str, float | None]:
+    """A row of :func:`runs_table`."""
+    within = found["history"][:, 1] <= budget_of(given)
+    row: dict[str, float | None] = {"crossed": int(within.long().argmax()) + 1 if bool(within.any()) else None}
+    for when in ("masked", "final", "best"):
+        if any(name.startswith(f"{when}.") for name in found):
+            row[f"relus_{when}"] = int(mask_of(found, when).sum())
+            row[f"accuracy_{when}"] = 100 * accuracy(network_of(found, when, given.base), given.test)
+    return row
 
 
 def steps_table(results: Results) -> pd.DataFrame:
@@ -418,7 +430,7 @@ def paired_table(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     by = runs.set_index(["method", "code", "seed"]).sort_index()
     for method, one, other in PAIRS:
-        for measure in ("crossed", "relus", "accuracy_masked", "accuracy_final"):
+        for measure in ("crossed", "relus_final", "accuracy_masked", "accuracy_final"):
             both = [by.loc[(method, code), measure] for code in (one, other) if (method, code) in by.index]
             together = pd.concat(both, axis=1, join="inner").dropna() if len(both) == 2 else pd.DataFrame()
             if len(together) < 2:
@@ -451,7 +463,8 @@ def polynomials_table(given: Given, checkout: Path, file: Path) -> pd.DataFrame:
     layers = {name: torch.cat(each, 1) for name, each in values.items()}
     tensors = {"seed": torch.tensor(0)}
     tensors |= {f"mean.{name}": x.mean(1) for name, x in layers.items()}
-    published("polynomials", checkout, tensors | {f"variance.{n}": x.var(1) for n, x in layers.items()}, file, {})
+    tensors |= {f"variance.{name}": x.var(1) for name, x in layers.items()}
+    published("polynomials", checkout, tensors, file, {})
     found = torch.load(file, weights_only=True)
     own = {}
     for square in (AUTOREP["square"], SQUARE_SCALE):
@@ -471,29 +484,37 @@ def polynomials_table(given: Given, checkout: Path, file: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def said_of(options: dict[str, Any], given: Given, checkout: Path, file: Path) -> str:
+    """What comes of SNL's published script under some options."""
+    try:
+        published("snl", checkout, given.tensors, file, options)
+    except PublishedFailed:
+        return file.with_suffix(".log").read_text().strip().splitlines()[-1]
+    relus = int(mask_of(torch.load(file, weights_only=True), "final").sum())
+    return f"{relus} ReLUs finetuned and saved as those of a budget of {budget_of(given)}"
+
+
 def defects_table(results: Results, polynomials: pd.DataFrame, asked: argparse.Namespace) -> pd.DataFrame:
     """What is seen on these images of what is odd in the published code."""
     given = next(iter(results.given.values()))
-    budget, file = budget_of(given), asked.work / "odd.pt"
+    budget = budget_of(given)
     rows = []
 
     def add(method: str, what: str, seen: str) -> None:
         rows.append({"method": method, "what": what, "seen": seen})
 
     short = {"lr": 0.01, "batch": BATCH, "epochs": 1, "finetune_epochs": 1}
-    for what, options in (
-        ("--budegt_type relative with a fraction", {"budegt_type": "relative", "relu_budget": BUDGET}),
-        ("--stride 2", {"relu_budget": budget, "stride": 2, **short}),
-        ("epochs run out above the budget", {"relu_budget": budget, **short}),
+    for number, (what, options) in enumerate(
+        (
+            ("--budegt_type relative with a fraction", {"budegt_type": "relative", "relu_budget": BUDGET}),
+            ("--stride 2", {"relu_budget": budget, "stride": 2, **short}),
+            ("epochs run out above the budget", {"relu_budget": budget, **short}),
+        )
     ):
-        file.unlink(missing_ok=True)
-        try:
-            published("snl", asked.snl, given.tensors, file, options)
-        except PublishedFailed:
-            add("snl", what, file.with_suffix(".log").read_text().strip().splitlines()[-1])
-        else:
-            relus = int(mask_of(torch.load(file, weights_only=True), "final").sum())
-            add("snl", what, f"{relus} ReLUs finetuned and saved as those of a budget of {budget}")
+        seen = asked.work / f"odd-{number}.json"
+        if not seen.exists():
+            write_json(seen, said_of(options, given, asked.snl, asked.work / f"odd-{number}.pt"))
+        add("snl", what, read_json(seen))
     snl = results.of("snl", "published").values()
     counts = {int(each["teacher_gradients"]) for each in snl}
     add("snl", "parameters of the teacher with a gradient", ", ".join(map(str, sorted(counts))))
@@ -570,13 +591,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--work", type=Path, default=Path("runs/fidelity"))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--tables", action="store_true", help="run nothing; only write tables of what is done")
     asked = parser.parse_args()
     for method in METHODS:
         checked(method, getattr(asked, method))
     data = fl.data.load("cifar10", root=asked.root)
-    given = {seed: given_to_both(seed, data, asked.work / "base.pt") for seed in asked.seeds}
+    given = {seed: given_to_both(seed, data, asked.work) for seed in asked.seeds}
     # As they are first, then alike.
-    for first in (True, False):
+    for first in (True, False) if not asked.tables else ():
         for seed, each in given.items():
             folder = make_folder(asked.work / f"seed-{seed}")
             if not (folder / "environment.json").exists():
