@@ -59,12 +59,9 @@ def shapley(players: Sequence[str], worth: Callable[[frozenset[str]], float]) ->
 
 
 def accuracy_with(masked: nn.Module, names: Sequence[str], images: Tensor, labels: Tensor) -> float:
-    """Share of images that a masked network has right with the ReLUs of some layers alone, image by image."""
+    """Share of images that a masked network, whose masks change, has right with the ReLUs of some layers alone."""
     for name, layer in masked_relus(masked).items():
         layer.set_mask(layer.kept & (name in names))
-    masked.eval()
     with torch.no_grad():
-        right = [
-            int(masked(image[None])[0].argmax()) == int(label) for image, label in zip(images, labels, strict=True)
-        ]
+        right = [int(row.argmax()) == int(label) for row, label in zip(masked.eval()(images), labels, strict=True)]
     return sum(right) / len(right)
