@@ -222,7 +222,7 @@ class _Measured:
         for name, layer in masked_relus(self.network).items():
             layer.set_mask(self.kept[name])
         close(self.network, {layer for name, own in self.members.items() if name not in players for layer in own})
-        logits = predict(self.network, self.data, arithmetic=self.run.arithmetic, ranks=here())
+        logits = predict(self.network, self.data, ranks=here())
         labels = self.data.labels.to(logits.device)
         if self.method.worth == "loss":
             loss = float(F.cross_entropy(logits.double(), labels))
