@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from fairline.linearize import Random as Random
     from fairline.linearize import SAFENet as SAFENet
     from fairline.linearize import SENet as SENet
+    from fairline.linearize import Shapley as Shapley
+    from fairline.linearize import Taylor as Taylor
     from fairline.masking import MaskedReLU as MaskedReLU
     from fairline.masking import load_masks as load_masks
     from fairline.masking import mask_relus as mask_relus
@@ -96,6 +98,8 @@ _LAZY = {
     "Reweighting": "fairline.objectives",
     "SENet": "fairline.linearize",
     "SNL": "fairline.linearize",
+    "Shapley": "fairline.linearize",
+    "Taylor": "fairline.linearize",
     "adjust": "fairline.objectives",
     "audit": "fairline.audit",
     "audit_predictions": "fairline.audit.predicted",

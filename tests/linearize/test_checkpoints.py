@@ -22,6 +22,7 @@ FAST = {
     "autorep": {"mask_lr": 0.1, "hold": 1, "batch_size": 64, "max_epochs": 8},
     "senet": {"sensitivity_epochs": 1, "mask_epochs": 1, "epochs": 1, "batch_size": 64, "samples": 50},
     "coordinate_descent": {"step": 120, "candidates": 2, "refresh_epochs": 1},
+    "taylor": {"rate": 0.5, "batch_size": 64},
     "deepreduce": {"stages": "2,5,8", "criticality_epochs": 1, "reshape_epochs": 1},
     "delphi": {"population": 2, "generations": 1, "batch_size": 64},
     "safenet": {"population": 2, "generations": 1, "batch_size": 64, "samples": 50},

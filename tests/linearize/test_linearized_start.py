@@ -31,6 +31,10 @@ METHODS = {
     "senet channels": {**SENET, "granularity": "channel"},
     "coordinate_descent": {"step": 60, "candidates": 2, "refresh_epochs": 1},
     "coordinate_descent within": {"step": 60, "candidates": 2, "refresh_epochs": 1, "within_layers": True},
+    "taylor": {"rate": 0.5, "batch_size": 64},
+    "taylor once": {"rate": 1.0},
+    "shapley": {},
+    "shapley by stages": {"players": "stage", "stages": "2,5,8", "within": "magnitude"},
     "deepreduce": {"stages": "2,5,8", "criticality_epochs": 1, "batch_size": 64, "reshape_epochs": 1},
     "delphi": {"population": 2, "generations": 1, "batch_size": 64},
     "safenet channels": {"population": 2, "generations": 1, "batch_size": 64, "samples": 50},
@@ -82,7 +86,7 @@ def test_cuts_stay_and_budgets_count_against_all_relus(parts, trained, linearize
     assert all(torch.equal(weights[key], value) for key, value in linearized.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["snl", "senet", "coordinate_descent", "deepreduce"])
+@pytest.mark.parametrize("name", ["snl", "senet", "coordinate_descent", "deepreduce", "taylor", "shapley"])
 def test_it_resumes(parts, linearized, tmp_path, name):
     def run(**more):
         return build(name, **METHODS[name]).linearize(linearized, parts[0], [300, 120, 40], **more)

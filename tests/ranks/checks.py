@@ -119,6 +119,8 @@ def linearized(teacher: nn.Module, data: fl.GroupedData) -> dict[str, Any]:
         "snl": fl.SNL(lr=0.05, lam=1e-3, patience=1, growth=1.5, max_epochs=4, protect=0.5, **common),
         "snl, fair": fl.SNL(lr=0.05, max_epochs=2, objective=fl.GroupDRO(), augment=True, **common),
         "autorep": fl.AutoReP(mask_lr=0.2, hold=1, max_epochs=4, **common),
+        "taylor": fl.Taylor(rate=0.4, probes=1, samples=40, **common),
+        "shapley": fl.Shapley(samples=40),
         "coordinate descent": fl.CoordinateDescent(step=150, refresh_epochs=1, candidates=3, **common),
     }
     found = {}

@@ -80,7 +80,7 @@ def test_finetunes_under_every_objective_are_those_of_one_process(two, one, obje
     assert_same(two[0]["finetune"][objective], one["finetune"][objective])
 
 
-@pytest.mark.parametrize("method", ["snl", "snl, fair", "autorep", "coordinate descent"])
+@pytest.mark.parametrize("method", ["snl", "snl, fair", "autorep", "taylor", "shapley", "coordinate descent"])
 def test_masks_are_those_of_one_process(two, one, method):
     assert_same(two[0]["linearize"][method], one["linearize"][method])
 

@@ -147,6 +147,8 @@ LINEARIZERS = (
     "coordinate_descent",
     "delphi",
     "safenet",
+    "taylor",
+    "shapley",
     "layerwise",
     "magnitude",
     "random",

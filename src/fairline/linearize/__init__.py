@@ -19,7 +19,9 @@ from fairline.linearize.magnitude import Magnitude
 from fairline.linearize.random import Random
 from fairline.linearize.safenet import SAFENet
 from fairline.linearize.senet import SENet
+from fairline.linearize.shapley import Shapley
 from fairline.linearize.snl import SNL
+from fairline.linearize.taylor import Taylor
 
 #: Name on the command line → class.
 REGISTRY: dict[str, type[Linearizer]] = {
@@ -30,6 +32,8 @@ REGISTRY: dict[str, type[Linearizer]] = {
     "coordinate_descent": CoordinateDescent,
     "delphi": Delphi,
     "safenet": SAFENet,
+    "taylor": Taylor,
+    "shapley": Shapley,
     "layerwise": Layerwise,
     "magnitude": Magnitude,
     "random": Random,
@@ -68,6 +72,8 @@ __all__ = [
     "Random",
     "SAFENet",
     "SENet",
+    "Shapley",
+    "Taylor",
     "build",
     "resolve_budgets",
 ]

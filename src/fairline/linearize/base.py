@@ -296,8 +296,8 @@ class Linearizer(ABC):
             settings = {each.name: described(getattr(self, each.name)) for each in fields(self)}
             images, network = data_digest(train), network_digest(model)
             own = {"method": self.name, "budgets": counts, **settings, "training images": images, "network": network}
-            if val is not None and (self.measures or self.for_cost is not None):
-                own["validation images"] = data_digest(val)
+            if self.measures or (val is not None and self.for_cost is not None):
+                own["validation images"] = None if val is None else data_digest(val)
             claim(folder, own)
         return Linearization(
             teacher=copy_model(self.teacher or model).to(device).eval(),
@@ -351,6 +351,26 @@ def set_aside(train: GroupedData, share: float, seed: int) -> tuple[GroupedData,
     if not 0 < aside < len(train):
         raise FairlineError(f"{train.name}: {len(train)} images are too few to set {share:.0%} aside.")
     return train.select(order[:aside]), train.select(order[aside:])
+
+
+def held_out(run: Linearization, share: float, samples: int, seed: int) -> tuple[GroupedData, GroupedData]:
+    """Images to measure on that no weight learns from: of the validation part, or set aside where there is none.
+
+    Args:
+        run: Its data.
+        share: Of the training part that is set aside where there is no validation part.
+        samples: Images to measure on, at most.
+        seed: Of the choice.
+
+    Returns:
+        The images to measure on, and those to train on.
+
+    Raises:
+        FairlineError: There are too few images.
+    """
+    measuring, training = (run.val, run.train) if run.val is not None else set_aside(run.train, share, seed)
+    order = torch.randperm(len(measuring), generator=torch.Generator().manual_seed(seed))
+    return (measuring.select(order[:samples]) if samples < len(measuring) else measuring), training
 
 
 def resolve_budgets(budgets: Sequence[float], total: int) -> list[int]:

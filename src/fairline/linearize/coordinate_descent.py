@@ -23,7 +23,6 @@ left.
 
 from __future__ import annotations
 
-import copy
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -32,18 +31,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import logits_of, predict
 from fairline.linearize.base import Cut, Linearization, Linearizer, set_aside
-from fairline.masking import copy_model, masked_graph, masked_relus, relu_count
+from fairline.linearize.rounds import Rounds
+from fairline.masking import masked_graph, masked_relus, relu_count
 from fairline.objectives.base import Batch, Objective
-from fairline.objectives.erm import ERM
 from fairline.ranks import here
-from fairline.training import Epoch, Progress, run_epochs
 
 logger = logging.getLogger(__name__)
 
@@ -130,18 +126,7 @@ class CoordinateDescent(Linearizer):
         Yields:
             A network for each budget, after the round that ends at it.
         """
-        rounds = _Rounds(self, run)
-        for number in rounds.done():
-            target = rounds.plan[number - 1]
-            run.rows = rounds.rows
-            if run.progress is not None:
-                message = f"round {number}, {target:,} of {run.total:,} ReLUs, aim {rounds.plan[-1]:,}"
-                run.progress(Progress("coordinate descent", number, len(rounds.plan), message))
-            if target in run.budgets:
-                run.budgets.remove(target)
-                yield Cut(target, copy_model(run.student))
-            if not run.budgets:
-                return
+        yield from _Rounds(self, run).cuts()
 
     def plan(self, count: int, budgets: list[int]) -> list[int]:
         """ReLUs after each round; every budget is among them.
@@ -167,8 +152,8 @@ class CoordinateDescent(Linearizer):
         return plan
 
 
-class _Rounds:
-    """The rounds of a run: a removal, then epochs of the one training loop, whose checkpoint holds it all.
+class _Rounds(Rounds):
+    """Removes what costs least of the sets that are drawn.
 
     Args:
         method: Settings.
@@ -177,64 +162,19 @@ class _Rounds:
 
     def __init__(self, method: CoordinateDescent, run: Linearization) -> None:
         self.method = method
-        self.run = run
-        self.trying, self.training = run.train, run.train
+        self.trying, training = run.train, run.train
         if method.held_out > 0:
-            self.trying, self.training = set_aside(run.train, method.held_out, method.seed)
-        self.objective = copy.deepcopy(method.objective) or ERM()
-        self.objective.start(self.training)
-        self.plan = method.plan(relu_count(run.student), [budget for budget in run.asked if budget < run.open])
-        self.removed = 0
-        self.rows: list[dict[str, float]] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """What changes from round to round, beside the student."""
-        return {"removed": self.removed, "rows": self.rows}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
-        self.removed, self.rows = state["removed"], state["rows"]
-
-    def done(self) -> Iterator[int]:
-        """Do all rounds that an interrupted run has not done; the number of each, from 1, when it is done."""
-        if not self.method.refresh_epochs:
-            for number in range(1, len(self.plan) + 1):
-                self.remove()
-                yield number
-            return
-        file = self.run.file(self.method.name)
-        # A checkpoint is written after the removal that follows an epoch.
-        if file is None or not file.exists():
-            self.remove()
-        optimizer = SGD(self.run.student.parameters(), lr=self.method.lr, momentum=0.9, weight_decay=5e-4)
-        for epoch in self.epochs(optimizer):
-            if epoch.epoch % self.method.refresh_epochs:
-                continue
-            self.rows[-1] |= {key: value for key, value in epoch.row().items() if not key.startswith("val_")}
-            yield self.removed
-            if self.removed < len(self.plan):
-                self.remove()
-                # Each refresh is a training of its own.
-                optimizer.state.clear()
-
-    def epochs(self, optimizer: SGD) -> Iterator[Epoch]:
-        """The training loop through all rounds."""
-        method, run = self.method, self.run
-        return run_epochs(
-            run.student,
-            self.training,
-            epochs=method.refresh_epochs * len(self.plan),
-            optimizer=optimizer,
-            scheduler=CosineAnnealingWarmRestarts(optimizer, method.refresh_epochs),
-            objective=self.objective,
-            teacher=run.teacher,
+            self.trying, training = set_aside(run.train, method.held_out, method.seed)
+        super().__init__(
+            method.name,
+            run,
+            method.plan(relu_count(run.student), [budget for budget in run.asked if budget < run.open]),
+            training,
+            epochs=method.refresh_epochs,
+            lr=method.lr,
             batch_size=method.batch_size,
+            objective=method.objective,
             seed=method.seed,
-            device=run.device,
-            precision=run.arithmetic,
-            stage="coordinate descent",
-            checkpoint=run.file(method.name),
-            stateful={method.name: self},
         )
 
     def remove(self) -> None:

@@ -45,7 +45,7 @@ def claim(folder: Path, own: Mapping[str, Any]) -> None:
     for name in own:
         if theirs.get(name) != own[name]:
             what = f"{name} is {theirs.get(name)} there and {own[name]} here"
-            if name in ("network", "training images"):
+            if name in ("network", "training images", "validation images"):
                 what = f"its {name} {'was' if name == 'network' else 'were'} another"
             raise FairlineError(f"{folder} holds checkpoints of another run ({what}); {advice}.")
 

@@ -51,25 +51,59 @@ class Ranked(Linearizer):
         Yields:
             One network a budget.
         """
-        order = self._ranking(run)
-        for position, budget in enumerate(run.budgets, start=1):
-            network = copy_model(run.student)
-            kept = torch.zeros(run.total, dtype=torch.bool)
-            kept[order[:budget]] = True
-            layers = list(masked_relus(network).values())
-            for layer, own in zip(layers, kept.split([layer.kept.numel() for layer in layers]), strict=True):
-                layer.set_mask(own.view(layer.shape))
-            if run.progress is not None:
-                message = f"{budget:,} of {run.total:,} ReLUs"
-                run.progress(Progress(f"{self.name} masks", position, len(run.budgets), message))
-            yield Cut(budget, network)
+        model = copy_model(run.student).eval()
+        yield from first_of(ranking(run.student, self.scores(model, run.train), self.seed), run, self.name)
 
-    def _ranking(self, run: Linearization) -> Tensor:
-        """Positions of the ReLUs that are there, from the largest score on; int64, (open,)."""
-        found = self.scores(copy_model(run.student).eval(), run.train)
-        flat = torch.cat([found[name].detach().flatten().cpu().double() for name in masked_relus(run.student)])
-        # A random order first, so that ties do not favour the first layers.
-        shuffled = torch.randperm(run.total, generator=torch.Generator().manual_seed(self.seed))
-        order = shuffled[torch.sort(flat[shuffled], descending=True, stable=True).indices]
-        there = torch.cat([layer.kept.flatten().cpu() for layer in masked_relus(run.student).values()])
-        return order[there[order]]
+
+def ranking(model: nn.Module, scores: Mapping[str, Tensor], seed: int) -> Tensor:
+    """The ReLUs that a network has, from the largest score on.
+
+    Args:
+        model: Masked, masks fixed.
+        scores: Of every unit of each masked layer, kept or not, of the mask's shape.
+        seed: Breaks ties.
+
+    Returns:
+        Positions in all masks, one after the other, int64, (R,) for the R ReLUs that are kept.
+    """
+    layers = masked_relus(model)
+    flat = torch.cat([scores[name].detach().flatten().cpu().double() for name in layers])
+    # A random order first, so that ties do not favour the first layers.
+    shuffled = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed))
+    order = shuffled[torch.sort(flat[shuffled], descending=True, stable=True).indices]
+    there = torch.cat([layer.kept.flatten().cpu() for layer in layers.values()])
+    return order[there[order]]
+
+
+def keep_only(model: nn.Module, positions: Tensor) -> None:
+    """Fix masks so that they keep the ReLUs at these positions, as :func:`ranking` counts them, and no others.
+
+    Args:
+        model: Masked.
+        positions: int64.
+    """
+    layers = list(masked_relus(model).values())
+    kept = torch.zeros(sum(layer.kept.numel() for layer in layers), dtype=torch.bool)
+    kept[positions] = True
+    for layer, own in zip(layers, kept.split([layer.kept.numel() for layer in layers]), strict=True):
+        layer.set_mask(own.view(layer.shape))
+
+
+def first_of(order: Tensor, run: Linearization, name: str) -> Iterator[Cut]:
+    """Keep the first r of one ranking for each budget r.
+
+    Args:
+        order: From :func:`ranking`.
+        run: Its budgets are met by copies of its student.
+        name: Of the method.
+
+    Yields:
+        One network a budget.
+    """
+    for position, budget in enumerate(run.budgets, start=1):
+        network = copy_model(run.student)
+        keep_only(network, order[:budget])
+        if run.progress is not None:
+            message = f"{budget:,} of {run.total:,} ReLUs"
+            run.progress(Progress(f"{name} masks", position, len(run.budgets), message))
+        yield Cut(budget, network)

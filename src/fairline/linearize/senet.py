@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +51,7 @@ from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.linearize.activations import each_activation
 from fairline.linearize.base import Cut, Linearization, Linearizer
+from fairline.linearize.division import divided
 from fairline.masking import Granularity, MaskedReLU, copy_model, mask_relus, masked_graph, masked_relus
 from fairline.masking.budget import fullest
 from fairline.objectives.base import Objective
@@ -419,28 +419,7 @@ def layer_budgets(
     """
     # A layer that was not pruned at all still takes what the others cannot hold.
     need = {name: max(1 - densities[name], 1e-9) * (size if weigh == "size" else 1) for name, size in sizes.items()}
-    exact = dict.fromkeys(sizes, 0.0)
-    free = set(sizes)
-    left = float(budget)
-    while free and left > 1e-9:
-        weight = sum(need[name] for name in free)
-        part = {name: left * need[name] / weight for name in free}
-        full = {name for name in free if exact[name] + part[name] >= sizes[name]}
-        if not full:
-            for name in free:
-                exact[name] += part[name]
-            break
-        for name in full:
-            left -= sizes[name] - exact[name]
-            exact[name] = float(sizes[name])
-        free -= full
-    given = {name: min(sizes[name], math.floor(value + 1e-6)) for name, value in exact.items()}
-    order = sorted(sizes, key=lambda name: given[name] - exact[name])
-    while sum(given.values()) < budget:
-        for name in order:
-            if given[name] < sizes[name] and sum(given.values()) < budget:
-                given[name] += 1
-    return given
+    return divided(need, sizes, budget)
 
 
 def differences(

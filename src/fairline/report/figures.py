@@ -92,6 +92,8 @@ METHOD_NAMES = {
     "deepreduce": "DeepReDuce",
     "delphi": "DELPHI",
     "safenet": "SAFENet",
+    "taylor": "Taylor",
+    "shapley": "Shapley",
 }
 
 
