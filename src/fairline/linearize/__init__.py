@@ -11,6 +11,7 @@ from fairline._registry import build_named
 from fairline.linearize.autorep import AutoReP
 from fairline.linearize.base import Linearized, Linearizer, resolve_budgets
 from fairline.linearize.coordinate_descent import CoordinateDescent
+from fairline.linearize.cryptonas import CryptoNAS
 from fairline.linearize.deepreduce import FINETUNE_PRESETS, DeepReDuce
 from fairline.linearize.delphi import Delphi
 from fairline.linearize.for_cost import ForCost
@@ -25,6 +26,7 @@ from fairline.linearize.snl import SNL
 REGISTRY: dict[str, type[Linearizer]] = {
     "snl": SNL,
     "deepreduce": DeepReDuce,
+    "cryptonas": CryptoNAS,
     "senet": SENet,
     "autorep": AutoReP,
     "coordinate_descent": CoordinateDescent,
@@ -58,6 +60,7 @@ __all__ = [
     "SNL",
     "AutoReP",
     "CoordinateDescent",
+    "CryptoNAS",
     "DeepReDuce",
     "Delphi",
     "ForCost",

@@ -92,6 +92,7 @@ METHOD_NAMES = {
     "deepreduce": "DeepReDuce",
     "delphi": "DELPHI",
     "safenet": "SAFENet",
+    "cryptonas": "CryptoNAS",
 }
 
 
