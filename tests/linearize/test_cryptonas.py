@@ -20,6 +20,7 @@ from fairline.models import build, rescaled
 from fairline.models.cnet import rows_of
 from fairline.private import to_graph
 from fairline.runs import load_network
+from fairline.training import run_epochs
 from tests.commands import fairline, ok
 from tests.reference.macro_search import architectures, expected_reward, relus
 
@@ -131,6 +132,23 @@ def test_the_private_graph_computes_the_same(case, kind, seed):
     assert graph.relus == relu_count(model)
     compiled = fl.compile(model, torch.zeros(1, 3, *size))
     torch.testing.assert_close(compiled(images), model(images).detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (1, 9)])
+def test_no_weight_sees_nothing_but_padding(size):
+    """So every gradient is one, also in bfloat16, in memory that was not zero before."""
+    torch.manual_seed(0)
+    model = build("cnet", 3, image_size=size, width=8, layers=3, kernels=7)
+    for _ in range(5):
+        images, junk = torch.randn(16, 3, *size), [torch.full((128, 128, 7, 7), torch.nan) for _ in range(2)]
+        del junk
+        with torch.autocast("cpu", torch.bfloat16):
+            model(images).float().square().sum().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        if name.startswith("stage") and name.endswith(".conv.weight"):
+            assert gradient.abs().sum((0, 1)).min() > 0, name
 
 
 @pytest.mark.parametrize(
@@ -394,7 +412,13 @@ def test_networks_learn_from_the_teacher(parts, trained):
     own = {"architecture": "3 / 3 1 / 5 0 1", "batch_size": 64, "surrogate": "quadratic"}
     (blank,) = CryptoNAS(**own, train_epochs=0).linearize(trained, parts[0], [200])
     (learned,) = CryptoNAS(**own, train_epochs=2).linearize(trained, parts[0], [200])
-    student = fl.finetune(blank.model, trained, parts[0], epochs=2, lr=0.05, batch_size=64, seed=0)
+    student = blank.model
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=4e-4, nesterov=True)
+    clip = nn.utils.clip_grad_norm_
+    optimizer.register_step_pre_hook(lambda *_: clip(student.parameters(), 5.0) and None)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2)
+    common = {"optimizer": optimizer, "scheduler": scheduler, "objective": fl.ERM(), "batch_size": 64}
+    assert len(list(run_epochs(student, parts[0], epochs=2, teacher=trained, **common))) == 2
     assert states_equal(student, learned.model)
     assert learned.relus == 200
     right = (predict(learned.model, parts[2]).argmax(1) == parts[2].labels).float().mean()

@@ -22,7 +22,8 @@ Source: the paper's abstract and figures as others describe them, and the code t
 - *Depth* is a setting: 6 layers published for 86,016 ReLUs, 12 for 344,064, 24 for 1,376,256.
 - *The best of ten draws* of the trained controller, measured on all held-out images, is taken; the code prints ten
   after each epoch and leaves the choice to the reader.
-- *Learning rates* fall by a cosine over all epochs, without the code's restarts, and gradients are not clipped.
+- *Learning rates* fall by a cosine over all epochs, without the code's restarts.
+- *Gradients* are clipped to a norm of 5, all together; the code means to clip each of them so, and keeps the unclipped.
 - *Distillation*: the code trains on labels; here shared weights and final networks learn from the teacher as well, as
   behind all methods.
 """
@@ -36,10 +37,11 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from fairline._io import load_state, load_tensors, save_state, save_tensors
+from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import logits_of
 from fairline.linearize.base import Cut, Linearization, Linearizer, set_aside
@@ -48,7 +50,7 @@ from fairline.linearize.surrogates import fit_quadratics
 from fairline.masking import mask_relus, masked_relus, relu_count
 from fairline.models.cnet import CNet, SkipReLUs
 from fairline.objectives.erm import ERM
-from fairline.training import finetune, named_stage, run_epochs
+from fairline.training import Epoch, run_epochs
 
 logger = logging.getLogger(__name__)
 
@@ -191,27 +193,10 @@ class CryptoNAS(Linearizer):
         controller = Controller(self.layers, self.kernels, self.skip_target, seed=self.seed)
         search = Search(controller, self.controller_lr, self.seed)
         shared = self._shared(run, search).to(run.device)
-        optimizer = SGD(shared.parameters(), lr=self.lr, momentum=0.9, weight_decay=2.5e-4, nesterov=True)
-        scheduler = CosineAnnealingLR(optimizer, self.search_epochs)
-        for epoch in run_epochs(
-            shared,
-            training,
-            epochs=self.search_epochs,
-            optimizer=optimizer,
-            objective=ERM(),
-            scheduler=scheduler,
-            teacher=run.teacher,
-            stage="searching",
-            stateful={"search": search},
-            batch_size=self.batch_size,
-            seed=self.seed,
-            device=run.device,
-            precision=run.arithmetic,
-            progress=run.progress,
-            checkpoint=run.file("search"),
-            # It decides anew at each batch what it computes.
-            cuda_graphs=False,
-        ):
+        common: dict[str, Any] = {"epochs": self.search_epochs, "weight_decay": 5e-4, "stateful": {"search": search}}
+        # It decides anew at each batch what it computes.
+        common |= {"stage": "searching", "checkpoint": run.file("search"), "cuda_graphs": False}
+        for epoch in self._epochs(shared, training, run, **common):
             seen = search.train_controller(
                 shared,
                 measuring,
@@ -323,22 +308,45 @@ class CryptoNAS(Linearizer):
         if file is not None and file.exists():
             student.load_state_dict(load_tensors(file)[0])
             return
-        finetune(
-            student,
-            run.teacher,
-            run.train,
-            epochs=self.train_epochs,
-            lr=self.lr,
-            batch_size=self.batch_size,
+        about: dict[str, Any] = {"stage": f"training {configuration}", "checkpoint": run.file(f"network-{budget}")}
+        for _ in self._epochs(student, run.train, run, epochs=self.train_epochs, weight_decay=4e-4, **about):
+            pass
+        if file is not None:
+            save_tensors(file, student.state_dict())
+
+    def _epochs(
+        self,
+        network: nn.Module,
+        train: GroupedData,
+        run: Linearization,
+        *,
+        epochs: int,
+        weight_decay: float,
+        **more: Any,
+    ) -> Iterator[Epoch]:
+        """Train shared weights, or a network, under distillation, with the published optimizer."""
+        optimizer = SGD(network.parameters(), lr=self.lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
+        optimizer.register_step_pre_hook(_clip)
+        return run_epochs(
+            network,
+            train,
+            epochs=epochs,
+            optimizer=optimizer,
             objective=ERM(),
+            scheduler=CosineAnnealingLR(optimizer, epochs),
+            teacher=run.teacher,
+            batch_size=self.batch_size,
             seed=self.seed,
             device=run.device,
             precision=run.arithmetic,
-            progress=named_stage(run.progress, f"training {configuration}"),
-            checkpoint=run.file(f"network-{budget}"),
+            progress=run.progress,
+            **more,
         )
-        if file is not None:
-            save_tensors(file, student.state_dict())
+
+
+def _clip(optimizer: Optimizer, *_: Any) -> None:
+    """Before a step."""
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 5.0)
 
 
 def _outputs(run: Linearization) -> int:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.models.cnet import crossing, halve, halvings, rows_of, stem_sides
+from fairline.models.cnet import crossing, halve, halvings, rows_of, same_conv, stem_sides
 from fairline.ranks import here
 from fairline.training import Progress, ProgressCallback
 
@@ -261,16 +261,16 @@ class SharedNetwork(nn.Module):
         self.conv = nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(width)
         self.convs, self.paths, self.mix_bn = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.halves, sides = nn.ModuleList(), stem_sides(image_size, stem_stride)
         for layer in range(layers):
-            choices = {str(kernel): _conv(width, kernel) for kernel in kernels}
+            if layer - 1 in halvings(layers):
+                self.halves.append(nn.ModuleList(halve(width, width, sides) for _ in range(layer + 1)))
+                sides = (-(-sides[0] // 2), -(-sides[1] // 2))
+            choices = {str(k): nn.Sequential(same_conv(width, k, sides), nn.BatchNorm2d(width)) for k in kernels}
             self.convs.append(nn.ModuleDict(choices))
             paths = layer + 1 if layer else 0
             self.paths.append(nn.ModuleList(nn.Conv2d(width, width, 1, bias=False) for _ in range(paths)))
             self.mix_bn.append(nn.BatchNorm2d(width) if layer else nn.Identity())
-        self.halves, sides = nn.ModuleList(), stem_sides(image_size, stem_stride)
-        for last in halvings(layers):
-            self.halves.append(nn.ModuleList(halve(width, width, sides) for _ in range(last + 2)))
-            sides = (-(-sides[0] // 2), -(-sides[1] // 2))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(width, num_classes)
         for module in self.modules():
@@ -328,13 +328,6 @@ class SharedNetwork(nn.Module):
             return here().first(measured)
         finally:
             self.fixed = None
-
-
-def _conv(width: int, kernel: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(width, width, kernel, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(width),
-    )
 
 
 class Search:

@@ -18,10 +18,10 @@ SkipReLUs = Literal["none", "once", "each"]
 class CNetLayer(nn.Module):
     """A ReLU and a k×k convolution; in all layers but the first a 1×1 convolution of it and of the skip paths."""
 
-    def __init__(self, in_channels: int, channels: int, kernel: int, paths: int, relus_of_paths: int) -> None:
+    def __init__(self, channels: int, kernel: int, sides: tuple[int, int], paths: int, relus_of_paths: int) -> None:
         super().__init__()
         self.relu = nn.ReLU()
-        self.conv = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=False)
+        self.conv = same_conv(channels, kernel, sides)
         self.bn = nn.BatchNorm2d(channels)
         self.mixes = paths > 0
         if self.mixes:
@@ -30,7 +30,7 @@ class CNetLayer(nn.Module):
         self.mix_relus = nn.ModuleList(nn.ReLU() for _ in range(relus_of_paths))
 
     def convolved(self, activated: Tensor) -> Tensor:
-        """(B, in_channels, H, W), past the ReLU, to (B, channels, H, W)."""
+        """(B, channels, H, W), past the ReLU, to the same shape."""
         out: Tensor = self.bn(self.conv(activated))
         return out
 
@@ -137,7 +137,7 @@ class CNet(nn.Module):
                 sides = (-(-sides[0] // 2), -(-sides[1] // 2))
             paths = 0 if index == 0 else 1 + sum(self.skips[index])
             relus = {"none": 0, "once": 1, "each": paths}[self.skip_relus] if index else 0
-            layer = CNetLayer(channels, channels, kernels[index], paths, relus)
+            layer = CNetLayer(channels, kernels[index], sides, paths, relus)
             self._stage(stage).append(layer)
         if self.skip_relus == "once":
             for each, outputs in self._read_twice().items():
@@ -251,6 +251,26 @@ def halve(channels: int, out: int, sides: tuple[int, int]) -> nn.Sequential:
     """
     padding = (sides[0] % 2, sides[1] % 2)
     return nn.Sequential(nn.Conv2d(channels, out, 2, 2, padding, bias=False), nn.BatchNorm2d(out))
+
+
+def same_conv(channels: int, kernel: int, sides: tuple[int, int]) -> nn.Conv2d:
+    """A convolution that keeps its input's shape, without the taps that would see nothing but padding.
+
+    Of those torch 2.13 returns uninitialised memory as the gradient in bfloat16 on a CPU.
+
+    Args:
+        channels: Of input and output.
+        kernel: Its side, odd.
+        sides: Height and width of the input.
+
+    Returns:
+        The convolution, without bias.
+
+    >>> same_conv(2, 5, (1, 8)).kernel_size
+    (1, 5)
+    """
+    height, width = (min(kernel, 2 * side - 1) for side in sides)
+    return nn.Conv2d(channels, channels, (height, width), padding=(height // 2, width // 2), bias=False)
 
 
 def rows_of(bits: Iterable[bool], layers: int) -> list[list[bool]]:
