@@ -409,7 +409,7 @@ def test_a_budget_below_the_smallest_network_is_told(parts, trained, caplog):
 
 def test_networks_learn_from_the_teacher(parts, trained):
     """Against the same network trained by hand; ``train_epochs=0`` leaves that to the finetune."""
-    own = {"architecture": "3 / 3 1 / 5 0 1", "batch_size": 64, "surrogate": "quadratic"}
+    own = {"architecture": "3 / 3 1 / 5 0 1", "batch_size": 64, "surrogate": "cubic"}
     (blank,) = CryptoNAS(**own, train_epochs=0).linearize(trained, parts[0], [200])
     (learned,) = CryptoNAS(**own, train_epochs=2).linearize(trained, parts[0], [200])
     student = blank.model

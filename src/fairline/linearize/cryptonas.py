@@ -46,8 +46,8 @@ from fairline.errors import FairlineError
 from fairline.inference import logits_of
 from fairline.linearize.base import Cut, Linearization, Linearizer, set_aside
 from fairline.linearize.macro_search import Architecture, Controller, Search, SharedNetwork
-from fairline.linearize.surrogates import fit_quadratics
-from fairline.masking import mask_relus, masked_relus, relu_count
+from fairline.linearize.surrogates import fit_surrogates
+from fairline.masking import SURROGATES, mask_relus, masked_relus, relu_count
 from fairline.models.cnet import CNet, SkipReLUs
 from fairline.objectives.erm import ERM
 from fairline.training import Epoch, run_epochs
@@ -161,8 +161,8 @@ class CryptoNAS(Linearizer):
             student = mask_relus(self._built(run, options), run.train.normalized(slice(2)), self.surrogate)
             student = student.to(run.device)
             self._meet(student, budget)
-            if self.surrogate == "quadratic":
-                fit_quadratics(student, run.train, seed=self.seed)
+            if SURROGATES[self.surrogate].learned:
+                fit_surrogates(student, run.train, seed=self.seed)
             configuration = (
                 f"{self.layers} layers, {options['width']} channels, stem of stride {options['stem_stride']}"
             )
