@@ -123,6 +123,12 @@ def test_the_code_about_deepreduce_runs(capsys):
     assert "α = 0.5" in said
 
 
+def test_the_code_about_cryptonas_runs(capsys):
+    (code,) = (code for code in blocks(ROOT / "docs" / "linearize.md", "python") if "CryptoNAS" in code)
+    exec(compile(code, "linearize.md", "exec"), {})
+    assert "3 layers, " in capsys.readouterr().out
+
+
 def test_the_new_method_in_the_documents_works(parts, trained, monkeypatch):
     """Under 40 lines, and all that a method needs: a registry line, exact budgets, what it says that it keeps."""
     (code,) = (code for code in blocks(ROOT / "docs" / "linearize.md", "python") if "REGISTRY[" in code)

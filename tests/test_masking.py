@@ -205,6 +205,7 @@ MODELS = {
     "resnet18": (lambda: build("resnet18", 5, width=4), (3, 32, 32), 16),
     "resnet34 with stem": (lambda: build("resnet34", 5, width=2, stem_relu=True), (3, 16, 16), 1 + 32),
     "cnn": (lambda: build("cnn", 4, width=4), (3, 16, 16), 3),
+    "cnet": (lambda: build("cnet", 4, width=2, layers=4, skips="1 01 101", skip_relus="once"), (3, 16, 16), 4 + 3 + 3),
     "vgg19": (lambda: build("vgg19", 5, width=2), (3, 32, 32), 16),
     "wide": (lambda: build("wide_resnet22_8", 5, width=4, final_relu=True), (3, 16, 16), 19),
     "imagenet": (ImageNetResNet, (3, 64, 64), 1 + 4 * 3),
@@ -281,6 +282,7 @@ def test_masking_again_keeps_the_masks():
             (16 + 5 * 128) * 1024 + 128 * 1024 + 5 * 256 * 256 + 256 * 256 + 5 * 512 * 64 + 512 * 64,
         ),
         ("wide_resnet22_8", {"width": 16}, 32, (16 + 5 * 16 + 16) * 1024 + 5 * 32 * 256 + 32 * 256 + 5 * 64 * 64),
+        ("cnet", {"width": 14}, 32, 86_016),
         ("cnn", {"width": 16}, 8, 16 * 64 + 32 * 16 + 64 * 4),
     ],
 )

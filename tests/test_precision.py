@@ -33,6 +33,7 @@ STAGES = {
     "snl": {"max_epochs": 1},
     "senet": {"sensitivity_epochs": 1, "mask_epochs": 1, "epochs": 1},
     "deepreduce": {"criticality_epochs": 1, "reshape_epochs": 1},
+    "cryptonas": {"layers": 3, "search_epochs": 1, "controller_steps": 1, "samples": 1, "train_epochs": 1},
 }
 #: Measures that compute in all ways that an audit does: forward passes, gradients, products and searches.
 EXPLAINS = {"accuracy": {}, "gradient_norm": {}, "curvature": {}, "margin": {}, "boundary_distance": {}}
@@ -391,7 +392,13 @@ def criticality(_tmp_path, _method):
 
 @pytest.mark.parametrize(
     ("run", "method"),
-    [(several_stages, "snl"), (several_stages, "senet"), (several_stages, "deepreduce"), (criticality, "deepreduce")],
+    [
+        (several_stages, "snl"),
+        (several_stages, "senet"),
+        (several_stages, "deepreduce"),
+        (several_stages, "cryptonas"),
+        (criticality, "deepreduce"),
+    ],
 )
 def test_a_processor_without_units_is_warned_of_once_and_tried_once_a_run(
     seconds, monkeypatch, caplog, tmp_path, run, method

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fairline.linearize import SNL as SNL
     from fairline.linearize import AutoReP as AutoReP
     from fairline.linearize import CoordinateDescent as CoordinateDescent
+    from fairline.linearize import CryptoNAS as CryptoNAS
     from fairline.linearize import DeepReDuce as DeepReDuce
     from fairline.linearize import Delphi as Delphi
     from fairline.linearize import Layerwise as Layerwise
@@ -77,6 +78,7 @@ _LAZY = {
     "Chi2DRO": "fairline.objectives",
     "CompiledNetwork": "fairline.compiler",
     "CoordinateDescent": "fairline.linearize",
+    "CryptoNAS": "fairline.linearize",
     "DeepReDuce": "fairline.linearize",
     "Delphi": "fairline.linearize",
     "SAFENet": "fairline.linearize",

@@ -26,6 +26,7 @@ FAST = {
     "deepreduce": {"stages": "2,5,8", "criticality_epochs": 1, "reshape_epochs": 1},
     "delphi": {"population": 2, "generations": 1, "batch_size": 64},
     "safenet": {"population": 2, "generations": 1, "batch_size": 64, "samples": 50},
+    "cryptonas": {"layers": 3, "search_epochs": 1, "controller_steps": 1, "samples": 1, "train_epochs": 1},
 }
 
 

@@ -242,6 +242,7 @@ def test_onnx_computes_what_the_network_computes(case, images, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
+        ("cnet", {"width": 2, "skips": "101010101010101"}),
         ("cnn", {"width": 4}),
         ("resnet18", {"width": 4}),
         ("resnet34", {"width": 4, "stem_relu": True}),

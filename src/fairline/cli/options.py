@@ -78,7 +78,8 @@ Model = Annotated[
     str,
     typer.Option(
         "--model",
-        help="cnn, resnet18, resnet34, vgg19, wide_resnet22_8, or your own as module:function or file.py:function.",
+        help="cnet, cnn, resnet18, resnet34, vgg19, wide_resnet22_8, or your own as module:function or "
+        "file.py:function.",
     ),
 ]
 Width = Annotated[int | None, typer.Option("--width", help="Channels of the first stage; the model's own by default.")]
@@ -142,6 +143,7 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1,
 LINEARIZERS = (
     "snl",
     "deepreduce",
+    "cryptonas",
     "senet",
     "autorep",
     "coordinate_descent",

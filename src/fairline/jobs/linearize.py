@@ -183,10 +183,14 @@ def _differing(choice: Any) -> dict[str, Any]:
 
 def _described(cut: Linearized, common: NetworkInfo) -> NetworkInfo:
     """What stands beside a cut network."""
-    options = {**common.model.options, **cut.info.get("model_options", {})}
+    if "model" in cut.info:
+        # A network of another architecture, which none of the user's files builds.
+        model = replace(common.model, **cut.info["model"], files={})
+    else:
+        model = replace(common.model, options={**common.model.options, **cut.info.get("model_options", {})})
     return replace(
         common,
-        model=replace(common.model, options=options),
+        model=model,
         relus=cut.relus,
         total=cut.total,
         budget=cut.budget,

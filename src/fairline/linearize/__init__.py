@@ -11,6 +11,7 @@ from fairline._registry import build_named
 from fairline.linearize.autorep import AutoReP
 from fairline.linearize.base import Linearized, Linearizer, resolve_budgets
 from fairline.linearize.coordinate_descent import CoordinateDescent
+from fairline.linearize.cryptonas import CryptoNAS
 from fairline.linearize.deepreduce import FINETUNE_PRESETS, DeepReDuce
 from fairline.linearize.delphi import Delphi
 from fairline.linearize.for_cost import ForCost
@@ -27,6 +28,7 @@ from fairline.linearize.taylor import Taylor
 REGISTRY: dict[str, type[Linearizer]] = {
     "snl": SNL,
     "deepreduce": DeepReDuce,
+    "cryptonas": CryptoNAS,
     "senet": SENet,
     "autorep": AutoReP,
     "coordinate_descent": CoordinateDescent,
@@ -62,6 +64,7 @@ __all__ = [
     "SNL",
     "AutoReP",
     "CoordinateDescent",
+    "CryptoNAS",
     "DeepReDuce",
     "Delphi",
     "ForCost",

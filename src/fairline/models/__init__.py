@@ -15,6 +15,7 @@ from fairline.errors import FairlineError
 
 #: Architecture → (module, function). The function takes num_classes, in_channels, image_size and its options.
 REGISTRY: dict[str, tuple[str, str]] = {
+    "cnet": ("fairline.models.cnet", "cnet"),
     "cnn": ("fairline.models.cnn", "cnn"),
     "resnet18": ("fairline.models.resnet", "resnet18"),
     "resnet34": ("fairline.models.resnet", "resnet34"),
@@ -36,7 +37,7 @@ def build(
         image_size: Side of the image in pixels, or (height, width); a function of your own gets a tuple only
             if they differ.
         options: Passed on; ``width`` for all, ``stem_stride`` for all but the tiny one, ``stem_relu`` for the ResNets,
-            ``final_relu`` for the wide ones.
+            ``final_relu`` for the wide ones, ``layers``, ``skips``, ``kernels``, … for CNets.
 
     Returns:
         The network, in training mode.

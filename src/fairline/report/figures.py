@@ -94,6 +94,7 @@ METHOD_NAMES = {
     "safenet": "SAFENet",
     "taylor": "Taylor",
     "shapley": "Shapley",
+    "cryptonas": "CryptoNAS",
 }
 
 
