@@ -229,7 +229,7 @@ def test_what_does_not_go_with_shared_signs():
     layer = sharing(patches((2, 3, 3), (2, 2)))
     with pytest.raises(FairlineError, match="no mask can be learned"):
         layer.learn()
-    with pytest.raises(FairlineError, match="no quadratics can stand for"):
+    with pytest.raises(FairlineError, match="no other surrogate can stand beside"):
         layer.use_surrogate("quadratic")
     layer.share(None)
     layer.use_surrogate("quadratic")

@@ -147,6 +147,7 @@ LINEARIZERS = (
     "coordinate_descent",
     "delphi",
     "safenet",
+    "block_relu",
     "layerwise",
     "magnitude",
     "random",

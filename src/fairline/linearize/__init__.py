@@ -10,6 +10,7 @@ from typing import Any
 from fairline._registry import build_named
 from fairline.linearize.autorep import AutoReP
 from fairline.linearize.base import Linearized, Linearizer, resolve_budgets
+from fairline.linearize.block_relu import BlockReLU
 from fairline.linearize.coordinate_descent import CoordinateDescent
 from fairline.linearize.deepreduce import FINETUNE_PRESETS, DeepReDuce
 from fairline.linearize.delphi import Delphi
@@ -30,6 +31,7 @@ REGISTRY: dict[str, type[Linearizer]] = {
     "coordinate_descent": CoordinateDescent,
     "delphi": Delphi,
     "safenet": SAFENet,
+    "block_relu": BlockReLU,
     "layerwise": Layerwise,
     "magnitude": Magnitude,
     "random": Random,
@@ -57,6 +59,7 @@ __all__ = [
     "REGISTRY",
     "SNL",
     "AutoReP",
+    "BlockReLU",
     "CoordinateDescent",
     "DeepReDuce",
     "Delphi",

@@ -613,8 +613,8 @@ _PART_OF = {
     "max_pool": "max_pool",
 }
 
-#: What each operator of :data:`fairline.private.graph.OPERATORS` costs; a polynomial without the ReLUs beside it, shared
-#: ReLUs without their comparisons.
+#: What each operator of :data:`fairline.private.graph.OPERATORS` costs; a polynomial without the ReLUs beside it,
+#: shared ReLUs without their comparisons.
 OPERATORS: dict[str, Callable[[PlainGraph, Node, ProtocolCost, int], Cost]] = {
     "conv2d": _conv2d,
     "linear": _linear,
