@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fairline._io import atomic_path, write_text
-from fairline.masking import mask_relus, masked_relus
+from fairline.masking import mask_relus, masked_relus, patches
 from fairline.models import build
 from fairline.private import Network, PlainGraph, estimate, measure, to_graph
 from fairline.private.graph import Node
@@ -286,11 +286,14 @@ def calibration_graphs() -> dict[str, dict[str, PlainGraph]]:
         first = conv(3, 8, side, 1)
         quadratic = one_operation("quadratic", shape, shape, {"coefficients": (3, 8, 1, 1)}, mask="none")
         quadratic.masks["none"] = torch.zeros(shape, dtype=torch.bool)
+        shared = one_operation("shared_relu", shape, shape, {}, mask="signs")
+        shared.masks["signs"] = patches(shape, (2, 2)).long()
         operations = {
             "relu": one_operation("relu", shape, shape, {}),
             "scale": one_operation("scale", shape, shape, {}, factor=0.3),
             "affine": one_operation("affine", shape, shape, {"scale": (8, 1, 1), "shift": (8, 1, 1)}),
             "quadratic": quadratic,
+            "relu, 2×2 patches": shared,
         }
         elementwise[f"elements {8 * side * side}"] = {BASELINE: first} | {
             name: after_conv(graph, first) for name, graph in operations.items()

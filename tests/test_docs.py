@@ -96,7 +96,7 @@ def test_every_protocol_and_operator_is_documented():
         assert f"| `{name}` |" in text
     for name in OPERATORS:
         assert f"`{name}`" in text
-    assert len(OPERATORS) == 14
+    assert len(OPERATORS) == 15
 
 
 def test_every_objective_is_documented():

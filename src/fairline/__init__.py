@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fairline.inference import predict as predict
     from fairline.linearize import SNL as SNL
     from fairline.linearize import AutoReP as AutoReP
+    from fairline.linearize import BlockReLU as BlockReLU
     from fairline.linearize import CoordinateDescent as CoordinateDescent
     from fairline.linearize import CryptoNAS as CryptoNAS
     from fairline.linearize import DeepReDuce as DeepReDuce
@@ -73,6 +74,7 @@ _LAZY = {
     "AdaAlpha": "fairline.objectives",
     "AdaMargin": "fairline.objectives",
     "AutoReP": "fairline.linearize",
+    "BlockReLU": "fairline.linearize",
     "AuditReport": "fairline.audit",
     "BalancedKD": "fairline.objectives",
     "Chi2DRO": "fairline.objectives",

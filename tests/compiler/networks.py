@@ -9,7 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from fairline.masking import mask_relus, masked_relus
+from fairline.masking import mask_relus, masked_relus, patches, prototypes
+from fairline.masking.sharing import effective
 from fairline.masking.surrogates import held
 from fairline.models import build
 from fairline.private.graph import Node, PlainGraph
@@ -29,6 +30,7 @@ STEPS = (
     "max_pool",
     "quadratic",
     "polynomial",
+    "shared_relu",
 )
 
 
@@ -81,6 +83,12 @@ class Maker:
         elif kind == "relu":
             mask = None if self.draw(st.booleans()) and math.prod(shape) < 20 else self.mask(shape)
             self.emit("relu", (source,), shape, mask=mask)
+        elif kind == "shared_relu":
+            mask, draw = self.mask(shape), self.draw
+            blocks = [draw(st.tuples(*[st.integers(1, 3)] * 2)) for _ in range(shape[0])]
+            prototype = draw(st.integers(0, shape[0] - 1))
+            signs = patches(shape, blocks) if draw(st.booleans()) else prototypes(shape, [prototype] * shape[0])
+            self.emit("shared_relu", (source,), shape, mask=effective(signs, mask))
         elif kind == "quadratic":
             weight = self.weight(f"{name}.coefficients", 3, shape[0], 1, 1)
             self.emit("quadratic", (source,), shape, [weight], self.mask(shape))

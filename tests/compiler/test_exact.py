@@ -64,7 +64,7 @@ def test_the_dense_form_is_the_formula_with_full_jacobians(graph, schedule):
     images = images_of(graph)
     same(built(images), dense_logits(regions.graph, images))
     assert {node.op for node in built.nodes} <= {
-        "linear", "relu", "quadratic", "polynomial", "max_pool", "gather", "reshape", "concat", "add"
+        "linear", "relu", "quadratic", "polynomial", "shared_relu", "max_pool", "gather", "reshape", "concat", "add"
     }  # fmt: skip
 
 
@@ -85,7 +85,8 @@ def test_columns_that_are_left_out_are_zero_and_no_unit_reads_one_of_its_level(g
         return
     rows = column[: dense.row_starts[1]]
     level = dense.levels[0]
-    expected = [slow[node.name]["x"][index] for node, index in level.relus] + [slow[n.name]["x"] for n in level.whole]
+    read = level.reads(regions.anatomy.shapes)
+    expected = [slow[name]["x"][units.index] for name, units in zip(level.names, read, strict=True)]
     torch.testing.assert_close(rows, torch.cat(expected), rtol=1e-9, atol=1e-12)
     for name, units in zip(level.names, level.reads(regions.anatomy.shapes), strict=True):
         for other, own in zip(level.names, level.gives(regions.anatomy.shapes), strict=True):

@@ -28,7 +28,7 @@ def corrected(graph: PlainGraph, x: Tensor, corrections: dict[str, Tensor]) -> d
     values, bent = {"x": x}, nonlinear_nodes(graph)
     for node in graph.nodes:
         inputs = [values[name] for name in node.inputs]
-        if node.op == "relu" or node.name in bent:
+        if node.op in ("relu", "shared_relu") or node.name in bent:
             value = OPERATORS["avg_pool"](graph, node, inputs, ()) if node.op == "max_pool" else inputs[0]
             values[node.name] = value + corrections.get(node.name, 0)
         else:

@@ -45,7 +45,7 @@ class Ablation:
 
     Attributes:
         layers: Masks that keep a ReLU, by module name, in the order of modules.
-        count: r, how many ReLUs are kept for each image.
+        count: r, how many units are corrected for each image: as many as ReLUs are kept, unless they share signs.
         bends: What is not affine even without corrections and stays: functions, as torch names them, and how many
             modules call each; ``quadratic_surrogate`` and other polynomials, and how many layers have them.
 
@@ -66,7 +66,7 @@ class Ablation:
         masks = masked_relus(network)
         self.layers = {name: layer for name, layer in masks.items() if layer.num_kept}
         self.kept = {name: layer.kept.clone() for name, layer in self.layers.items()}
-        self.count = sum(layer.num_kept for layer in self.layers.values())
+        self.count = sum(int(kept.sum()) for kept in self.kept.values())
         self.bends = {
             name: len(paths.keys() - masks.keys())
             for name, paths in _seen(network, example).others.items()

@@ -151,6 +151,7 @@ LINEARIZERS = (
     "safenet",
     "taylor",
     "shapley",
+    "block_relu",
     "layerwise",
     "magnitude",
     "random",

@@ -27,6 +27,7 @@ from torch import Tensor
 from fairline.compiler.frontiers import Anatomy, Frontier, reaches
 from fairline.compiler.pieces import Piece
 from fairline.compiler.structure import size
+from fairline.masking.sharing import effective
 from fairline.private.graph import Node
 
 Schedule = Literal["push", "pull", "mixed"]
@@ -58,35 +59,42 @@ class Level:
 
     Attributes:
         relus: Nodes, each with those of its units that are of this level.
+        shared: Nodes with shared signs, each with the units that they read, and those of them that signs decide.
         whole: Nodes of other kinds, all of whose units are.
     """
 
     relus: tuple[tuple[Node, Tensor], ...]
+    shared: tuple[tuple[Node, Tensor, Tensor], ...]
     whole: tuple[Node, ...]
 
     @property
     def names(self) -> list[str]:
         """Of its nodes."""
-        return [node.name for node, _ in self.relus] + [node.name for node in self.whole]
+        nodes = [node for node, _ in self.relus] + [node for node, *_ in self.shared]
+        return [node.name for node in (*nodes, *self.whole)]
 
     @property
     def units(self) -> int:
         """Units that are evaluated."""
-        return sum(len(index) for _, index in self.relus) + sum(size(node.shape) for node in self.whole)
+        parts = [index for _, index in self.relus] + [decided for _, _, decided in self.shared]
+        return sum(map(len, parts)) + sum(size(node.shape) for node in self.whole)
 
     def within(self, names: set[str]) -> Level:
         """The part of it whose nodes are among these."""
-        relus = tuple((node, index) for node, index in self.relus if node.name in names)
-        return Level(relus, tuple(node for node in self.whole if node.name in names))
+        relus = tuple(each for each in self.relus if each[0].name in names)
+        shared = tuple(each for each in self.shared if each[0].name in names)
+        return Level(relus, shared, tuple(node for node in self.whole if node.name in names))
 
     def reads(self, shapes: Shapes) -> list[Units]:
         """What it takes from affine maps: a row for each unit."""
         rows = [Units(node.inputs[0], index) for node, index in self.relus]
+        rows += [Units(node.inputs[0], read) for node, read, _ in self.shared]
         return rows + [everything(node.inputs[0], shapes) for node in self.whole]
 
     def gives(self, shapes: Shapes) -> list[Units]:
         """What it gives to later affine maps: a column for each unit."""
         columns = [Units(node.name, index) for node, index in self.relus]
+        columns += [Units(node.name, decided) for node, _, decided in self.shared]
         return columns + [everything(node.name, shapes) for node in self.whole]
 
 
@@ -105,8 +113,10 @@ class Levels:
         for depth in range(1, max((int(each.max()) for each in depths.values()), default=0) + 1):
             chosen = [(node, depths[node.name] == depth) for node in nodes]
             relus = [(node, anatomy.needed[node.name][own]) for node, own in chosen if node.op == "relu" and own.any()]
-            whole = [node for node, own in chosen if node.op != "relu" and own.any()]
-            self.levels.append(Level(tuple(relus), tuple(whole)))
+            others = [node for node, own in chosen if node.op != "relu" and own.any()]
+            shared = [(n, anatomy.voters(n), anatomy.needed[n.name]) for n in others if n.op == "shared_relu"]
+            whole = [node for node in others if node.op != "shared_relu"]
+            self.levels.append(Level(tuple(relus), tuple(shared), tuple(whole)))
         targets: list[dict[str, Tensor]] = []
         #: Which row of ``reach`` is of which level and node.
         self.rows: dict[tuple[int, str], int] = {}
@@ -302,6 +312,14 @@ class _Emitter:
             own = self.part(value, length, 0, count)
             self.known.append((self.piece.add("relu", (own,), (count,)), (count,), column))
             column, row = column + count, count
+        for node, read, decided in level.shared:
+            taken = self.part(value, length, row, row + len(read))
+            signs = self.block.anatomy.graph.masks[str(node.mask)].flatten(1)[:, read]
+            kept = torch.isin(read, decided)
+            name = self.piece.add("shared_relu", (taken,), (len(read),), mask=effective(signs, kept))
+            given = self.piece.take(name, (len(read),), kept.nonzero().flatten())
+            self.known.append((given, (len(decided),), column))
+            column, row = column + len(decided), row + len(read)
         for node in level.whole:
             shape = self.shapes[node.inputs[0]]
             index = torch.arange(row, row + size(shape))

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fairline.compiler.structure import AFFINE, read_by, readers, require_known, size
+from fairline.compiler.structure import AFFINE, PASSING, read_by, readers, require_known, size
 from fairline.private.graph import POLYNOMIALS, Node, PlainGraph, kept_relus, straight
 
 #: What takes derivatives back through one affine node: from its output's to those of its inputs.
@@ -35,7 +35,8 @@ class Anatomy:
     """A plain graph as the compiler sees it.
 
     Nonlinear nodes are ReLUs that keep any unit that matters, polynomials that bend and max poolings; all others are
-    affine. A ReLU passes on the units that it does not keep.
+    affine. A ReLU passes on the units that it does not keep; one with shared signs keeps those
+    that a sign decides.
 
     Args:
         graph: Its weights are not read.
@@ -60,8 +61,10 @@ class Anatomy:
             node.name: torch.ones(size(node.shape), dtype=torch.bool)
             if node.mask is None
             else self.graph.masks[node.mask].flatten()
-            for node in self.nodes
             if node.op == "relu"
+            else self.graph.masks[node.mask][0].flatten() >= 0
+            for node in self.nodes
+            if node.op in PASSING
         }
 
     @cached_property
@@ -73,15 +76,23 @@ class Anatomy:
                 marked[name] = marked[name] + value if name in marked else value
         return {name: ((marked[name].flatten() > 0) & kept).nonzero().flatten() for name, kept in self.kept.items()}
 
+    def voters(self, node: Node) -> Tensor:
+        """Units that a node with shared signs reads: those that it needs, and those that vote for their signs."""
+        decides, votes = self.graph.masks[str(node.mask)].flatten(1)
+        needed = self.needed[node.name]
+        reads = torch.isin(votes, decides[needed])
+        reads[needed] = True
+        return reads.nonzero().flatten()
+
     def nonlinear(self, node: Node) -> bool:
         """Whether a node is one."""
-        if node.op == "relu":
+        if node.op in PASSING:
             return len(self.needed[node.name]) > 0
         return node.op not in AFFINE and not (node.op in POLYNOMIALS and straight(self.graph, node))
 
     def passes(self, node: Node, value: Tensor) -> Tensor:
         """The units of a nonlinear node's input, (B, *shape), that its output repeats; 0 in the place of all others."""
-        if node.op != "relu":
+        if node.op not in PASSING:
             return value.new_zeros(len(value), *node.shape)
         return value.masked_fill(self.kept[node.name].view(node.shape), 0)
 
@@ -144,10 +155,10 @@ class Anatomy:
                 found[node.name] = output
             if self.nonlinear(node):
                 found[node.name] = output
-                if node.op != "relu":
+                if node.op not in PASSING:
                     continue
                 inputs = [self.passes(node, output)]
-            elif node.op == "relu":
+            elif node.op in PASSING:
                 # Of its kept units none matters.
                 inputs = [output]
             else:
@@ -159,7 +170,8 @@ class Anatomy:
     def depths(self, start: int) -> dict[str, Tensor]:
         """How long the longest chain of nonlinear units is that ends in each unit, from a position on.
 
-        Two ReLUs of which none reads the other, through whatever lies between, can be evaluated at once.
+        Two ReLUs of which none reads the other, through whatever lies between, can be evaluated at once. Those of one
+        node with shared signs always are.
 
         Args:
             start: What is live there has depth 0.
@@ -174,7 +186,15 @@ class Anatomy:
         for place, node in enumerate(self.nodes[start:], start):
             inputs = [beyond[name] for name in node.inputs]
             if not self.nonlinear(node):
-                beyond[node.name] = inputs[0] if node.op == "relu" else readers(self.graph, node, inputs)
+                beyond[node.name] = inputs[0] if node.op in PASSING else readers(self.graph, node, inputs)
+            elif node.op == "shared_relu":
+                flat = inputs[0].flatten(1)
+                deepest = int(flat[:, self.voters(node)].amax(1).sum()) + 1
+                output = flat.clone()
+                output[:, self.kept[node.name]] = 0
+                output[:deepest, self.needed[node.name]] = 1
+                beyond[node.name] = output.view(-1, *node.shape)
+                depths[node.name] = torch.tensor([deepest])
             elif node.op == "relu":
                 flat = inputs[0].flatten(1)
                 output, needed = flat.clone(), self.needed[node.name]
@@ -199,7 +219,7 @@ def tidy(graph: PlainGraph) -> PlainGraph:
     nodes = []
     for node in graph.nodes:
         node = replace(node, inputs=tuple(renamed.get(name, name) for name in node.inputs))
-        if node.op == "relu" and not kept_relus(graph, node) and node is not graph.nodes[-1]:
+        if node.op in PASSING and not kept_relus(graph, node) and node is not graph.nodes[-1]:
             renamed[node.name] = node.inputs[0]
         else:
             nodes.append(node)

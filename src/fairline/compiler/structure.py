@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fairline.errors import FairlineError
+from fairline.masking.sharing import Sharing
 from fairline.private.graph import MASKED, OPERATORS, Node, PlainGraph
 
 
@@ -37,6 +38,14 @@ def _add(graph: PlainGraph, node: Node, inputs: Sequence[Tensor], _: Sequence[Te
     return inputs[0] + inputs[1]
 
 
+def _shared_relu(graph: PlainGraph, node: Node, inputs: Sequence[Tensor], _: Sequence[Tensor]) -> Tensor:
+    sharing, flat = Sharing.of(graph.masks[str(node.mask)]), inputs[0].flatten(1)
+    votes = [flat[:, own.flatten()].unflatten(1, own.shape).sum(2) for own in sharing.voters]
+    # A unit that passes has the sign beyond the last, for which nobody votes.
+    read = torch.cat([*votes, flat.new_zeros(len(flat), 1)], 1)[:, sharing.gate]
+    return (flat + read).view(-1, *node.shape)
+
+
 #: Of each operator a linear map of counts, positive exactly where a unit reads a unit whose count is positive.
 _COUNTS: dict[str, Callable[[PlainGraph, Node, Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
     "conv2d": _conv2d,
@@ -45,9 +54,13 @@ _COUNTS: dict[str, Callable[[PlainGraph, Node, Sequence[Tensor], Sequence[Tensor
     "add": _add,
     "scale": _each,
     **dict.fromkeys(MASKED, _each),
+    "shared_relu": _shared_relu,
     "max_pool": OPERATORS["avg_pool"],
     **{name: OPERATORS[name] for name in ("concat", "avg_pool", "mean", "reshape", "gather")},
 }
+
+#: Operators that pass the units on that they do not keep.
+PASSING = frozenset({"relu", "shared_relu"})
 
 #: Operators whose output is affine in their input.
 AFFINE = frozenset(_COUNTS) - {*MASKED, "max_pool"}

@@ -16,6 +16,7 @@ from fairline._io import load_tensors
 from fairline.compiler.mask_cost import with_kept
 from fairline.errors import FairlineError
 from fairline.masking import masked_relus
+from fairline.masking.files import SIGNS
 from fairline.private.basis import PREDICTED
 from fairline.private.cost import COSTS, PARTS, estimate
 from fairline.private.export import to_graph
@@ -75,8 +76,9 @@ def _graphs(networks: Mapping[str, Path]) -> dict[str, tuple[NetworkInfo, PlainG
     alike: dict[str, dict[str, NetworkInfo]] = {}
     for name, folder in networks.items():
         info = load_info(folder)
-        # What is compiled has a graph of its own; all others of an architecture share one.
-        shared = [asdict(info.model), info.surrogate, name if info.compiled else ""]
+        # What is compiled or shares signs has a graph of its own; all others of an architecture have one.
+        own = info.compiled or _shares_signs(folder)
+        shared = [asdict(info.model), info.surrogate, name if own else ""]
         alike.setdefault(json.dumps(shared, sort_keys=True, default=str), {})[name] = info
     found: dict[str, tuple[NetworkInfo, PlainGraph]] = {}
     for infos in alike.values():
@@ -92,8 +94,8 @@ def _graphs(networks: Mapping[str, Path]) -> dict[str, tuple[NetworkInfo, PlainG
 def _graphs_alike(folders: Mapping[str, Path]) -> dict[str, PlainGraph]:
     """Public graphs of networks that differ in weights and masks alone."""
     first = next((each for each in folders.values() if (each / "masks.safetensors").exists()), None)
-    if first is None:
-        # The base network, or one that is compiled and says its graph itself.
+    if first is None or _shares_signs(first):
+        # The base network, one that is compiled and says its graph itself, or one that shares signs.
         return {name: _exported(folder) for name, folder in folders.items()}
     model, info = load_network(first)
     sizes = {}
@@ -110,6 +112,12 @@ def _exported(folder: Path) -> PlainGraph:
         return PlainGraph.load_public(folder / "graph.safetensors")
     model, info = load_network(folder)
     return to_graph(model, info.model.example()).public()
+
+
+def _shares_signs(folder: Path) -> bool:
+    """Whether units of a network share signs."""
+    file = folder / "masks.safetensors"
+    return file.exists() and any(name.endswith(SIGNS) for name in load_tensors(file)[0])
 
 
 def _kept(folder: Path) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import Any
 from fairline._registry import build_named
 from fairline.linearize.autorep import AutoReP
 from fairline.linearize.base import Linearized, Linearizer, resolve_budgets
+from fairline.linearize.block_relu import BlockReLU
 from fairline.linearize.coordinate_descent import CoordinateDescent
 from fairline.linearize.cryptonas import CryptoNAS
 from fairline.linearize.deepreduce import FINETUNE_PRESETS, DeepReDuce
@@ -36,6 +37,7 @@ REGISTRY: dict[str, type[Linearizer]] = {
     "safenet": SAFENet,
     "taylor": Taylor,
     "shapley": Shapley,
+    "block_relu": BlockReLU,
     "layerwise": Layerwise,
     "magnitude": Magnitude,
     "random": Random,
@@ -63,6 +65,7 @@ __all__ = [
     "REGISTRY",
     "SNL",
     "AutoReP",
+    "BlockReLU",
     "CoordinateDescent",
     "CryptoNAS",
     "DeepReDuce",

@@ -317,6 +317,11 @@ class Linearizer(ABC):
     def _all_cuts(self, run: Linearization) -> Iterator[Cut]:
         """What the network meets as it is, what an interrupted run has met, then what the method finds."""
         yield from self.untouched(run)
+        if run.budgets and any(layer.signs is not None for layer in masked_relus(run.student).values()):
+            raise FairlineError(
+                f"Units of {type(run.student).__name__} share signs, {run.open} for each image; no method goes on from "
+                "there. Start from the network before that."
+            )
         if self.for_cost is not None and run.budgets:
             self.for_cost.choose(run, self.seed)
             yield from self.untouched(run)

@@ -12,6 +12,7 @@ from fairline.masking.layer import (
     masked_relus,
     surrogate_of,
 )
+from fairline.masking.sharing import patches, prototypes
 from fairline.masking.surrogates import (
     MIXED,
     OF_DEGREE,
@@ -42,6 +43,8 @@ __all__ = [
     "mask_relus",
     "masked_graph",
     "masked_relus",
+    "patches",
+    "prototypes",
     "relu_count",
     "require_surrogate",
     "save_masks",

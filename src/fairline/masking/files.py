@@ -14,6 +14,10 @@ from fairline.masking.layer import (
     masked_relus,
     surrogate_of,
 )
+from fairline.masking.sharing import require_signs
+
+#: What follows a layer's name in the name of its shared signs.
+SIGNS = ".signs"
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class MaskInfo:
         layers: Shapes of the activations.
         surrogate: What stands in a ReLU's place, ``"mixed"`` where channels differ.
         degrees: Of layers whose channels were given surrogates of their own: the degree of each.
+        shared: Layers whose units share signs.
     """
 
     method: str
@@ -35,6 +40,7 @@ class MaskInfo:
     layers: dict[str, list[int]]
     surrogate: str = "identity"
     degrees: dict[str, list[int]] = field(default_factory=dict)
+    shared: tuple[str, ...] = ()
 
 
 def save_masks(path: str | Path, model: nn.Module, *, method: str, budget: int, seed: int | None) -> None:
@@ -54,14 +60,18 @@ def save_masks(path: str | Path, model: nn.Module, *, method: str, budget: int, 
     if not layers or any(layer.weight is not None for layer in layers.values()):
         raise FairlineError(f"{type(model).__name__} has no fixed masks to save.")
     shapes = {name: list(layer.shape) for name, layer in layers.items()}
+    signs = {f"{name}{SIGNS}": layer.signs for name, layer in layers.items() if layer.signs is not None}
+    shared = tuple(name.removesuffix(SIGNS) for name in signs)
     surrogate = surrogate_of(model)
     # A network whose surrogates are all zero says so by their name.
     degrees = {} if surrogate == "zero" else {name: layer.degrees for name, layer in layers.items()}
     chosen = {name: own.tolist() for name, own in degrees.items() if own is not None}
-    about = asdict(MaskInfo(method, budget, seed, shapes, surrogate, chosen))
+    about = asdict(MaskInfo(method, budget, seed, shapes, surrogate, chosen, shared))
     if not chosen:
         del about["degrees"]
-    save_tensors(path, {name: layer.kept for name, layer in layers.items()}, about)
+    if not shared:
+        del about["shared"]
+    save_tensors(path, {**{name: layer.kept for name, layer in layers.items()}, **signs}, about)
 
 
 def load_masks(path: str | Path, model: nn.Module) -> MaskInfo:
@@ -82,6 +92,8 @@ def load_masks(path: str | Path, model: nn.Module) -> MaskInfo:
     if not isinstance(metadata, dict) or not {"method", "budget", "seed", "layers"} <= metadata.keys():
         raise FairlineError(f"{path} is not a mask file.")
     layers = masked_relus(model)
+    shared = tuple(metadata.get("shared", ()))
+    signs = {name: tensors.pop(f"{name}{SIGNS}", None) for name in shared}
     unknown = sorted(tensors.keys() - layers.keys()) or sorted(layers.keys() - tensors.keys())
     if unknown:
         where = "the model" if unknown[0] in tensors else "the file"
@@ -101,9 +113,14 @@ def load_masks(path: str | Path, model: nn.Module) -> MaskInfo:
             f"{path} was made for {surrogate} surrogates, but the model's are {surrogate_of(model)}; "
             f"mask it with surrogate='{surrogate}'."
         )
+    for name, own in signs.items():
+        if own is None or name not in layers:
+            raise FairlineError(f"{path} is broken: it does not hold the signs that units of '{name}' share.")
+        require_signs(own, layers[name].shape)
     for name, layer in layers.items():
         if name in degrees:
             layer.use_degrees(torch.tensor(degrees[name]))
         layer.set_mask(tensors[name])
+        layer.share(signs.get(name))
     about = metadata["method"], metadata["budget"], metadata["seed"], metadata["layers"]
-    return MaskInfo(*about, surrogate, degrees)
+    return MaskInfo(*about, surrogate, degrees, shared)

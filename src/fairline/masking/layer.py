@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fairline.errors import FairlineError
+from fairline.masking.sharing import Sharing, effective, require_signs, shared_relu
 from fairline.masking.surrogates import (
     MIXED,
     OF_DEGREE,
@@ -139,7 +140,7 @@ class MaskedReLU(nn.Module):
     """A ReLU with one mask entry for each unit of its activation.
 
     Fixed masks (:meth:`set_mask`) hold 0 or 1 and cost what a plain ReLU costs. Learned masks (:meth:`learn`)
-    are real numbers with a gradient, one a unit, a channel or a layer.
+    are real numbers with a gradient, one a unit, a channel or a layer. Kept units may share signs (:meth:`share`).
 
     Attributes:
         shape: Shape of the activation without the batch axis.
@@ -150,10 +151,13 @@ class MaskedReLU(nn.Module):
             weights; None where no channel has any to learn.
         degrees: int64, (C,): the degree of each channel's surrogate, 0 for zero and 1 for the identity, where they were
             chosen channel by channel or are zero; else None.
+        signs: int32, (2, *shape), where units share signs: which one decides each unit, and which one it votes for; see
+            :mod:`fairline.masking.sharing`. None where every unit has its own.
     """
 
     kept: Tensor
     _floor: Tensor
+    signs: Tensor | None
     weight: nn.Parameter | None
     gate: nn.Module | None
     coefficients: nn.Parameter | None
@@ -168,6 +172,8 @@ class MaskedReLU(nn.Module):
         self.register_module("gate", None)
         self.register_parameter("coefficients", None)
         self.register_buffer("degrees", None)
+        self.register_buffer("signs", None)
+        self._sharing: Sharing | None = None
         self._num_kept = math.prod(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,6 +187,9 @@ class MaskedReLU(nn.Module):
             return self._learned(x)
         if self._num_kept == 0:
             return self.substitute(x)
+        if self.signs is not None:
+            assert self._sharing is not None
+            return shared_relu(x, self._sharing)
         if self._num_kept == self.kept.numel():
             return F.relu(x)
         if self.coefficients is None and self.degrees is None:
@@ -230,6 +239,8 @@ class MaskedReLU(nn.Module):
             FairlineError: There is no such surrogate.
         """
         require_surrogate(surrogate)
+        if surrogate != "identity":
+            self._require_own_signs("other surrogate can stand beside")
         degree = SURROGATES[surrogate].degree
         before, self.degrees = self.polynomial, None
         self._hold(before, degree + 1 if SURROGATES[surrogate].learned else 0)
@@ -251,6 +262,8 @@ class MaskedReLU(nn.Module):
         unknown = set(found.tolist()) - OF_DEGREE.keys()
         if unknown:
             raise FairlineError(f"There is no surrogate of degree {min(unknown)}; degrees are 0 to {max(OF_DEGREE)}.")
+        if bool((found != 1).any()):
+            self._require_own_signs("other surrogate can stand beside")
         before = self.polynomial
         self._hold(before, len(POWER_SCALES) if bool((found > 1).any()) else 0)
         self.degrees = found.clone()
@@ -301,8 +314,34 @@ class MaskedReLU(nn.Module):
 
     @property
     def num_kept(self) -> int:
-        """How many ReLUs a fixed mask keeps for each sample."""
+        """How many ReLUs a fixed mask keeps for each sample; of units that share a sign, one."""
         return self._num_kept
+
+    def share(self, signs: Tensor | None) -> None:
+        """Let units share signs, which decide for those of them that the mask keeps.
+
+        Args:
+            signs: (2, *shape), as :func:`~fairline.masking.sharing.patches` gives them; None for a sign a unit.
+
+        Raises:
+            FairlineError: They are no signs of this layer, its mask is being learned, or quadratics stand in it.
+        """
+        if signs is not None:
+            require_signs(signs, self.shape)
+            if self.weight is not None or self.surrogate != "identity":
+                raise FairlineError("Signs are shared under a fixed mask, beside which the identity stands.")
+            signs = signs.to(self.kept.device, torch.int32)
+        self.signs = signs
+        self._refresh()
+
+    @property
+    def effective_signs(self) -> Tensor | None:
+        """int64, (2, *shape): the shared signs that decide a kept unit, numbered from 0 on; None where none are."""
+        return None if self.signs is None else effective(self.signs, self.kept)
+
+    def _require_own_signs(self, what: str) -> None:
+        if self.signs is not None:
+            raise FairlineError(f"Units of this layer share signs, which no {what}; give each unit its own (share).")
 
     def set_mask(self, kept: Tensor) -> None:
         """Fix the mask.
@@ -323,6 +362,7 @@ class MaskedReLU(nn.Module):
         Returns:
             The parameter to optimise. An entry starts at 1 where one of its units is kept, else at 0.
         """
+        self._require_own_signs("mask can be learned with")
         start = self.kept.float()
         shared = {"pixel": 0, "channel": 1, "layer": None}[granularity]
         if shared != 0:
@@ -332,10 +372,24 @@ class MaskedReLU(nn.Module):
         return self.weight
 
     def _refresh(self) -> None:
-        self._num_kept = int(self.kept.sum())
+        self._num_kept, self._sharing = int(self.kept.sum()), None
+        if self.signs is not None:
+            # Not when it is first needed: what is made within torch.func's transforms must not be kept.
+            self._sharing = Sharing.of(effective(self.signs, self.kept))
+            self._num_kept = self._sharing.signs
         self._floor = torch.where(self.kept, 0.0, -math.inf)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> MaskedReLU:
+        super()._apply(*args, **kwargs)
+        if self._sharing is not None:
+            self._sharing = self._sharing.to(self.kept.device)
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}kept" in state_dict:
+            # A state with masks says itself whether signs are shared.
+            signs = state_dict.get(f"{prefix}signs")
+            self.signs = None if signs is None else torch.empty_like(signs, device=self.kept.device)
         if (degrees := state_dict.get(f"{prefix}degrees")) is not None:
             self.use_degrees(degrees)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -344,6 +398,7 @@ class MaskedReLU(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         text = f"shape={self.shape}, " + ("learned" if self.weight is not None else f"kept={self._num_kept}")
+        text += "" if self.signs is None else f", deciding {int(self.kept.sum())} units"
         return text if self.surrogate == "identity" else f"{text}, surrogate={self.surrogate}"
 
 

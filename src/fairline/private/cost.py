@@ -1,9 +1,10 @@
 """What a private inference costs, predicted: bytes, rounds and seconds of a network on a protocol.
 
-A cost has parts (:data:`PARTS`): ReLUs, by the value and by the layer that keeps any; max pooling, which is comparisons
-as ReLUs are and which no mask touches; polynomials; linear layers; opening the result; and what a session costs before
-its first image. So it is never "ReLUs × constant": linear layers and pooling are a floor, and masks that empty whole
-layers save rounds that masks which thin them do not.
+A cost has parts (:data:`PARTS`): ReLUs, by the value and by the layer that keeps any, where signs are shared only the
+comparisons; the products with shared signs; max pooling, which is comparisons as ReLUs are and which no mask touches;
+polynomials; linear layers; opening the result; and what a session costs before its first image. So it is never "ReLUs ×
+constant": linear layers and pooling are a floor, and masks that empty whole layers save rounds that masks which thin
+them do not.
 
 Two protocols are calibrated on SPU 0.9.5, the engine that :mod:`fairline.private.spu` runs: ``cheetah`` and ``semi2k``.
 Two are from their papers, and predict only what those state: ``delphi`` and ``cryptflow2``.
@@ -59,6 +60,7 @@ class Cost:
 #: The parts of a cost, as people call them. All but the setup add up to what a call costs.
 PARTS = {
     "relu": "ReLUs",
+    "select": "products with shared signs",
     "max_pool": "max pooling",
     "quadratic": "polynomials",
     "linear": "linear layers",
@@ -86,6 +88,14 @@ class ProtocolCost(ABC):
     @abstractmethod
     def relu(self, n: int) -> Cost:
         """Sign and product of n values."""
+
+    def compare(self, n: int) -> Cost:
+        """Signs of n values; where no source tells, what whole ReLUs cost."""
+        return self.relu(n)
+
+    def select(self, n: int) -> Cost:
+        """Products of n shared values with signs that are shared; where no source tells, with any shared values."""
+        return self.product(n)
 
     @abstractmethod
     def matmul(self, m: int, k: int, n: int) -> Cost:
@@ -144,7 +154,7 @@ class Cheetah(ProtocolCost):
     TRUNCATE = 3.125
     #: Bytes of a comparison with zero and of the product with its result.
     SIGN, SELECT = 82.25, 16.25
-    #: Bytes of new oblivious transfers: 532,550 every 224,700 ReLUs.
+    #: Bytes of new oblivious transfers: 532,550 every 224,700 comparisons. (In five million products there were none.)
     TRANSFERS = 2.37
     #: Five ciphertexts for each 8,192 products with a private value.
     PRIVATE_PRODUCTS, PER_PRIVATE = 8192, 1_143_500
@@ -158,11 +168,19 @@ class Cheetah(ProtocolCost):
     WINDOW = 2.9e-5
     #: Seconds of a layer of ReLUs and of each, of a truncation and of each value.
     RELUS, RELU, TRUNCATION, TRUNCATED = 9.5e-3, 1.3e-5, 1.0e-3, 7e-7
+    #: Of a ReLU's rounds and seconds, those of the product; the seconds by its share of the bytes.
+    ROUNDS_SELECT, SELECTED = 2, RELU * SELECT / (SIGN + SELECT)
     ROUNDS_RELU, ROUNDS_MATMUL, ROUNDS_TRUNCATE, ROUNDS_PRIVATE, ROUNDS_PRODUCT = 20, 4, 2, 6, 2
 
     def relu(self, n: int) -> Cost:
-        seconds = self.RELUS + self.RELU * n
-        return Cost((self.SIGN + self.SELECT) * n, self.TRANSFERS * n, self.ROUNDS_RELU, seconds)
+        return self.compare(n) + self.select(n)
+
+    def compare(self, n: int) -> Cost:
+        seconds = self.RELUS + (self.RELU - self.SELECTED) * n
+        return Cost(self.SIGN * n, self.TRANSFERS * n, self.ROUNDS_RELU - self.ROUNDS_SELECT, seconds)
+
+    def select(self, n: int) -> Cost:
+        return Cost(self.SELECT * n, 0, self.ROUNDS_SELECT, self.SELECTED * n)
 
     def matmul(self, m: int, k: int, n: int) -> Cost:
         blocks = cut_matrices(m, k, n)
@@ -215,7 +233,13 @@ class Semi2k(ProtocolCost):
     OPEN, MULTIPLY, WINDOW, PRODUCT = 8.2e-8, 1.1e-9, 1.4e-5, 1.3e-3
 
     def relu(self, n: int) -> Cost:
-        return Cost(144 * n, rounds=8, compute_seconds=5.8e-3 + 1.4e-6 * n)
+        return self.compare(n) + self.select(n)
+
+    def compare(self, n: int) -> Cost:
+        return Cost(112 * n, rounds=7, compute_seconds=5.8e-3 + 1.1e-6 * n)
+
+    def select(self, n: int) -> Cost:
+        return Cost(32 * n, rounds=1, compute_seconds=3e-7 * n)
 
     def matmul(self, m: int, k: int, n: int) -> Cost:
         opened = m * k + k * n
@@ -241,6 +265,7 @@ class Semi2k(ProtocolCost):
 class Delphi(ProtocolCost):
     """DELPHI (Mishra et al. 2020): garbled circuits for ReLUs, Beaver triples for squares, linear work offline.
 
+    A shared sign is priced as a whole ReLU, an upper bound of its smaller circuit, and its products as squares.
     Online, a linear layer costs the image's owner one masked value for each input. Offline it costs ciphertexts, at
     least as many as hold its inputs and outputs: a lower bound, as the rotations' keys are left out.
     """
@@ -277,7 +302,8 @@ class CrypTFlow2(ProtocolCost):
     """CrypTFlow2 (Rathee et al. 2020): ReLUs and truncations by IKNP oblivious transfers, linear layers by HE.
 
     With ℓ ring bits, f fraction bits and λ = 128: a ReLU takes λℓ + 18ℓ bits and log₂ℓ + 4 rounds, a faithful
-    truncation λ(ℓ + f + 2) + 19ℓ + 14f bits and log₂ℓ + 3 rounds.
+    truncation λ(ℓ + f + 2) + 19ℓ + 14f bits and log₂ℓ + 3 rounds. Of a ReLU, the product with the sign takes
+    2(λ + 2ℓ) bits and two rounds (their multiplexer), the comparison the rest.
     """
 
     source = (
@@ -288,7 +314,14 @@ class CrypTFlow2(ProtocolCost):
     RING, FRACTION, SECURITY = 64, 18, 128
 
     def relu(self, n: int) -> Cost:
-        return Cost((self.SECURITY + 18) * self.RING / 8 * n, rounds=math.log2(self.RING) + 4, compute_seconds=math.nan)
+        return self.compare(n) + self.select(n)
+
+    def compare(self, n: int) -> Cost:
+        bits = (self.SECURITY + 18) * self.RING - 2 * (self.SECURITY + 2 * self.RING)
+        return Cost(bits / 8 * n, rounds=math.log2(self.RING) + 2, compute_seconds=math.nan)
+
+    def select(self, n: int) -> Cost:
+        return Cost(2 * (self.SECURITY + 2 * self.RING) / 8 * n, rounds=2, compute_seconds=math.nan)
 
     def matmul(self, m: int, k: int, n: int) -> Cost:
         return self.convolution(m * k, m * n, 1, m, k, n)
@@ -343,8 +376,8 @@ class Estimate:
         compute_seconds: On two CPU cores; NaN where no source tells.
         network_seconds: Bytes and rounds on this network.
         setup: Once a session; no part of the numbers above.
-        layers: A row for each operator, two where polynomials stand beside ReLUs: layer, op, part (see :data:`PARTS`),
-            relus, bytes, offline_bytes, rounds, compute_seconds.
+        layers: A row for each operator, two where polynomials stand beside ReLUs and where signs are shared: layer, op,
+            part (see :data:`PARTS`), relus, bytes, offline_bytes, rounds, compute_seconds.
         source: Where the constants come from.
     """
 
@@ -368,7 +401,7 @@ class Estimate:
 
     @property
     def relu_bytes(self) -> float:
-        """Of the bytes of a call, those that kept ReLUs cost."""
+        """Of the bytes of a call, those that kept ReLUs cost; of shared signs the comparisons."""
         return float(self.parts.loc["relu", "bytes"])
 
     @property
@@ -487,6 +520,8 @@ def part_costs(graph: PlainGraph, costs: ProtocolCost, batch: int = 1) -> Iterat
     for node in graph.nodes:
         if node.op in POLYNOMIALS and (kept := kept_relus(graph, node)):
             yield node, "relu", costs.relu(batch * kept)
+        if node.op == "shared_relu":
+            yield node, "relu", costs.compare(batch * kept_relus(graph, node))
         yield node, _PART_OF.get(node.op, "linear"), OPERATORS[node.op](graph, node, costs, batch)
     yield None, "open", costs.open(batch * graph.outputs)
 
@@ -556,6 +591,13 @@ def _polynomial(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) 
     return total + costs.product(batch * cubes) if cubes else total
 
 
+def _shared_relu(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
+    decides, votes = graph.masks[str(node.mask)]
+    # Voters are picked out, and signs for the decided units, which go back among the others.
+    decided, units = int((decides >= 0).sum()), math.prod(node.shape)
+    return costs.select(batch * decided) + costs.pick(batch * (int((votes >= 0).sum()) + decided + 2 * units))
+
+
 def _max_pool(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) -> Cost:
     window = math.prod(node.options["kernel"])
     one = costs.relu(batch * math.prod(node.shape) * (window - 1))
@@ -564,9 +606,15 @@ def _max_pool(graph: PlainGraph, node: Node, costs: ProtocolCost, batch: int) ->
 
 
 #: Operators whose cost is no linear layer's.
-_PART_OF = {"relu": "relu", **dict.fromkeys(POLYNOMIALS, "quadratic"), "max_pool": "max_pool"}
+_PART_OF = {
+    "relu": "relu",
+    **dict.fromkeys(POLYNOMIALS, "quadratic"),
+    "shared_relu": "select",
+    "max_pool": "max_pool",
+}
 
-#: What each operator of :data:`fairline.private.graph.OPERATORS` costs; a polynomial without the ReLUs beside it.
+#: What each operator of :data:`fairline.private.graph.OPERATORS` costs; a polynomial without the ReLUs beside it,
+#: shared ReLUs without their comparisons.
 OPERATORS: dict[str, Callable[[PlainGraph, Node, ProtocolCost, int], Cost]] = {
     "conv2d": _conv2d,
     "linear": _linear,
@@ -577,6 +625,7 @@ OPERATORS: dict[str, Callable[[PlainGraph, Node, ProtocolCost, int], Cost]] = {
     "relu": _relu,
     "quadratic": _polynomial,
     "polynomial": _polynomial,
+    "shared_relu": _shared_relu,
     "avg_pool": _truncated,
     "max_pool": _max_pool,
     "mean": _truncated,

@@ -14,6 +14,7 @@ from fairline.errors import FairlineError
 from fairline.inference import logits_of
 from fairline.masking import MaskedReLU, copy_model, masked_relus
 from fairline.masking.published import take_over_published
+from fairline.masking.sharing import Sharing, shared_relu
 from fairline.masking.surrogates import evaluate
 from fairline.private.graph import Node, PlainGraph
 from fairline.private.network import GraphNetwork
@@ -35,6 +36,11 @@ def _polynomial(x: Tensor, kept: Tensor, coefficients: Tensor, degrees: Tensor) 
     return torch.where(kept, x.clamp_min(0), evaluate(coefficients, x))
 
 
+@torch.library.custom_op("fairline::shared_relu", mutates_args=())
+def _shared_relu(x: Tensor, signs: Tensor) -> Tensor:
+    return shared_relu(x, Sharing.of(signs))
+
+
 @_masked_relu.register_fake
 def _(x: Tensor, kept: Tensor) -> Tensor:
     return torch.empty_like(x)
@@ -50,6 +56,11 @@ def _(x: Tensor, kept: Tensor, coefficients: Tensor, degrees: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+@_shared_relu.register_fake
+def _(x: Tensor, signs: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 class _Leaf(nn.Module):
     """Stands for a masked ReLU while the network is traced, so that it comes out as one node."""
 
@@ -57,7 +68,7 @@ class _Leaf(nn.Module):
         super().__init__()
         self.surrogate = layer.surrogate
         # Where all ReLUs are kept, no polynomial is left.
-        coefficients = None if layer.num_kept == layer.kept.numel() else layer.polynomial
+        coefficients = None if bool(layer.kept.all()) else layer.polynomial
         if self.surrogate == "identity":
             coefficients = None
         elif self.surrogate == "quadratic" and coefficients is not None:
@@ -65,8 +76,13 @@ class _Leaf(nn.Module):
         self.register_buffer("kept", layer.kept.clone())
         self.register_buffer("coefficients", None if coefficients is None else coefficients.detach().clone())
         self.register_buffer("degrees", layer.channel_degrees.clone())
+        # Where no ReLU is kept, no sign is left.
+        self.register_buffer("signs", layer.effective_signs if layer.num_kept else None)
 
     def forward(self, x: Tensor) -> Tensor:
+        signs = cast(Tensor | None, self.signs)
+        if signs is not None:
+            return cast(Tensor, torch.ops.fairline.shared_relu(x, signs))
         kept = cast(Tensor, self.kept)
         coefficients = cast(Tensor | None, self.coefficients)
         if coefficients is not None:
@@ -101,13 +117,16 @@ def to_graph(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float
         )
     if isinstance(model, GraphNetwork):
         return model.graph(example.shape[1:], dtype)
-    model = copy_model(model).cpu().to(dtype).eval()
+    # A sum of votes next to zero may turn with any rounding, so networks with shared signs are compared in float64.
+    shares = any(layer.signs is not None for layer in masked_relus(model).values())
+    working = torch.float64 if shares else dtype
+    model = copy_model(model).cpu().to(working).eval()
     model.register_forward_hook(lambda module, inputs, output: logits_of(output, module, inputs[0]))
     for name, layer in masked_relus(model).items():
         if layer.weight is not None:
             raise FairlineError(f"The masks of '{name}' are still being learned; fix them before the export.")
     # Two different samples: export takes a batch of one for a constant.
-    batch = torch.randn((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0), dtype=dtype)
+    batch = torch.randn((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0), dtype=working)
     with torch.no_grad():
         # A copy: a network may normalise its input in place.
         expected = _run(model, batch.clone())
@@ -115,11 +134,12 @@ def to_graph(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float
         for name, layer in masked_relus(model).items():
             model.set_submodule(name, _Leaf(layer))
         program = _export(model, batch.clone())
-        graph = _Reader(program, tuple(batch.shape[1:]), dtype).read()
+        graph = _Reader(program, tuple(batch.shape[1:]), working).read()
         found = graph(batch)
     error_size = float((found - expected).abs().max() / expected.abs().max().clamp_min(1))
-    if not error_size < (1e-10 if dtype == torch.float64 else 1e-5):
+    if not error_size < (1e-10 if working == torch.float64 else 1e-5):
         raise FairlineError(f"The exported {type(model).__name__} computes something else (by {error_size:.1e}).")
+    graph.weights = {name: value.to(dtype) for name, value in graph.weights.items()}
     return graph
 
 
@@ -510,6 +530,10 @@ def _read_masked_relu(reader: _Reader, traced: fx.Node) -> None:
         reader.emit("relu", traced, (traced.args[0],), mask=None if kept.all() else kept)
 
 
+def _read_shared_relu(reader: _Reader, traced: fx.Node) -> None:
+    reader.emit("shared_relu", traced, (traced.args[0],), mask=cast(Tensor, reader.tensor(traced.args[1])))
+
+
 def _read_quadratic(reader: _Reader, traced: fx.Node) -> None:
     kept, coefficients = (cast(Tensor, reader.tensor(each)) for each in traced.args[1:3])
     reader.emit("quadratic", traced, (traced.args[0],), {"coefficients": coefficients}, mask=kept)
@@ -636,6 +660,7 @@ _HANDLERS: dict[Any, Callable[[_Reader, fx.Node], None]] = {
     torch.ops.fairline.masked_relu.default: _read_masked_relu,
     torch.ops.fairline.quadratic.default: _read_quadratic,
     torch.ops.fairline.polynomial.default: _read_polynomial,
+    torch.ops.fairline.shared_relu.default: _read_shared_relu,
     _aten.avg_pool2d.default: _read_pool("avg_pool"),
     _aten.max_pool2d.default: _read_pool("max_pool"),
     _aten.adaptive_avg_pool2d.default: _read_adaptive_avg_pool,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fairline._io import load_tensors, save_tensors
 from fairline.errors import FairlineError
+from fairline.masking.sharing import Sharing, count_signs, require_signs, shared_relu
 from fairline.masking.surrogates import evaluate
 
 
@@ -34,7 +35,7 @@ class Node:
         inputs: Names of its inputs.
         shape: Of its output, without the batch axis.
         weights: Names of the private tensors it uses.
-        mask: Name of the public mask it uses, or of a gather's indices; None where all ReLUs are kept.
+        mask: Name of the public mask it uses, of a gather's indices, or of shared signs; None where all ReLUs are kept.
         options: Constants: stride, padding, the ``degrees`` of a polynomial's channels, ….
     """
 
@@ -57,7 +58,8 @@ class PlainGraph:
         nodes: In the order of evaluation; the last one gives the logits.
         shapes: Of each private tensor, public.
         masks: Public: bool, of an activation's shape, True where the ReLU is kept; of a gather int64, which units of
-            its flattened input it takes, in the order of its flattened output.
+            its flattened input it takes, in the order of its flattened output; of a shared ReLU int64, (2, *shape), see
+            :mod:`fairline.masking.sharing`.
         weights: Private: float32, by name; empty in the public half.
     """
 
@@ -74,7 +76,7 @@ class PlainGraph:
 
     @property
     def relus(self) -> int:
-        """ReLUs evaluated for a sample."""
+        """ReLUs evaluated for a sample; of units that share a sign, one."""
         return sum(kept_relus(self, node) for node in self.nodes)
 
     def public(self) -> PlainGraph:
@@ -138,6 +140,10 @@ class PlainGraph:
                 raise FairlineError(f"{path} takes units in '{node.name}' that its input does not have.")
             if node.op == "polynomial" and not _known_degrees(node):
                 raise FairlineError(f"{path} has polynomials in '{node.name}' of degrees that there are none of.")
+            if node.op == "shared_relu":
+                if str(node.mask) not in masks:
+                    raise FairlineError(f"{path} does not say which units of '{node.name}' share signs.")
+                require_signs(masks[str(node.mask)], node.shape)
         return graph
 
     def load_weights(self, path: str | Path, dtype: torch.dtype | None = torch.float32) -> None:
@@ -236,6 +242,8 @@ class Positions:
 
 def kept_relus(graph: PlainGraph, node: Node) -> int:
     """ReLUs that a node evaluates for a sample; 0 for operators without any."""
+    if node.op == "shared_relu":
+        return count_signs(graph.masks[str(node.mask)])
     if node.op not in MASKED:
         return 0
     return math.prod(node.shape) if node.mask is None else int(graph.masks[node.mask].sum())
@@ -244,7 +252,7 @@ def kept_relus(graph: PlainGraph, node: Node) -> int:
 #: Operators of masked ReLUs that have a polynomial in the place of those that are cut.
 POLYNOMIALS = ("quadratic", "polynomial")
 #: Operators of masked ReLUs.
-MASKED = ("relu", *POLYNOMIALS)
+MASKED = ("relu", *POLYNOMIALS, "shared_relu")
 
 
 def degrees_of(node: Node) -> list[int]:
@@ -308,6 +316,10 @@ def constant_coefficients(degrees: Sequence[int], x: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(slope), slope])
 
 
+def _shared_relu(graph: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return shared_relu(inputs[0], Sharing.of(graph.masks[str(node.mask)]))
+
+
 def _avg_pool(_: PlainGraph, node: Node, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     return F.avg_pool2d(inputs[0], node.options["kernel"], node.options["stride"], node.options["padding"])
 
@@ -339,6 +351,7 @@ OPERATORS: dict[str, Callable[[PlainGraph, Node, Sequence[Tensor], Sequence[Tens
     "relu": _relu,
     "quadratic": _polynomial,
     "polynomial": _polynomial,
+    "shared_relu": _shared_relu,
     "avg_pool": _avg_pool,
     "max_pool": _max_pool,
     "mean": _mean,

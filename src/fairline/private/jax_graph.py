@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fairline.masking import POWER_SCALES
+from fairline.masking.sharing import Sharing
 from fairline.private.graph import Node, PlainGraph, Positions, degrees_of, interpret
 
 Weights = Mapping[str, Any]
@@ -135,6 +136,18 @@ def _polynomial(graph: PlainGraph, node: Node, inputs: Sequence[Any], weights: S
     return join(_relu_of(kept) if kept.shape[1] else kept, replaced)
 
 
+def _shared_relu(graph: PlainGraph, node: Node, inputs: Sequence[Any], weights: Sequence[Any]) -> Any:
+    x, sharing = inputs[0], Sharing.of(graph.masks[str(node.mask)])
+    flat = x.reshape(x.shape[0], -1)
+    # Sums, of which each party adds its own shares: one comparison a sign.
+    sums = [_take(flat, own.flatten()).reshape(-1, *own.shape).sum(2) for own in sharing.voters]
+    positive = jnp.concatenate(sums, 1) > 0
+    decided = _take(flat, sharing.decided) * _take(positive, sharing.sign)
+    if len(sharing.rest):
+        decided = jnp.concatenate([decided, _take(flat, sharing.rest)], 1)
+    return _take(decided, sharing.inverse).reshape(x.shape)
+
+
 def _windows(node: Node) -> dict[str, Any]:
     o = node.options
     return {
@@ -177,6 +190,7 @@ OPERATORS: dict[str, Callable[[PlainGraph, Node, Sequence[Any], Sequence[Any]], 
     "relu": _relu,
     "quadratic": _polynomial,
     "polynomial": _polynomial,
+    "shared_relu": _shared_relu,
     "avg_pool": _avg_pool,
     "max_pool": _max_pool,
     "mean": _mean,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fairline.errors import FairlineError
 from fairline.masking import MaskedReLU
-from fairline.private.graph import MASKED, OPERATORS, Node, PlainGraph, degrees_of, interpret
+from fairline.private.graph import MASKED, OPERATORS, POLYNOMIALS, Node, PlainGraph, degrees_of, interpret
 
 
 class GraphNetwork(nn.Module):
@@ -29,7 +29,10 @@ class GraphNetwork(nn.Module):
         for node in graph.nodes:
             if node.op in MASKED:
                 layer = MaskedReLU(node.shape)
-                if node.mask is not None:
+                if node.op == "shared_relu":
+                    layer.set_mask(graph.masks[str(node.mask)][0] >= 0)
+                    layer.share(graph.masks[str(node.mask)])
+                elif node.mask is not None:
                     layer.set_mask(graph.masks[node.mask])
                 if node.op == "polynomial":
                     layer.use_degrees(torch.tensor(degrees_of(node)))
@@ -92,9 +95,14 @@ class GraphNetwork(nn.Module):
                 layer = cast(MaskedReLU, self.relus[_key(node.name)])
                 if layer.weight is not None:
                     raise FairlineError(f"The masks of '{node.name}' are still being learned; fix them first.")
-                if node.op == "relu" and not layer.num_kept and node.name != self._nodes[-1].name:
+                if node.op not in POLYNOMIALS and not layer.num_kept and node.name != self._nodes[-1].name:
                     renamed[node.name] = node.inputs[0]
                     continue
+                if (signs := layer.effective_signs) is not None:
+                    nodes.append(replace(node, op="shared_relu", mask=node.name))
+                    masks[node.name] = signs.cpu()
+                    continue
+                node = replace(node, op="relu") if node.op == "shared_relu" else node
                 # A polynomial needs its mask even where it keeps everything.
                 whole = node.op == "relu" and layer.num_kept == layer.kept.numel()
                 node = replace(node, mask=None if whole else node.name)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fairline._io import atomic_path
 from fairline.errors import FairlineError
 from fairline.masking import POWER_SCALES
+from fairline.masking.sharing import Sharing
 from fairline.private.graph import Node, PlainGraph, Positions, degrees_of, interpret
 
 #: Old enough for every engine, new enough for axes as attributes of all operators used.
@@ -189,6 +190,28 @@ def _horner(builder: _Builder, name: str, degree: int, x: str, per_unit: Tensor)
     return value
 
 
+def _shared_relu(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
+    sharing, name = Sharing.of(builder.graph.masks[str(node.mask)]), node.name
+    flat = builder.add("Flatten", inputs, f"{name}.flat", axis=1)
+    sums = []
+    for place, own in enumerate(sharing.voters):
+        index = builder.constant(f"{name}.voters{place}", own.numpy())
+        taken = builder.add("Gather", [flat, index], f"{name}.taken{place}", axis=1)
+        axis = builder.constant(f"{name}.axis{place}", np.array([2], np.int64))
+        sums.append(builder.add("ReduceSum", [taken, axis], f"{name}.sum{place}", keepdims=0))
+    both = builder.add("Concat", sums, f"{name}.sums", axis=1)
+    positive = builder.add("Greater", [both, _number(builder, f"{name}.zero", 0.0)], f"{name}.positive")
+    units = {}
+    for kind in ("decided", "rest", "sign"):
+        index = builder.constant(f"{name}.{kind}.index", getattr(sharing, kind).numpy())
+        units[kind] = builder.add("Gather", [positive if kind == "sign" else flat, index], f"{name}.{kind}", axis=1)
+    gate = builder.add("Cast", [units["sign"]], f"{name}.gate", to=1)
+    through = builder.add("Mul", [units["decided"], gate], f"{name}.through")
+    joined = builder.add("Concat", [through, units["rest"]], f"{name}.joined", axis=1)
+    index = builder.constant(f"{name}.inverse", sharing.inverse.numpy())
+    return builder.reshape(builder.add("Gather", [joined, index], f"{name}.ordered", axis=1), node)
+
+
 def _pool(kind: str) -> Callable[[_Builder, Node, Sequence[str], Sequence[str]], str]:
     def place(builder: _Builder, node: Node, inputs: Sequence[str], weights: Sequence[str]) -> str:
         o = node.options
@@ -225,6 +248,7 @@ OPERATORS: dict[str, Callable[[_Builder, Node, Sequence[str], Sequence[str]], st
     "relu": _relu,
     "quadratic": _polynomial,
     "polynomial": _polynomial,
+    "shared_relu": _shared_relu,
     "avg_pool": _pool("AveragePool"),
     "max_pool": _pool("MaxPool"),
     "mean": _mean,

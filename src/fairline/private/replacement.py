@@ -29,7 +29,7 @@ def replacement(graph: PlainGraph, told: Estimate) -> dict[str, Any]:
     """
     row = told.row()
     for part in RIVALS:
-        dearer = [cost for cost in COSTS if row[f"{cost}_{part}"] > row[f"{cost}_relu"]]
+        dearer = [c for c in COSTS if row[f"{c}_{part}"] > row[f"{c}_relu"] + row[f"{c}_select"]]
         if not dearer:
             continue
         without = row

@@ -21,7 +21,7 @@ from fairline.private.wire import network as find_network
 UNITS = {"bytes": ("MB", 1e6), "rounds": ("rounds", 1.0), "seconds": ("s", 1.0)}
 
 #: The colour of a part, in every figure.
-COLOURS = dict(zip(PARTS, [PALETTE[0], PALETTE[1], PALETTE[3], PALETTE[4], PALETTE[2], PALETTE[8]], strict=True))
+COLOURS = dict(zip(PARTS, [PALETTE[place] for place in (0, 5, 1, 3, 4, 2, 8)], strict=True))
 
 #: Characters of a network's name in a line of a chart, what fits into a third of a page; and a line's height.
 _CHARACTERS, _LINE = 42, 13

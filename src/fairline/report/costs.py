@@ -19,7 +19,7 @@ from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 from fairline.jobs.costs import COLUMNS
 from fairline.private.basis import PREDICTED
-from fairline.private.cost import COSTS, PROTOCOL_COSTS
+from fairline.private.cost import COSTS, PARTS, PROTOCOL_COSTS
 from fairline.private.frontier import cheapest, judge, verdicts
 from fairline.private.plan import CAVEATS
 from fairline.report import cost_parts, figures
@@ -65,7 +65,13 @@ def _priced(run: Run) -> pd.DataFrame:
         table["basis"] = table["source"].replace(words)
         lacking = {name: math.nan for name in COLUMNS if name not in table and name not in ("model", "network")}
         table = table.assign(**lacking | {"compiled": False, "replace": "", "replace_in": ""})
-    return table
+    return _with_all_parts(table)
+
+
+def _with_all_parts(table: pd.DataFrame) -> pd.DataFrame:
+    """A table with a column for each part; those that an earlier version did not know cost nothing then."""
+    lacking = [name for cost in COSTS for part in PARTS if (name := f"{cost}_{part}") not in table]
+    return table.assign(**dict.fromkeys(lacking, 0.0))
 
 
 #: Columns of :func:`savings`.
@@ -94,7 +100,7 @@ def savings(run: Run, costs_run: Run | None = None) -> pd.DataFrame:
     if costs_run is not None:
         tables.append(_priced(costs_run).rename(columns={"wire": "network"}))
     if (run.folder / "costs.parquet").exists():
-        tables.append(run.table("costs.parquet"))
+        tables.append(_with_all_parts(run.table("costs.parquet")))
     if not tables:
         return pd.DataFrame(columns=list(SAVINGS))
     keys = ["model", "protocol", "network"]

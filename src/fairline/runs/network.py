@@ -133,7 +133,7 @@ def save_compiled(folder: Path, model: CompiledNetwork, info: NetworkInfo) -> No
 
 def _mask_keys(model: nn.Module) -> set[str]:
     """What the state of a model holds that belongs to the mask file."""
-    return {f"{name}.{part}" for name in masked_relus(model) for part in ("kept", "degrees")}
+    return {f"{name}.{part}" for name in masked_relus(model) for part in ("kept", "degrees", "signs")}
 
 
 def load_info(folder: Path) -> NetworkInfo:

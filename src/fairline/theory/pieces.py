@@ -254,6 +254,8 @@ def linear_pieces(network: nn.Sequential, low: float = -math.inf, high: float = 
             if isinstance(layer, MaskedReLU):
                 if layer.weight is not None:
                     raise FairlineError(f"The mask of layer '{name}' is still being learned; fix it (keep_largest).")
+                if layer.signs is not None:
+                    raise FairlineError(f"Units of layer '{name}' share signs; linear pieces are counted without that.")
                 kept = layer.kept.cpu().numpy().reshape(-1)
             breaks, slopes, offsets = _through_relu(breaks, slopes, offsets, kept, low, high)
         elif not isinstance(layer, nn.Identity):

@@ -75,7 +75,7 @@ class _Target:
     @classmethod
     def of(cls, model: nn.Module) -> _Target:
         layers = masked_relus(model)
-        masks = {f"{name}.{part}" for name in layers for part in ("kept", "degrees")}
+        masks = {f"{name}.{part}" for name in layers for part in ("kept", "degrees", "signs")}
         state = model.state_dict(keep_vars=True)
         own = {name: value for name, value in state.items() if isinstance(value, Tensor) and name not in masks}
         wrappers = WRAPPERS
