@@ -98,9 +98,14 @@ def require_known(spec: StudySpec) -> None:
         for place, method in enumerate(spec.methods)
         for _, options in method.variants()
     ]
-    for where, call in (("train", train), ("finetune", finetune)):
+    named_settings: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
+        ("train", train, spec.train),
+        ("finetune", finetune, spec.finetune),
+    ]
+    named_settings += [(f"masks.{name}.finetune", finetune, masks.finetune) for name, masks in spec.masks.items()]
+    for where, call, settings in named_settings:
         known = {*inspect.signature(call).parameters, *DEFAULTS}
-        for setting in getattr(spec, where):
+        for setting in settings:
             if setting not in known:
                 raise FairlineError(f"Study '{spec.name}', {where}: there is no setting '{setting}'.")
     for where, check in checks:
@@ -235,11 +240,12 @@ def _placed(spec: StudySpec, masks: str, base: Cell) -> Cell:
 def _variants(spec: StudySpec, method: Finetune, placed: Cell) -> list[Cell]:
     """The finetunes of linearized networks: one, or one for each value of the method's sweep."""
     cells = []
+    behind = spec.masks[placed.about["masks"]].finetune
     for told, options in method.variants():
         arguments = {
             **_named(spec, method.objective),
             "options": options,
-            "settings": {"augment": False, "select": "accuracy", **spec.finetune},
+            "settings": {"augment": False, "select": "accuracy", **spec.finetune, **behind},
             "seed": placed.about["seed"],
         }
         about = {

@@ -61,13 +61,25 @@ class Network(_Strict):
 
 
 class Masks(_Strict):
-    """One way to place the ReLUs: a linearizer, and the objective that the masks are learned under."""
+    """One way to place the ReLUs: a linearizer, and the objective that the masks are learned under.
+
+    ``finetune`` holds settings of the finetune behind these masks alone, such as more epochs where placing took none.
+    """
 
     budgets: list[float | int] = Field(min_length=1)
     method: str = "snl"
     objective: str = "erm"
     options: dict[str, Any] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
+    finetune: dict[str, Any] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _known_by(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Studies that finetune all masks alike keep the hash under which their results are known."""
+        content: dict[str, Any] = written(self)
+        if not self.finetune:
+            del content["finetune"]
+        return content
 
 
 class Adjust(_Strict):
@@ -179,7 +191,7 @@ class StudySpec(_Strict):
         model: The architecture.
         train: Settings of :func:`fairline.train`.
         masks: Placements by name.
-        finetune: Settings of :func:`fairline.finetune`, the same for all.
+        finetune: Settings of :func:`fairline.finetune`, the same for all masks that name none of their own.
         methods: The finetunes.
         choose: How one value of a method's sweep is chosen.
         baseline: Method that the others are compared with, as the comparison names it.
