@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from fairline.errors import FairlineError
-from fairline.linearize import FINETUNE_PRESETS
-from fairline.study.cells import cells_of
+from fairline.linearize import FINETUNE_PRESETS, REGISTRY
+from fairline.study.cells import cells_of, require_known
 from fairline.study.estimate import _epochs
 from fairline.study.run import status
 from fairline.study.spec import load_spec
@@ -310,3 +310,20 @@ def test_a_network_of_ones_own_is_part_of_its_cells(tmp_path):
     assert [cell.key for cell in cells_of(own)] == before
     # Cells of fairline's own networks keep their names.
     assert all("model_files" not in cell.arguments for cell in cells_of(spec))
+
+
+def test_masks_may_have_a_finetune_of_their_own(tmp_path):
+    def settings(file, masks):
+        cells = cells_of(load_spec(file))
+        return {cell.about["masks"]: cell.arguments["settings"] for cell in cells if cell.kind == "finetune"}[masks]
+
+    file = PAPERS / "methods_equal_utkface.yaml"
+    assert settings(file, "taylor") == {**settings(file, "random"), "epochs": 6}
+    assert settings(file, "random")["epochs"] == 12
+    # Every method that there is stands in the comparison, and what is not asked for leaves no trace in the hash.
+    assert {masks.method for masks in load_spec(file).masks.values()} == set(REGISTRY)
+    assert all("finetune" not in masks.model_dump() for masks in load_spec(SPEC).masks.values())
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(file.read_text().replace("finetune: {epochs: 6}", "finetune: {epoch: 6}"))
+    with pytest.raises(FairlineError, match=r"masks\.taylor\.finetune: there is no setting 'epoch'"):
+        require_known(load_spec(wrong))
