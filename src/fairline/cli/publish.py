@@ -1,4 +1,4 @@
-"""Commands that hand a network on: its card, and the way to the Hub."""
+"""Commands around the path: a network's card, its way to the Hub, and what this machine has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fairline.cli.console import out_console
-from fairline.cli.options import Critical, Within
+from fairline.cli.options import Critical, Root, Within
 
 app = typer.Typer()
 
@@ -45,3 +45,23 @@ def push(
     from fairline.runs.hub import push
 
     out_console.print(f"Pushed: {push(folder, repository, private=private)}", soft_wrap=True)
+
+
+@app.command()
+def doctor(root: Root = None) -> None:
+    """Tell what fairline works with here: versions, processor, GPU, extras, data; exit code 1 if something is wrong."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from fairline.jobs.doctor import examine
+
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    wrong = 0
+    for finding in examine(None if root is None else str(root)):
+        mark = {True: "✓", False: "✗", None: " "}[finding.good]
+        wrong += finding.good is False
+        style = "red" if finding.good is False else ""
+        table.add_row(Text(mark, style), finding.what, Text(finding.found, style, overflow="fold"))
+    out_console.print(table)
+    if wrong:
+        raise typer.Exit(1)
