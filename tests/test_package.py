@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import fairline as fl
 
@@ -73,3 +75,11 @@ def test_library_code_never_prints():
     for file in source.rglob("*.py"):
         calls = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
         assert not any(isinstance(node.func, ast.Name) and node.func.id == "print" for node in calls), file
+
+
+def test_the_version_stands_in_one_place():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["hatch"]["version"]["path"] == "src/fairline/__init__.py"
+    assert yaml.safe_load((root / "CITATION.cff").read_text())["version"] == fl.__version__
