@@ -199,7 +199,8 @@ def test_few_costly_layers_go_before_many_cheap_ones():
     assert search.emptied == {"layer2.0.a"}
 
 
-@pytest.mark.parametrize("name", METHODS)
+# CryptoNAS builds networks of its own, and refuses.
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "cryptonas"])
 def test_every_method_works_in_what_is_left(parts, trained, name):
     """The cheapest end keeps the first of three layers, of 256 ReLUs."""
     method = build(name.split()[0], **METHODS[name], for_cost=ForCost(count_late_layers, **ANY))
@@ -209,7 +210,9 @@ def test_every_method_works_in_what_is_left(parts, trained, name):
     for cut in cuts[1:]:
         assert cut.info["emptied"] == ["5", "8"]
         assert masked_relus(cut.model)["2"].num_kept == cut.relus == relu_count(cut.model)
-        assert cut.relus <= cut.budget if "channels" in name else cut.relus == cut.budget
+        # Whole channels, or patches, need not fill a budget.
+        coarse = "channels" in name or name.startswith("block_relu")
+        assert cut.relus <= cut.budget if coarse else cut.relus == cut.budget
         assert cut.total == TOTAL
         assert predict(cut.model, parts[2]).isfinite().all()
 
