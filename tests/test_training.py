@@ -422,3 +422,22 @@ def test_a_class_or_group_absent_from_a_part(what, name):
 def test_a_network_without_weights_is_a_sentence(parts):
     with pytest.raises(FairlineError, match="Flatten has no weights to train"):
         train(nn.Flatten(), parts[0], epochs=1)
+
+
+def test_gradients_are_cut_to_a_norm(parts):
+    """One step of plain SGD moves the weights by the learning rate times the norm at most, along the gradient."""
+
+    def moved(**more):
+        model = fresh()
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        data = parts[0].select(torch.arange(32))
+        train(model, data, epochs=1, lr=0.1, batch_size=32, momentum=0.0, weight_decay=0.0, milestones=(), **more)
+        return torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+
+    free, cut, loose = moved(), moved(clip=0.01), moved(clip=1e6)
+    assert torch.equal(free, loose)
+    assert cut.norm().item() == pytest.approx(0.001, rel=1e-3)
+    torch.testing.assert_close(cut / cut.norm(), free / free.norm(), rtol=1e-3, atol=1e-4)
+    for wrong in (0.0, -1.0, math.nan):
+        with pytest.raises(FairlineError, match="positive norm"):
+            moved(clip=wrong)

@@ -356,6 +356,9 @@ def finetune(
     lr: LearningRate = None,
     batch_size: BatchSize = None,
     augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Random crops and flips.")] = False,
+    clip: Annotated[
+        float | None, typer.Option(help="Norm that gradients are cut to; polynomials in ReLUs' places may need 1.")
+    ] = None,
     select: Select = "accuracy",
     groups: OtherGroups = None,
     root: Root = None,
@@ -379,7 +382,7 @@ def finetune(
         preset=preset,
         groups=one_or_all(groups),
         root=None if root is None else str(root),
-        **drop_none(epochs=epochs, lr=lr, batch_size=batch_size, precision=precision),
+        **drop_none(epochs=epochs, lr=lr, batch_size=batch_size, precision=precision, clip=clip),
         augment=augment,
         select=select,
         seed=seed,

@@ -29,6 +29,8 @@ class Settings(LoopSettings, total=False):
         objective: What to minimise; :class:`~fairline.objectives.erm.ERM` by default.
         momentum: Of SGD.
         weight_decay: Of SGD.
+        clip: Norm that gradients are cut to in each step; None leaves them. Networks with polynomials in place of ReLUs
+            can diverge without: each layer raises what the last one let through to a power.
         select: What makes an epoch the best on the validation part; ``"last"`` keeps the last one. Under an objective
             that changes its mind while it trains (λ of Algorithm 1 is 0 in the first epoch), ``"accuracy"`` may choose
             an epoch before it acts; ``"worst_group_accuracy"`` or ``"last"`` do not.
@@ -37,10 +39,11 @@ class Settings(LoopSettings, total=False):
     objective: Objective | None
     momentum: float
     weight_decay: float
+    clip: float | None
     select: Select
 
 
-DEFAULTS = Settings(**LOOP_DEFAULTS, objective=None, momentum=0.9, weight_decay=5e-4, select="accuracy")
+DEFAULTS = Settings(**LOOP_DEFAULTS, objective=None, momentum=0.9, weight_decay=5e-4, clip=None, select="accuracy")
 
 
 def train(
@@ -65,8 +68,8 @@ def train(
         epochs: How many.
         lr: Learning rate at the start.
         milestones: Fractions of ``epochs`` at which the learning rate falls.
-        settings: ``objective``, ``momentum``, ``weight_decay`` and ``select``, see :class:`Settings`; ``batch_size``,
-            ``augment``, ``seed``, ``device``, ``progress`` and ``checkpoint``, see
+        settings: ``objective``, ``momentum``, ``weight_decay``, ``clip`` and ``select``, see :class:`Settings`;
+            ``batch_size``, ``augment``, ``seed``, ``device``, ``progress`` and ``checkpoint``, see
             :class:`~fairline.training.loop.LoopSettings`.
 
     Returns:
@@ -150,6 +153,7 @@ def _fit(
     objective: Objective | None,
     momentum: float,
     weight_decay: float,
+    clip: float | None,
     select: Select,
     teacher: nn.Module | None = None,
     nesterov: bool = False,
@@ -159,6 +163,8 @@ def _fit(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise FairlineError(f"{type(model).__name__} has no weights to train.")
     optimizer = SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+    if clip is not None:
+        cut_gradients(optimizer, clip)
     objective = objective or ERM()
     best, history = Best(model, select), History()
     for epoch in run_epochs(
@@ -181,6 +187,26 @@ def _fit(
     if hasattr(objective, "judge"):
         objective.judge(history.rows[best.epoch - 1])
     return history.rows
+
+
+def cut_gradients(optimizer: Optimizer, norm: float) -> None:
+    """Cut the gradient to a norm before each step of an optimizer.
+
+    Args:
+        optimizer: Its parameters' gradients are cut together.
+        norm: Euclidean, of all of them.
+
+    Raises:
+        FairlineError: The norm is not positive.
+    """
+    if not norm > 0:
+        raise FairlineError(f"Gradients are cut to a positive norm (clip), not to {norm}.")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def cut(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(parameters, norm)
+
+    optimizer.register_step_pre_hook(cut)
 
 
 class Best:
