@@ -153,6 +153,7 @@ def test_kill_9_and_resume_gives_the_same_result(runs, tmp_path, stage):
         assert "resumed from" in (out / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_an_explaining_audit_resumes_at_the_next_network(runs, explained, tmp_path):
     out = tmp_path / "explained"
     arguments = ["audit", str(runs / "students"), *EXPLAIN, "--out", str(out)]

@@ -155,6 +155,7 @@ def test_a_panel_without_a_drop_says_why(compared):
     assert group not in titles
 
 
+@pytest.mark.slow
 def test_ablation_compares_every_value(runs, tmp_path):
     out = tmp_path / "ablation"
     said = ok("ablate", runs / "snl", *FINETUNE, "--vary", "mu=0.5,2.0", "--out", out)

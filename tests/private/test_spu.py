@@ -71,7 +71,7 @@ def gone(folder: Path, timeout: float = 30) -> bool:
 
 
 @spu
-@pytest.mark.parametrize("surrogate", ["quadratic", "mixed"])
+@pytest.mark.parametrize("surrogate", [pytest.param("quadratic", marks=pytest.mark.slow), "mixed"])
 @pytest.mark.parametrize("protocol", ["cheetah", "semi2k"])
 def test_a_private_inference_gives_the_plain_logits_at_the_predicted_price(protocol, surrogate):
     model = masked(settle(Everything()), torch.zeros(1, 3, 16, 16), 0.3, surrogate)
@@ -228,7 +228,7 @@ def alone(tmp_path: Path, content: dict) -> str:
 
 
 @spu
-@pytest.mark.parametrize("survivor", [MODEL_OWNER, IMAGE_OWNER])
+@pytest.mark.parametrize("survivor", [MODEL_OWNER, pytest.param(IMAGE_OWNER, marks=pytest.mark.slow)])
 def test_a_survivor_without_a_launcher_says_that_the_other_is_gone(tmp_path, survivor):
     """As between two hosts: nobody but the link tells it."""
     graph = to_graph(small(), IMAGES)

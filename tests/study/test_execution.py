@@ -209,6 +209,7 @@ def test_several_ways_to_the_last_layer_are_a_cell_each(tmp_path):
     assert len({cell.where for cell in cells}) == len(cells)
 
 
+@pytest.mark.slow
 def test_another_kind_of_store_gives_the_same_table(undisturbed, tmp_path, monkeypatch):
     scratch = tmp_path / "scratch"
     monkeypatch.setenv("FAIRLINE_SCRATCH", str(scratch))
@@ -421,6 +422,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(undisturbed, tmp_path):
     assert_frame_equal(measured(store), undisturbed)
 
 
+@pytest.mark.slow
 def test_a_table_cut_short_is_told_and_can_be_computed_again(finished, undisturbed, tmp_path):
     store = shutil.copytree(finished, tmp_path / "store", symlinks=True)
     (audit,) = (store / "digits_tiny" / "digits-0" / "base-audit").resolve().glob("audit.parquet")
