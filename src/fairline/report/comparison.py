@@ -12,7 +12,7 @@ import pandas as pd
 
 from fairline.audit.cells import named
 from fairline.audit.verdict import CANNOT_TELL, MAY, MAY_NOT
-from fairline.charts import PALETTE, save_charts, themed
+from fairline.charts import palette, save_charts, themed
 from fairline.data.grouped import OVERALL, WORST
 from fairline.report import null_front, verdict
 from fairline.report.figures import METHOD_NAMES, budget_labels, budget_order
@@ -58,12 +58,6 @@ def order(frame: pd.DataFrame) -> list[str]:
     at = {group: position for position, group in enumerate(group_order(frame))}
     classes = classes.sort_values("group", key=lambda groups: groups.map(at), kind="stable")
     return list(dict.fromkeys([*group_order(frame), *classes["who"]]))
-
-
-def palette(names: Sequence[str]) -> dict[str, str]:
-    """One colour a name, the same in every figure; beyond fourteen they repeat."""
-    chosen = [*PALETTE, "#B2182B", "#66C2A5", "#BF812D", "#C51B7D"]
-    return {name: chosen[i % len(chosen)] for i, name in enumerate(names)}
 
 
 def _colour(column: str, shown: Sequence[str], names: Sequence[str]) -> Any:

@@ -14,7 +14,7 @@ import pandas as pd
 from fairline.audit.cells import named
 from fairline.audit.control import Control
 from fairline.audit.verdict import CANNOT_TELL, MAY, Verdict, require_within
-from fairline.charts import PALETTE, save_charts, themed
+from fairline.charts import PALETTE, palette, save_charts, themed
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 from fairline.jobs.costs import COLUMNS
@@ -138,7 +138,7 @@ def frontier_charts(table: pd.DataFrame, legend: bool = True) -> dict[str, Any]:
 
 def variant_colours(table: pd.DataFrame) -> dict[str, str]:
     """The colour of each variant."""
-    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(dict.fromkeys(table["variant"]))}
+    return palette(list(dict.fromkeys(table["variant"])))
 
 
 def _variants(table: pd.DataFrame, legend: bool) -> alt.Color:
@@ -192,9 +192,9 @@ def _frontier_chart(table: pd.DataFrame, protocol: str, cost: str, colour: alt.C
 def group_colours(scores: pd.DataFrame) -> dict[str, tuple[str, str]]:
     """How each group is called in a figure, with its size, and its colour; all images first."""
     sizes = scores[scores["measure"] == "accuracy"].groupby("group")["n"].max()
-    palette = ["#555555", *PALETTE]
+    greys = ["#555555", *PALETTE]
     return {
-        group: (f"{group} ({sizes[group]:,} images)", palette[i % len(palette)])
+        group: (f"{group} ({sizes[group]:,} images)", greys[i % len(greys)])
         for i, group in enumerate([OVERALL, *figures.group_order(scores)])
     }
 
