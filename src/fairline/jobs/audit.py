@@ -30,7 +30,7 @@ from fairline.jobs._common import (
 )
 from fairline.jobs.costs import predicted_costs
 from fairline.ranks import here
-from fairline.runs import NetworkInfo, Run, load_info, load_network
+from fairline.runs import NetworkInfo, Run, linearized_networks, load_info, load_network
 from fairline.training import Progress, ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -210,11 +210,7 @@ def _common_base(runs: Sequence[Run]) -> Run:
 
 def _networks(base: Run, runs: Sequence[Run], with_base: bool) -> dict[str, Path]:
     """Folders of the networks under audit, by name."""
-    folders = {"base": base.base_network()} if with_base else {}
-    for run in runs:
-        if run.command != "train":
-            folders |= {f"{run.folder.name}/{name}": path for name, path in run.networks().items()}
-    return folders
+    return ({"base": base.base_network()} if with_base else {}) | linearized_networks(runs)
 
 
 def _student(reference: Subject, name: str, folder: Path) -> Subject:

@@ -120,7 +120,7 @@ def _extra(extra: str) -> Finding:
     lacking = [each.name for each in needed if _installed(each) is None]
     if lacking:
         return Finding(what, f"not installed: pip install 'fairline[{extra}]'")
-    wrong = [_package(each) for each in needed if not _package(each).good]
+    wrong = [finding for finding in map(_package, needed) if not finding.good]
     if wrong:
         return Finding(what, f"{wrong[0].what} {wrong[0].found}", good=False)
     told = ", ".join(f"{each.name} {_installed(each)}" for each in needed)

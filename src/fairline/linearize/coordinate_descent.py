@@ -36,7 +36,7 @@ from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import logits_of, predict
 from fairline.linearize.base import Cut, Linearization, Linearizer, set_aside
-from fairline.linearize.rounds import Rounds
+from fairline.linearize.rounds import Rounds, falling
 from fairline.masking import masked_graph, masked_relus, relu_count
 from fairline.objectives.base import Batch, Objective
 from fairline.ranks import here
@@ -144,12 +144,7 @@ class CoordinateDescent(Linearizer):
             >>> CoordinateDescent(step=100, rate=0.5).plan(1000, [100])
             [500, 250, 125, 100]
         """
-        plan = []
-        for budget in budgets:
-            while count > budget:
-                count = max(budget, count - max(self.step, count - int(count * (1 - self.rate))))
-                plan.append(count)
-        return plan
+        return falling(count, budgets, self.rate, self.step)
 
 
 class _Rounds(Rounds):

@@ -36,7 +36,7 @@ from fairline.linearize.for_cost import CostModel
 from fairline.masking import copy_model, masked_relus, relu_count
 from fairline.objectives.erm import ERM
 from fairline.ranks import here
-from fairline.training import Diverged, named_stage, run_epochs
+from fairline.training import Diverged, cut_gradients, named_stage, run_epochs
 
 logger = logging.getLogger(__name__)
 
@@ -331,11 +331,7 @@ class _Search:
         exchange = Exchange(network, targets, round(method.exchange * steps))
         own = [parameter for parameter in network.parameters() if parameter.requires_grad]
         optimizer = SGD(own, lr=method.lr, momentum=0.9, weight_decay=method.weight_decay)
-
-        def clip(*_: Any) -> None:
-            nn.utils.clip_grad_norm_(own, method.clip)
-
-        optimizer.register_step_pre_hook(clip)
+        cut_gradients(optimizer, method.clip)
         exchange.follow(optimizer)
         try:
             for _ in run_epochs(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.optim import SGD
@@ -19,6 +19,30 @@ from fairline.masking import copy_model
 from fairline.objectives.base import Objective
 from fairline.objectives.erm import ERM
 from fairline.training import Epoch, Progress, run_epochs
+
+
+def falling(count: int, budgets: Sequence[int], rate: float, least: int = 1) -> list[int]:
+    """ReLUs after each round; every budget is among them.
+
+    Args:
+        count: ReLUs at the start.
+        budgets: Counts below it, from the largest on.
+        rate: Share of the remaining ReLUs that a round removes, in [0, 1).
+        least: ReLUs that a round removes at least, unless a budget is nearer.
+
+    Returns:
+        The counts, falling.
+
+    Examples:
+        >>> falling(1000, [600, 100], rate=0.5)
+        [600, 300, 150, 100]
+    """
+    plan = []
+    for budget in budgets:
+        while count > budget:
+            count = max(budget, min(int(count * (1 - rate)), count - least))
+            plan.append(count)
+    return plan
 
 
 class Rounds(ABC):

@@ -14,9 +14,8 @@ passes give the diagonal exactly for all units at once, and fewer with random si
 taken where the last removals led.
 
 So a removal that seems to lower the loss is no gift: units that are chosen for that all push the same way, and together
-they overshoot. (Faces, a narrow ResNet-18, a quarter of its ReLUs removed at once by the signed estimate: −1.1 nats
-expected, +14.9 found.) Units are ranked by the absolute first-order term plus the second-order one: how strongly, not
-which way, a unit pulls.
+they overshoot: where many go at once, a loss that the signed estimate expects to fall can rise many times over. Units
+are ranked by the absolute first-order term plus the second-order one: how strongly, not which way, a unit pulls.
 
 Source: ReLUPruner (Li, Liu, Wang, Wang and Pan, AAAI 2026), of which the abstract and the published code were read, not
 the paper: importances from first and second order, weights of layers, and global masks that close progressively under
@@ -53,7 +52,7 @@ from fairline.errors import FairlineError
 from fairline.inference import logits_of, predict, require_classes
 from fairline.linearize.base import Cut, Linearization, Linearizer, held_out
 from fairline.linearize.ranked import first_of, keep_only, ranking
-from fairline.linearize.rounds import Rounds
+from fairline.linearize.rounds import Rounds, falling
 from fairline.linearize.structure import execution_order
 from fairline.masking import MaskedReLU, copy_model, masked_relus, relu_count
 from fairline.objectives.base import Objective
@@ -393,26 +392,3 @@ class _Rounds(Rounds):
         data = self.measuring
         logits = predict(self.run.student, data, ranks=here())
         return float(F.cross_entropy(logits.double(), data.labels.to(logits.device)))
-
-
-def falling(count: int, budgets: Sequence[int], rate: float) -> list[int]:
-    """ReLUs after each round; every budget is among them.
-
-    Args:
-        count: ReLUs at the start.
-        budgets: Counts below it, from the largest on.
-        rate: Share of the remaining ReLUs that a round removes, in (0, 1); one ReLU at least.
-
-    Returns:
-        The counts, falling.
-
-    Examples:
-        >>> falling(1000, [600, 100], rate=0.5)
-        [600, 300, 150, 100]
-    """
-    plan = []
-    for budget in budgets:
-        while count > budget:
-            count = max(budget, min(int(count * (1 - rate)), count - 1))
-            plan.append(count)
-    return plan

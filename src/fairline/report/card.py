@@ -20,7 +20,7 @@ from fairline.errors import FairlineError
 from fairline.report.html import judged
 from fairline.report.page import settings
 from fairline.report.verdict import Candidate, limits_told, signed
-from fairline.runs import NetworkInfo, Run, load_info
+from fairline.runs import NetworkInfo, Run, linearized_networks, load_info
 
 #: Of a network's folder, what is published.
 _NETWORK = ("model.safetensors", "masks.safetensors", "network.json")
@@ -99,11 +99,7 @@ _WRITTEN = {*_NETWORK, "README.md", "preprocessing.json"}
 
 def _chosen(run: Run, network: str | None) -> tuple[str, Path]:
     """Name in the audit's tables, and folder, of the network that the card is of."""
-    folders: dict[str, Path] = {}
-    for source in run.sources():
-        if source.command != "train":
-            folders |= {f"{source.folder.name}/{name}": path for name, path in source.networks().items()}
-    folders = folders or {"base": run.base().base_network()}
+    folders = linearized_networks(run.sources()) or {"base": run.base().base_network()}
     listed = ", ".join(folders)
     if network is None and len(folders) > 1:
         raise FairlineError(f"{run.folder} is of {len(folders)} networks ({listed}); choose one with --network.")

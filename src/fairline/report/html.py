@@ -24,6 +24,7 @@ from fairline.report.verdict import (
     focus,
     limits_told,
     named,
+    sentence,
     signed,
 )
 from fairline.runs import Run
@@ -160,13 +161,13 @@ def _verdict(found: Sequence[Candidate], chosen: Candidate | None, frame: pd.Dat
                 "told": told,
             }
         return {"answer": "", "kind": "none", "title": answer_told(found), "told": _base_told(frame)}
-    answer, kind = _sentence(chosen.answer), KINDS[chosen.answer]
+    answer, kind = sentence(chosen.answer), KINDS[chosen.answer]
     lead = {"may": "", "open": "Nearest: ", "may-not": "Mildest: "}[kind]
     return {
         "answer": answer,
         "kind": kind,
         "title": answer_told(found),
-        "told": f"{lead}{chosen.name if lead else ''}{'. ' if lead else ''}{_sentence(chosen.reason())}",
+        "told": f"{lead}{chosen.name if lead else ''}{'. ' if lead else ''}{sentence(chosen.reason())}",
         "rows": [
             ("What it saves", chosen.saved_told()),
             ("ReLUs or finetune", chosen.control_told()),
@@ -174,10 +175,6 @@ def _verdict(found: Sequence[Candidate], chosen: Candidate | None, frame: pd.Dat
             ("How sure", chosen.sure_told()),
         ],
     }
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def _in_order(found: Sequence[Candidate], chosen: Candidate | None) -> list[Candidate]:
@@ -188,7 +185,7 @@ def _in_order(found: Sequence[Candidate], chosen: Candidate | None) -> list[Cand
 
 def _network_row(each: Candidate, chosen: Candidate | None) -> dict[str, Any]:
     """A network in the table of all: its answer, who pays and what it saves, and in full what its box would say."""
-    answer, kind = _sentence(each.answer), KINDS[each.answer]
+    answer, kind = sentence(each.answer), KINDS[each.answer]
     cell = each.verdict.decisive
     low, high = float(cell["low"]), float(cell["high"])
     limits = "" if math.isnan(low) else f"{signed(low)} to {signed(high)}"
@@ -204,7 +201,7 @@ def _network_row(each: Candidate, chosen: Candidate | None) -> dict[str, Any]:
         "whose": each.whose_told(),
         "wan": _saved(each.saved("seconds", "wan")),
         "bytes": _saved(each.saved("bytes")),
-        "told": [_sentence(each.reason()), each.control_told(), each.saved_told(), each.overall_told()],
+        "told": [sentence(each.reason()), each.control_told(), each.saved_told(), each.overall_told()],
     }
 
 

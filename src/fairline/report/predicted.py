@@ -15,7 +15,7 @@ from fairline.audit.verdict import Verdict, verdict
 from fairline.charts import BASE, INK, save_charts, themed
 from fairline.data.grouped import OVERALL, TOO_SMALL
 from fairline.report.page import settings, write_page
-from fairline.report.verdict import KINDS, limits_told, reason, signed
+from fairline.report.verdict import KINDS, limits_told, reason, sentence, signed
 from fairline.runs import Run
 
 #: Charts and what their rows are of.
@@ -58,7 +58,7 @@ def write_predicted(
         {name: chart for name, chart in _charts(run).items() if name == "groups" or not same},
         title=f"Who is served how well: {name}",
         verdict=None if judged is None else {"answer": judged.answer, "kind": KINDS[judged.answer]},
-        told="" if judged is None else _sentence(reason(judged)),
+        told="" if judged is None else sentence(reason(judged)),
         summary=summary(frame),
         warnings=[f"Too few samples to judge: {', '.join(small)}."] if small else [],
         tables=tables,
@@ -182,10 +182,6 @@ def _dots(table: pd.DataFrame, title: str) -> Any:
 def _interval(row: pd.Series[Any]) -> str:
     low, high = float(row["low"]), float(row["high"])
     return "no limits" if math.isnan(low) else f"95 % interval {low:.1%} to {high:.1%}"
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 __all__ = ["judge", "rows_of", "summary", "write_predicted", "write_predicted_figures"]

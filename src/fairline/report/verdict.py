@@ -234,6 +234,11 @@ def signed(number: float) -> str:
     return "0.0" if text in ("+0.0", "−0.0") else text
 
 
+def sentence(text: str) -> str:
+    """Words with a capital at their beginning."""
+    return text[0].upper() + text[1:]
+
+
 def limits_told(cell: Mapping[str, Any]) -> str:
     """Limits of a change in brackets; nothing where there are none."""
     return "" if math.isnan(cell["low"]) else f" [{signed(cell['low'])}, {signed(cell['high'])}]"

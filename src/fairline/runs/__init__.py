@@ -13,7 +13,7 @@ RUN/
 
 from fairline.runs.data import DataSpec, keep_data
 from fairline.runs.environment import environment, provenance
-from fairline.runs.folder import FolderInUse, Run, difference, digest
+from fairline.runs.folder import FolderInUse, Run, difference, digest, linearized_networks
 from fairline.runs.network import (
     ModelSpec,
     NetworkInfo,
@@ -36,6 +36,7 @@ __all__ = [
     "digest",
     "environment",
     "keep_data",
+    "linearized_networks",
     "load_info",
     "load_network",
     "load_weights",

@@ -251,6 +251,16 @@ class Run:
         write_table(self.folder / "metrics.parquet", pd.DataFrame(list(rows)))
 
 
+def linearized_networks(runs: Sequence[Run]) -> dict[str, Path]:
+    """Folders of the networks of some runs but for base networks, by run and name: ``students/budget-307``."""
+    return {
+        f"{run.folder.name}/{name}": path
+        for run in runs
+        if run.command != "train"
+        for name, path in run.networks().items()
+    }
+
+
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> str:
     """Find the first entry in which two configs differ.
 

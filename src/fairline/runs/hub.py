@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fairline import models
+from fairline.data.decoding import first_line
 from fairline.errors import FairlineError
 from fairline.runs.folder import Run
 from fairline.runs.network import load_info, load_network
@@ -79,7 +80,7 @@ def push(folder: str | Path, repository: str, *, private: bool = False, token: s
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=path, allow_patterns=list(FILES))
     except Exception as error:  # of the network and of the Hub, in many classes
-        raise FairlineError(f"{repository} was not written ({_first_line(error)}).") from None
+        raise FairlineError(f"{repository} was not written ({first_line(error)}).") from None
     return str(address)
 
 
@@ -91,7 +92,7 @@ def _fetched(repository: str, revision: str | None) -> Path:
         return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # of the network and of the Hub, in many classes
         raise FairlineError(
-            f"{repository} is no folder, and cannot be had from the Hub ({_first_line(error)})."
+            f"{repository} is no folder, and cannot be had from the Hub ({first_line(error)})."
         ) from None
 
 
@@ -113,7 +114,3 @@ def _hub() -> Any:
     except ImportError:
         raise FairlineError("The Hub takes the extra: pip install 'fairline[hub]'.") from None
     return huggingface_hub
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
