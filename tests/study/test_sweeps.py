@@ -209,16 +209,19 @@ def test_studies_without_sweeps_keep_their_names(tmp_path, file, more, digest, k
 
 @pytest.mark.parametrize("groups", ["race", "age", "gender_by_race"])
 def test_the_studies_of_repairs_are_fair(groups):
-    """Every repair that there is has three strengths; race and age go on from base networks that are there."""
+    """Three strengths each, at one scale of every repair; race and age go on from base networks that are there."""
     path = PAPERS / f"repairs_utkface_{groups}.yaml"
-    spec = load_spec(path)
-    swept = [method for method in spec.methods if method.sweep]
-    assert {len(method.variants()) for method in swept} == {3}
-    assert {method.objective for method in spec.methods} == set(REGISTRY)
-    epochs = spec.finetune["epochs"]
-    (lagrangian,) = (method for method in swept if method.objective == "lagrangian")
-    assert [mu * epochs for mu in lagrangian.sweep["mu"]] == pytest.approx([0.1, 0.5, 2.0])
-    for one in (spec, load_spec(path, "tiny")):
+    spec, whole = load_spec(path), load_spec(path, "whole")
+    for one in (spec, whole):
+        swept = [method for method in one.methods if method.sweep]
+        assert {len(method.variants()) for method in swept} == {3}
+        (lagrangian,) = (method for method in swept if method.objective == "lagrangian")
+        assert [mu * one.finetune["epochs"] for mu in lagrangian.sweep["mu"]] == pytest.approx([0.1, 0.5, 2.0])
+    assert {method.objective for method in whole.methods} == set(REGISTRY)
+    assert {cell.key for cell in cells_of(spec)} - {cell.key for cell in cells_of(whole)} == {
+        cell.key for cell in cells_of(spec) if cell.kind == "compare"
+    }
+    for one in (spec, whole, load_spec(path, "tiny")):
         assert all(1.0 in masks.budgets for masks in one.masks.values())
         require_known(one)
     bases = {cell.key for cell in cells_of(load_spec(PAPERS / "mitigation_utkface.yaml")) if cell.kind == "train"}
