@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 
-.PHONY: install demo test test-slow bench clean
+.PHONY: install demo docs test test-slow bench clean
 
 install: .venv/.installed
 
@@ -9,12 +9,16 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hub,mlflow,mpc,multi,onnx,ray,tensorboard,wandb]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,hub,mlflow,mpc,multi,onnx,ray,tensorboard,wandb]'
 	touch $@
 
 demo: install
 	$(BIN)/fairline demo --out demo
 	@echo "Open demo/report.html in a browser."
+
+docs: install
+	$(BIN)/python docs/site/build.py build/site
+	@echo "Open build/site/index.html in a browser."
 
 test: install
 	$(BIN)/ruff check
