@@ -50,6 +50,7 @@ def stage(pages: Path, figures: bool = True) -> None:
     """
     shutil.rmtree(pages, ignore_errors=True)
     (pages / "docs").mkdir(parents=True)
+    (pages / "extra").mkdir()
     for name in ("CONTRIBUTING.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md"):
         shutil.copy2(ROOT / name, pages)
     for file in [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/*.ipynb")]:
