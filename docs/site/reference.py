@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from abc import ABC
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, Literal, get_args, get_origin
+from typing import Any, Generic, Literal, Protocol, get_args, get_origin
 
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -98,7 +99,8 @@ def _entry(dotted: str) -> str:
     module, _, name = dotted.rpartition(".")
     thing = getattr(importlib.import_module(module), name)
     if inspect.isclass(thing):
-        return f".. autoclass:: {dotted}\n   :members:\n   :show-inheritance:\n"
+        bases = "   :show-inheritance:\n" if _above(thing.__bases__) else ""
+        return f".. autoclass:: {dotted}\n   :members:\n{bases}"
     if inspect.isroutine(thing):
         return f".. autofunction:: {dotted}\n"
     return f".. py:data:: {dotted}\n\n   {_about_constant(module, name, thing)}\n"
@@ -138,11 +140,15 @@ def _imported(dotted: str) -> Any:
 
 def _public_bases(_app: Sphinx, _name: str, _thing: type, _options: Any, bases: list[type]) -> None:
     """In place of a base class that is an inner matter, the nearest one that the reference has."""
+    bases[:] = _above(bases)
+
+
+def _above(bases: Iterable[type]) -> list[type]:
     found = []
     for base in bases:
-        above = [each for each in getattr(base, "__mro__", ()) if each.__module__ != "builtins" and each is not Generic]
+        above = [each for each in getattr(base, "__mro__", ()) if each not in {object, Generic, ABC, Protocol}]
         found += [each for each in above if id(each) in _shown() or not each.__module__.startswith("fairline")][:1]
-    bases[:] = found or [object]
+    return found
 
 
 def _whole_sentence(_app: Sphinx, what: str, _name: str, _thing: Any, _options: Any, lines: list[str]) -> None:
