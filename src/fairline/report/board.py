@@ -395,7 +395,7 @@ def _kin(entry: Entry) -> tuple[str, str, str]:
 
 
 def _ordered(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
-    """The base network, once, then method by method, each from its most ReLUs on."""
+    """The base network, once, what kept all ReLUs, then method by method, each from its most ReLUs on."""
     bases: list[Accuracy] = []
     order = list(dict.fromkeys(entry.method.name for entry in entries.values()))
     for file, entry in sorted(
@@ -403,6 +403,7 @@ def _ordered(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
         key=lambda item: (
             item[1].method.linearizer != NO_LINEARIZER,
             item[1].kind,
+            item[1].budget.percent < 100,
             order.index(item[1].method.name),
             item[1].origin,
             -item[1].budget.percent,

@@ -124,7 +124,7 @@ def panel_chart(panel: Panel, what: str, colours: Mapping[str, str], *, legend: 
         axis=alt.Axis(values=ticks, format="~g") if len(ticks) <= 6 else alt.Axis(format="~g", tickCount=5),
     )
     limits = alt.Scale(zero=False, nice=True, padding=8)
-    y = alt.Y("value:Q", title=SHOWN[what], axis=alt.Axis(format=".1~%", tickCount=6), scale=limits)
+    y = alt.Y("value:Q", title=SHOWN[what], axis=alt.Axis(format="~%", tickCount=6), scale=limits)
     base = alt.Chart(rows)
     tooltip = [
         alt.Tooltip("method:N"),
