@@ -98,8 +98,7 @@ def compare_job(
 ) -> Run:
     """Compare runs at equal budgets into ``out``; runs from several base networks (seeds) are replicates.
 
-    A budget is what was asked for (``relus``); a method that cannot meet one exactly keeps fewer (``kept``).
-    Predictions stay as soon as all of a base network's are known, so an interrupted comparison resumes there.
+    A budget is what was asked for; of one that cannot be met fewer are ``kept``. An interrupted comparison goes on.
 
     Args:
         sources: Folders of linearize, finetune or last-layer runs.
