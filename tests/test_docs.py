@@ -26,7 +26,8 @@ def blocks(page: Path, language: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-        if not target.startswith("http"):
+        left_out = target.endswith(".png") and (ROOT / "PKG-INFO").exists()  # of the source archive
+        if not target.startswith("http") and not left_out:
             assert (page.parent / target).exists(), target
 
 
