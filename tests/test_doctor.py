@@ -13,6 +13,11 @@ def test_it_tells_what_is_there_and_what_is_wrong(tmp_path, monkeypatch, run_her
     assert found["torch"].good
     assert found["torch"].found == importlib.metadata.version("torch")
     assert "faces.parquet" in found["data"].found
+    told = torch.cpu.get_capabilities()
+    named, _, instructions = found["processor"].found.partition(": ")
+    assert named == told.get("cpu_name", named)
+    for each in ("avx2", "avx512_bf16", "amx_tile", "amx_bf16", "neon", "sve"):
+        assert (each in instructions.split(", ")) == bool(told.get(each))
     assert found["cores"].found.endswith(f"torch takes {torch.get_num_threads()}")
     assert ("none" in found["GPU"].found) == (not torch.cuda.is_available())
     done = run_here("doctor", "--root", tmp_path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import itertools
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import fairline as fl
 
@@ -83,3 +87,55 @@ def test_the_version_stands_in_one_place():
     assert "version" in project["project"]["dynamic"]
     assert project["tool"]["hatch"]["version"]["path"] == "src/fairline/__init__.py"
     assert yaml.safe_load((root / "CITATION.cff").read_text())["version"] == fl.__version__
+    newest = re.search(r"^## (\S+) \((unreleased|\d{4}-\d\d-\d\d)\)$", (root / "CHANGELOG.md").read_text(), re.M)
+    assert newest[1] == fl.__version__
+
+
+def test_the_lowest_versions_are_those_of_the_package():
+    """``make test-lowest`` tries the bounds that users are told; of torch, which it cannot, the pinned version."""
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name not in ("dev", "mpc")]
+    lowest = {}
+    for requirement in map(Requirement, [*project["dependencies"], *itertools.chain(*extras)]):
+        (bound,) = (Version(each.version) for each in requirement.specifier if each.operator == ">=")
+        lowest[requirement.name] = bound
+    tried, pinned = (
+        {name: Version(version) for name, version in re.findall(r"^([\w-]+)==(.+)$", (root / file).read_text(), re.M)}
+        for file in ("constraints-lowest.txt", "constraints.txt")
+    )
+    assert tried.pop("torch") == pinned["torch"] >= lowest.pop("torch")
+    assert tried.pop("torchvision") == pinned["torchvision"]
+    assert tried == lowest
+
+
+def test_a_commit_is_checked_as_make_test_checks():
+    root = Path(__file__).parents[1]
+    hooks = yaml.safe_load((root / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    before = {hook["entry"].replace(" --fix", "") for hook in hooks}
+    recipe = re.search(r"^test:.*\n((?:\t.*\n)+)", (root / "Makefile").read_text(), re.M)[1]
+    checks = {
+        line.strip().replace("$(BIN)", ".venv/bin").replace("ruff format --check", "ruff format")
+        for line in recipe.splitlines()
+    }
+    (tests,) = (each for each in checks if "pytest" in each)
+    assert checks - {tests} <= before
+
+
+def test_the_image_is_built_of_what_is_there():
+    root = Path(__file__).parents[1]
+    lines = (root / "Dockerfile").read_text().splitlines()
+    copied = {
+        word for line in lines if line.startswith("COPY ") and "--from" not in line for word in line.split()[1:-1]
+    }
+    sent = {
+        line.removeprefix("!") for line in (root / ".dockerignore").read_text().splitlines() if line.startswith("!")
+    }
+    assert copied == sent
+    assert all((root / word).exists() for word in copied)
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    told = re.search(r"^ARG EXTRAS=(\S+)$", "\n".join(lines), re.M)[1].split(",")
+    assert set(told) <= set(project["optional-dependencies"])
+    (spu,) = map(Requirement, project["optional-dependencies"]["mpc"])
+    for version in re.findall(r"^FROM python:(\d+\.\d+)-", "\n".join(lines), re.M):
+        assert spu.marker.evaluate({"python_version": version})

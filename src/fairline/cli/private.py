@@ -263,8 +263,9 @@ def private_serve(
     from itertools import count
 
     from fairline.private.serve import load_addresses, serve
-    from fairline.private.spu import SessionError
+    from fairline.private.spu import SessionError, require_spu
 
+    require_spu()
     addresses = load_addresses(parties)
     for session in count(1):
         err_console.print(f"Waiting at {addresses.model} for the image's owner ({addresses.image}).", highlight=False)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging.markers import default_environment
@@ -21,6 +23,9 @@ from fairline.runs.environment import environment
 
 #: Extras that are for working on fairline itself.
 _INNER = ("dev",)
+
+#: Instruction sets that decide how fast a network is computed, as torch names them.
+_INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "neon", "bf16", "sve", "sme")
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ def examine(root: str | None = None) -> Iterator[Finding]:
     yield Finding("fairline", f"{about['packages'].get('fairline', 'not installed')} on Python {about['python']}")
     for requirement in _requirements(None):
         yield _package(requirement)
+    yield _processor()
     yield Finding("cores", f"{cores()}, of which torch takes {torch.get_num_threads()}")
     native = has_bf16(cpu)
     yield Finding("bfloat16", "the processor multiplies it" if native else "not in this processor: float32 is used")
@@ -62,6 +68,13 @@ def examine(root: str | None = None) -> Iterator[Finding]:
     yield _data_sets(root)
     free = shutil.disk_usage(Path.cwd()).free
     yield Finding("disk", f"{free / 1e9:.0f} GB free here", free > 1e9)
+
+
+def _processor() -> Finding:
+    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    name = told.get("cpu_name") or platform.processor() or platform.machine()
+    has = ", ".join(each for each in _INSTRUCTIONS if told.get(each))
+    return Finding("processor", f"{name}: {has or 'no instructions for vectors that this torch tells of'}")
 
 
 def _accelerators() -> Iterator[Finding]:

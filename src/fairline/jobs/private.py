@@ -19,7 +19,7 @@ from fairline.jobs._common import data_of, require_split
 from fairline.private.cost import estimate
 from fairline.private.fixed_point import IN_THE_CLEAR, agreement, check_request
 from fairline.private.graph import PlainGraph
-from fairline.private.onnx_graph import write_onnx
+from fairline.private.onnx_graph import require_onnx, write_onnx
 from fairline.private.plan import graph_digest
 from fairline.private.replacement import replacement
 from fairline.private.serve import Preprocessing
@@ -270,8 +270,10 @@ def export_network(checkpoint: Checkpoint, spec: DataSpec, out: str | Path, *, o
         The graph.
 
     Raises:
-        FairlineError: The network cannot be exported.
+        FairlineError: The network cannot be exported, or the package onnx is missing.
     """
+    if onnx:
+        require_onnx()
     folder = Path(out)
     graph = checkpoint.graph()
     # The class names stand with the data alone.

@@ -24,6 +24,16 @@ from fairline.private.graph import Node, PlainGraph, Positions, degrees_of, inte
 OPSET = 17
 
 
+def require_onnx() -> None:
+    """Refuse to go on without the package onnx.
+
+    Raises:
+        FairlineError: It is not installed.
+    """
+    if importlib.util.find_spec("onnx") is None:
+        raise FairlineError("ONNX files take the extra: pip install 'fairline[onnx]'.")
+
+
 def write_onnx(path: str | Path, graph: PlainGraph) -> None:
     """Write a graph with its weights as an ONNX file.
 
@@ -34,8 +44,7 @@ def write_onnx(path: str | Path, graph: PlainGraph) -> None:
     Raises:
         FairlineError: The package onnx is missing.
     """
-    if importlib.util.find_spec("onnx") is None:
-        raise FairlineError("ONNX files need the package onnx, which is not installed: pip install 'fairline[onnx]'.")
+    require_onnx()
     model = to_onnx(graph)
     with atomic_path(path) as temporary:
         temporary.write_bytes(model.SerializeToString())

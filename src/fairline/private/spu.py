@@ -246,9 +246,7 @@ def require_spu() -> None:
         FairlineError: It is not installed.
     """
     if importlib.util.find_spec("spu") is None:
-        raise FairlineError(
-            "Private inference needs SPU, which is not installed: pip install 'fairline[mpc]' (Python 3.11, numpy < 2)."
-        )
+        raise FairlineError("Private inference takes the extra: pip install 'fairline[mpc]' (Python 3.11).")
 
 
 def checked_images(images: Tensor) -> Tensor:

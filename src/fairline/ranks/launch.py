@@ -107,9 +107,7 @@ def _fabric(kind: str, devices: int, strategy: str, nodes: int = 1) -> Any:
     try:
         from lightning_fabric import Fabric
     except ImportError:
-        raise FairlineError(
-            "Several devices need Lightning Fabric, which is not installed; install fairline[multi]."
-        ) from None
+        raise FairlineError("Several devices take the extra: pip install 'fairline[multi]'.") from None
     return Fabric(accelerator=kind, devices=devices, strategy=strategy, num_nodes=nodes)
 
 

@@ -112,7 +112,7 @@ class RayCluster:
         try:
             import ray
         except ImportError:
-            raise FairlineError("Ray is not installed; install fairline[ray].") from None
+            raise FairlineError("A cluster takes the extra: pip install 'fairline[ray]'.") from None
         self._ray = ray
         _require_listening(address)
         self._started = not ray.is_initialized()

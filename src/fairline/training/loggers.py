@@ -167,7 +167,7 @@ def log_to(tools: str | Sequence[str], folder: str | Path) -> Iterator[ProgressC
             raise FairlineError(f"There is no logger '{name}'; choose among {', '.join(LOGGERS)}.")
         package = LOGGERS[name][1]
         if package and importlib.util.find_spec(package) is None:
-            raise FairlineError(f"The logger '{name}' takes a package: pip install 'fairline[{name}]'.")
+            raise FairlineError(f"The logger '{name}' takes the extra: pip install 'fairline[{name}]'.")
     opened: list[Logger] = []
     with ExitStack() as held:
 
