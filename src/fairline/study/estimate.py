@@ -28,6 +28,7 @@ def estimate(
     specs: Sequence[StudySpec],
     storage: Storage,
     *,
+    seeds: Mapping[str, Sequence[int]] | None = None,
     root: str | None = None,
     jobs: int = 1,
     device: str | None = None,
@@ -37,6 +38,7 @@ def estimate(
     Args:
         specs: The studies.
         storage: Where their cells are kept.
+        seeds: By a study's name, those of its seeds that are asked about.
         root: Where the data are.
         jobs: Cells at a time; the cores are shared.
         device: Where they run.
@@ -52,7 +54,8 @@ def estimate(
     """
     for spec in specs:
         require_known(spec)
-    cells = list({cell.key: cell for spec in specs for cell in cells_of(spec)}.values())
+    asked = seeds or {}
+    cells = list({cell.key: cell for spec in specs for cell in cells_of(spec, asked.get(spec.name))}.values())
     before, learned = _measured(storage), _learned(storage)
     speeds: dict[str, tuple[float, int]] = {}
     rows = []
