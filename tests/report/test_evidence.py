@@ -76,7 +76,7 @@ def test_the_probability_is_that_of_the_interval(values, threshold):
     assert (p < 0.05) == (not low <= threshold <= high)
 
 
-@pytest.mark.parametrize(("effect", "seeds"), [(0.5, 10), (1.0, 5), (2.0, 3), (0.0, 8)])
+@pytest.mark.parametrize(("effect", "seeds"), [(0.5, 10), (1.0, 5), (2.0, 3), (0.0, 8), (7.9, 2), (30, 2)])
 def test_power_is_how_often_the_interval_decides(effect, seeds):
     expected = reference.power(effect, seeds)
     assert power(effect, seeds) == pytest.approx(expected, abs=5 * math.sqrt(expected / 200_000))

@@ -184,7 +184,12 @@ def _chosen_results(sources: list[str], studies: str) -> pd.DataFrame:
         if not any(fnmatchcase(name, pattern) for name in held):
             raise FairlineError(f"There is no study '{pattern}' here; there are {', '.join(held)}.")
     names = [name for name in held if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    return table[table["study"].isin(names)]
+    chosen = table[table["study"].isin(names)]
+    for name, specs in chosen.groupby("study")["spec_hash"].unique().items():
+        if len(specs) > 1:
+            told = " and ".join(specs)
+            raise FairlineError(f"Study '{name}' is there with specs {told}, such as two scales; give one of them.")
+    return chosen
 
 
 @app.command("figures")
@@ -221,7 +226,13 @@ def study_report(
     sources: Tables,
     out: Annotated[Path, typer.Option("--out", help="HTML file to write.")],
     study: Chosen = "*",
-    table: Annotated[Path | None, typer.Option("--table", help="Also write the findings there, as CSV.")] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            "--table",
+            help="Also write the findings there, as CSV, and what panels say together in a file beside it.",
+        ),
+    ] = None,
     audits: Annotated[
         Path | None,
         typer.Option(
@@ -232,7 +243,8 @@ def study_report(
 ) -> None:
     """Write the page that puts each claim of the paper beside what was measured and says whether it holds."""
     from fairline._io import write_text
-    from fairline.report.claims import CLAIMS, findings, summary, write_claims
+    from fairline.report.claims import CLAIMS, findings, over_panels, summary
+    from fairline.report.claims_page import write_claims
     from fairline.report.results import write_audits
 
     rows = _chosen_results(sources, study)
@@ -242,6 +254,8 @@ def study_report(
         out_console.print(line, soft_wrap=True, highlight=False)
     if table is not None:
         write_text(table, found.to_csv(index=False, float_format="%.5g"))
+        beside = table.with_name(f"{table.stem}_panels{table.suffix}")
+        write_text(beside, over_panels(found).to_csv(index=False, float_format="%.5g"))
         out_console.print(f"Findings: {table.resolve()}", soft_wrap=True)
     out_console.print(f"Page: {write_claims(rows, found, out).resolve()}", soft_wrap=True)
     if audits is not None:
