@@ -76,8 +76,12 @@ def estimate(
                     rate, images = _speed(cell, root, jobs, device, speeds)
                     seconds = epochs * images / rate
         rows.append({"kind": cell.kind, "finished": done, "seconds": seconds, "basis": basis})
-    table = pd.DataFrame(rows)
-    grouped = table.groupby("kind", sort=False)
+    return _by_kind(rows)
+
+
+def _by_kind(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Cells, and what is left of them, a row a kind."""
+    grouped = pd.DataFrame(rows).groupby("kind", sort=False)
     return pd.DataFrame(
         {
             "cells": grouped.size(),
