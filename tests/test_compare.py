@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shutil
 
 import pandas as pd
 import pytest
 
-from fairline.report.comparison import drop_by_budget, masks_of, prepare
+from fairline.jobs import compare_job
+from fairline.report.comparison import drop_by_budget, judged, masks_of, prepare, warnings
 from fairline.report.verdict import signed
 from tests.commands import FINETUNE, LINEARIZE, fairline, ok
 from tests.test_cli import contents, kill_when
@@ -257,3 +259,27 @@ def test_emptied_layers_are_a_method_and_a_budget_may_be_one_method_s_alone(runs
     assert budgets["random: not finetuned"] == {10}
     page = (tmp_path / "compare" / "comparison.html").read_text(encoding="utf-8")
     assert "With 4.5 % of the ReLUs" in html.unescape(page).replace("\u00a0", " ")
+
+
+def test_a_method_that_cannot_meet_a_budget_stands_at_it(runs, tmp_path):
+    """Two base networks whose whole-layer masks keep other numbers of ReLUs, below what was asked."""
+    sources = []
+    for seed, kept in enumerate((40, 43)):
+        moved = tmp_path / f"seed-{seed}"
+        for name in ("base", "snl", "students"):
+            shutil.copytree(runs / name, moved / name)
+            config = moved / name / "config.json"
+            config.write_text(config.read_text().replace(str(runs), str(moved)))
+        for file in (moved / "snl" / "networks").glob("*/network.json"):
+            info = json.loads(file.read_text())
+            info |= {"method": "layerwise", "relus": kept if info["relus"] == 45 else info["relus"]}
+            file.write_text(json.dumps(info))
+        sources += [moved / "snl", moved / "students"]
+    run = compare_job(sources, tmp_path / "compared", baseline="erm", resamples=20, device="cpu")
+    table = run.table("comparison.parquet")
+    own = table[(table["method"] == "layerwise: not finetuned") & (table["measure"] == "accuracy")]
+    assert set(own["replicates"]) == {2}
+    assert set(zip(own["relus"], own["kept"], strict=True)) == {(224, 224.0), (45, 41.5), (20, 20.0)}
+    assert (table.loc[(table["method"] == "erm"), "kept"] == table.loc[table["method"] == "erm", "relus"]).all()
+    told = "Not every budget can be met exactly: “layerwise: not finetuned” keeps 42 of 45 ReLUs."
+    assert told in warnings(prepare(table), run, judged(run))

@@ -226,7 +226,7 @@ def list_networks(run: Run) -> None:
 def print_comparison(run: Run, within: float = 5.0, critical: Sequence[str] = ()) -> None:
     """A comparison's verdicts and tables, and its page."""
     from fairline.data.grouped import OVERALL, WORST
-    from fairline.report.comparison import judged, limits, prepare, write_comparison
+    from fairline.report.comparison import judged, kept_fewer, limits, prepare, write_comparison
     from fairline.report.null_front import summary, undoing
     from fairline.report.verdict import headline, signed
 
@@ -265,7 +265,8 @@ def print_comparison(run: Run, within: float = 5.0, critical: Sequence[str] = ()
         print_frame(table, f"{budget} of ReLUs, against {baseline}", {"groups better": ".0f", "worse": ".0f"})
         if told := summary(frame, str(budget)):
             out_console.print(told, highlight=False)
-    for sentence in undoing(frame):
+    fewer = kept_fewer(frame)
+    for sentence in [*undoing(frame), *([fewer] if fewer else [])]:
         out_console.print(sentence, highlight=False)
     path = write_comparison(run.folder, within=within, critical=critical, found=found)
     out_console.print(f"Comparison: {path.resolve()}", soft_wrap=True)

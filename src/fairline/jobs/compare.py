@@ -101,7 +101,8 @@ def compare_job(
 ) -> Run:
     """Compare runs at equal budgets into ``out``; runs from several base networks (seeds) are replicates.
 
-    Predictions are kept as soon as all of a base network's are known, so an interrupted comparison resumes there.
+    A budget is what was asked for (``relus``); a method that cannot meet one exactly keeps fewer (``kept``).
+    Predictions stay as soon as all of a base network's are known, so an interrupted comparison resumes there.
 
     Args:
         sources: Folders of linearize, finetune or last-layer runs.
@@ -182,7 +183,7 @@ def by_seed(run: Run) -> pd.DataFrame:
         FairlineError: The run is of an earlier version, which kept too little.
     """
     predictions, whole = run.table("predictions.parquet"), run.table("comparison.parquet")
-    told_all = {"label", "right_from"} <= set(predictions) and "tried" in whole
+    told_all = {"label", "right_from", "kept"} <= set(predictions) and "tried" in whole
     if not told_all or not (run.folder / "null_front.parquet").exists():
         raise FairlineError(f"{run.folder} is of an earlier version; remove it to compare again.")
     shifts, baseline = run.table("null_front.parquet"), str(whole["baseline"].iloc[0])
@@ -200,7 +201,9 @@ def by_seed(run: Run) -> pd.DataFrame:
             ignore_index=True,
         )
         of_seed = told.assign(strength=[_of_one(each, place, len(bases)) for each in told["strength"]])
-        found = found[found["measure"] != "pareto"].merge(of_seed, "left", ["method", "relus"])
+        kept = own[0].drop_duplicates(["method", "relus"])[["method", "relus", "kept"]]
+        found = found[found["measure"] != "pareto"].merge(kept, "left", ["method", "relus"])
+        found = found.merge(of_seed, "left", ["method", "relus"])
         seed = int(run.config["lineage"][base]["seed"])
         tables.append(found.drop(columns=["low", "high", "replicates"]).assign(seed=seed))
     return pd.concat(tables, ignore_index=True)
@@ -251,8 +254,8 @@ def _kept(
 ) -> list[pd.DataFrame]:
     """What was seen of a family, now or before an interruption."""
     files = [run.checkpoint / f"{position}.{part}.parquet" for part in ("predictions", "layers", "counts", "shifts")]
-    # What an earlier version kept may lack the strengths.
-    if not all(path.exists() for path in files) or "right_from" not in read_schema(files[0]).names:
+    # What an earlier version kept may lack the strengths, or what is kept of a budget.
+    if not all(path.exists() for path in files) or not {"right_from", "kept"} <= {*read_schema(files[0]).names}:
         for file, table in zip(files, look(family), strict=True):
             write_table(file, table)
     return [pd.read_parquet(path) for path in files]
@@ -275,7 +278,8 @@ def _seen(
     images, layers, shifts = [], [], []
     for (label, info, placement), folder in _labelled(family):
         model, _ = load_network(folder)
-        what = {"base": str(family.base.folder), "method": label, "relus": info.relus, "total": info.total}
+        what = {"base": str(family.base.folder), "method": label, "relus": info.budget, "total": info.total}
+        what["kept"] = info.relus
         # τ is chosen on the validation part, the one pass beside that over the part itself.
         for name in dict.fromkeys([split, "val"]):
             logits, part = predict(model, parts[name], device=device).cpu(), parts[name]
@@ -297,15 +301,16 @@ def _groups(part: GroupedData) -> NDArray[np.str_]:
 
 
 def _chosen(families: Sequence[_Family]) -> pd.DataFrame:
-    """How many settings were ``tried`` for each method and budget, and which each base network takes."""
+    """ReLUs ``kept`` for each method and budget, settings ``tried``, and which each base network takes."""
     rows = []
     for family in families:
         of_run = {run.folder.resolve(): choices(run) for run in family.runs}
         for (label, info, _), folder in _labelled(family):
             tried, strength = of_run.get(folder.parents[1].resolve(), {}).get(folder.name, (1, ""))
-            rows.append({"method": label, "relus": info.relus, "tried": tried, "strength": strength})
+            own = {"method": label, "relus": info.budget, "kept": info.relus}
+            rows.append({**own, "tried": tried, "strength": strength})
     found = pd.DataFrame(rows).groupby(["method", "relus"], as_index=False, sort=False)
-    return found.agg({"tried": "max", "strength": lambda own: _AND.join(filter(None, own))})
+    return found.agg({"kept": "mean", "tried": "max", "strength": lambda own: _AND.join(filter(None, own))})
 
 
 def _kept_by_layer(model: nn.Module, info: NetworkInfo, placement: str) -> list[dict[str, Any]]:
@@ -377,12 +382,12 @@ def _labelled(family: _Family) -> list[tuple[tuple[str, NetworkInfo, str], Path]
         for path in run.networks().values():
             info = load_info(path)
             label = method_label(run, info)
-            other = taken.get((label, info.relus))
+            other = taken.get((label, info.budget))
             if other is not None:
                 raise FairlineError(
-                    f"{run.folder} and {other} both hold '{label}' with {info.relus:,} ReLUs; compare one of them."
+                    f"{run.folder} and {other} both hold '{label}' with {info.budget:,} ReLUs; compare one of them."
                 )
-            taken[label, info.relus] = run.folder
+            taken[label, info.budget] = run.folder
             found.append(((label, info, placed(run, info)), path))
     return found
 

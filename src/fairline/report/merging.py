@@ -147,7 +147,8 @@ def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
         bounds = (TAUS[0], TAUS[-1]) if row["measure"] == "tau" else (-np.inf, np.inf)
         low, high = mean_interval(values, *bounds)
         more = {"value": values.mean(), "low": low, "high": high, "n": own["n"].mean(), "replicates": len(own)}
-        chosen = {"tried": own["tried"].max(), "strength": " · ".join(filter(None, own["strength"]))}
+        chosen = {"kept": own["kept"].mean(), "tried": own["tried"].max()}
+        chosen["strength"] = " · ".join(filter(None, own["strength"]))
         told.append({**row, **more, "baseline": own["baseline"].iloc[0], **chosen, "train_n": own["train_n"].mean()})
     frame = pd.DataFrame(told)
     # The order of a comparison: what it compares, the Pareto front, what shifts have to do with.

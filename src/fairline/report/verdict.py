@@ -423,7 +423,9 @@ def methods(
 
     found = []
     of_networks = frame[frame["measure"] == "accuracy"]
-    about = of_networks[["method", "relus", "percent", "budget"]].drop_duplicates(["method", "relus"])
+    # A comparison of an earlier version names each network by what it keeps.
+    of_networks = of_networks.assign(kept=of_networks["kept" if "kept" in of_networks else "relus"])
+    about = of_networks[["method", "relus", "percent", "budget", "kept"]].drop_duplicates(["method", "relus"])
     columns = list(about[["method", "relus"]].itertuples(index=False, name=None))
     for row in about.to_dict("records"):
         own = images(row["method"], row["relus"])
@@ -439,7 +441,7 @@ def methods(
                 f"{row['method']}, {row['relus']} ReLUs",
                 row["method"],
                 row["budget"],
-                int(row["relus"]),
+                round(row["kept"]),
                 float(row["percent"]),
                 judged,
                 Control.of(network_name(control, "100 %"), judged, counted) if whole else None,

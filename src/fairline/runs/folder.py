@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -84,6 +85,9 @@ class Run:
         with reading(self.folder):
             self._require_free_or_same(wanted)
         held.enter_context(self._locked())
+        with reading(self.folder):
+            # Before the lock another process may have begun something else here.
+            self._require_free_or_same(wanted)
         if self.finished:
             return True
         for leftover in self.folder.rglob(".*.tmp"):
@@ -111,8 +115,12 @@ class Run:
                 raise FairlineError(
                     f"{self.folder} holds another run ({different}); choose another --out or delete the folder."
                 )
-        elif self.folder.exists() and any(p.name != ".lock" for p in self.folder.iterdir()):
-            raise FairlineError(f"{self.folder} is not empty and is not a run folder; choose another --out.")
+        elif self.folder.exists():
+            names = [path.name for path in self.folder.iterdir()]
+            strange = [name for name in names if name != ".lock" and not re.fullmatch(r"\..*\.tmp", name)]
+            # The config comes first, so what another process has just put here stands beside one.
+            if strange and not config_file.exists():
+                raise FairlineError(f"{self.folder} is not empty and is not a run folder; choose another --out.")
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
