@@ -280,5 +280,5 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise FairlineError(f"Device '{device}' cannot be used here: {reason}") from None
+        raise FairlineError(f"Device '{device}' cannot be used here ({reason.rstrip('.')}).") from None
     return chosen

@@ -105,7 +105,7 @@ HALF = [[0.5, 0.5]] * 2
             (["a", "b"], ["a", "b"], ["x", "y"], pd.DataFrame(HALF, columns=["a", "c"])),
             "class 'b' in row 1|classes a, c",
         ),
-        ((["a", "b"], ["a", "b"], {}), "groups has no column"),
+        ((["a", "b"], ["a", "b"], {}), "The groups have no column"),
         (([], [], []), "one class a sample"),
     ],
 )

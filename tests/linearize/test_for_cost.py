@@ -351,7 +351,7 @@ def test_bad_settings(options, message):
 
 
 def test_what_is_no_choice_of_layers():
-    with pytest.raises(FairlineError, match=r"for_cost says which layers are emptied \(ForCost\), not 'cheetah'"):
+    with pytest.raises(FairlineError, match=r"'for_cost' says which layers are emptied \(ForCost\), not 'cheetah'"):
         Magnitude(for_cost="cheetah")
     with pytest.raises(FairlineError, match="need a model of it, not 'cheetah'"):
         ForCost("cheetah")

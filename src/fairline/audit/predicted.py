@@ -215,7 +215,7 @@ def _grouped(labels: Tensor, names: Sequence[str], groups: Any, by: Groups | Non
     table = groups if isinstance(groups, pd.DataFrame | Mapping) else {"group": _array(groups)}
     columns = {str(column): pd.Series(_array(table[column])) for column in table}
     if not columns:
-        raise FairlineError("groups has no column.")
+        raise FairlineError("The groups have no column.")
     for column, values in columns.items():
         if len(values) != len(labels):
             raise FairlineError(

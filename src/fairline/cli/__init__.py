@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fairline import __version__
-from fairline.cli import pipeline, private, publish, study
+from fairline.cli import board, pipeline, private, publish, study
 from fairline.cli.console import err_console, out_console
 from fairline.errors import FairlineError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(pipeline.app)
 app.add_typer(publish.app)
+app.add_typer(board.app)
 app.add_typer(study.app, name="study")
 app.add_typer(private.app, name="private")
 

@@ -38,7 +38,8 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Data set: digits, utkface:age|race|gender, cifar10, svhn, celeba:ATTRIBUTE or folder.",
+        help="Data set: digits, utkface:age|race|gender, cifar10, cifar100[:coarse], tiny_imagenet, svhn, "
+        "celeba:ATTRIBUTE or folder.",
         show_default=True,
     ),
 ]
@@ -70,7 +71,8 @@ Unbalanced = Annotated[
     bool | None,
     typer.Option(
         "--unbalanced/--balanced",
-        help="Keep 90 % of classes 0–4 and 10 % of 5–9 (digits: on by default; cifar10: off).",
+        help="Keep 90 % of the first half of the classes and 10 % of the second (digits: on by default; cifar10, "
+        "cifar100, tiny_imagenet: off).",
         show_default=False,
     ),
 ]

@@ -82,7 +82,13 @@ app = typer.Typer()
 @app.command()
 @with_table_options
 def data(
-    name: Annotated[str, typer.Argument(help="digits, utkface:race, cifar10, svhn, celeba:Smiling or folder.")],
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="digits, utkface:race, cifar10, cifar100, tiny_imagenet, svhn, celeba:Smiling or folder; without a "
+            "name all are listed."
+        ),
+    ] = None,
     root: Root = None,
     groups: Groups = None,
     unbalanced: Unbalanced = None,
@@ -99,6 +105,12 @@ def data(
     from fairline import data as registry
     from fairline.data.grouped import TOO_SMALL
 
+    if name is None:
+        here = registry.found_in(root)
+        for each in registry.REGISTRY:
+            out_console.print(f"{'✓' if each in here else ' '} {each}", highlight=False)
+        out_console.print("✓: known by its files here, or needs none.")
+        return
     spec = data_spec(name, root, groups, unbalanced, data_option, seed, table)
     with err_console.status(Text(f"reading {name}")):
         whole = registry.load(spec.name, spec.root, pack=pack, **spec.options)

@@ -21,6 +21,8 @@ REGISTRY: dict[str, str] = {
     "digits": "fairline.data.digits",
     "utkface": "fairline.data.utkface",
     "cifar10": "fairline.data.cifar10",
+    "cifar100": "fairline.data.cifar100",
+    "tiny_imagenet": "fairline.data.tiny_imagenet",
     "svhn": "fairline.data.svhn",
     "celeba": "fairline.data.celeba",
     "folder": "fairline.data.folder",
@@ -29,6 +31,37 @@ REGISTRY: dict[str, str] = {
 
 #: Data sets that come with a library and need no folder.
 WITHOUT_ROOT = frozenset({"digits"})
+
+#: Files or folders by which a data set is known; image files alone, such as UTKFace's, are not.
+_MARKS: dict[str, tuple[str, ...]] = {
+    "utkface": ("utkface*.parquet",),
+    "cifar10": ("cifar-10-batches-py", "test_batch", "cifar10_test*.parquet"),
+    "cifar100": ("cifar-100-binary.tar.gz", "cifar-100-binary", "cifar100_test*.parquet"),
+    "tiny_imagenet": ("tiny-imagenet-200", "tiny-imagenet-200.zip", "wnids.txt"),
+    "svhn": ("test_32x32.mat",),
+    "celeba": ("list_attr_celeba.txt", "celeba/list_attr_celeba.txt"),
+    "folder": ("metadata.csv", "metadata.parquet"),
+}
+
+
+def found_in(root: str | Path | None = None) -> list[str]:
+    """Data sets that can be loaded here, by what their files are called; they are not opened.
+
+    Args:
+        root: Where to look; the environment variable ``FAIRLINE_DATA`` by default.
+
+    Returns:
+        Names of :data:`REGISTRY`, those that need no folder first.
+
+    >>> "digits" in found_in("nowhere")
+    True
+    """
+    root = root or os.environ.get("FAIRLINE_DATA")
+    path = None if root is None else Path(root).expanduser()
+    found = [name for name in REGISTRY if name in WITHOUT_ROOT]
+    if path is not None:
+        found += [name for name, marks in _MARKS.items() if any(any(path.glob(mark)) for mark in marks)]
+    return found
 
 
 def load(
@@ -49,8 +82,9 @@ def load(
     are decoded to a file once and stay there; ``FAIRLINE_PACKED`` names the folder of such files.
 
     Args:
-        name: ``"digits"``, ``"utkface:age"``, ``"utkface:race"``, ``"utkface:gender"``, ``"cifar10"``,
-            ``"svhn"``, ``"celeba:Smiling"``, ``"folder"`` or ``"packed"``; what follows the colon is the task.
+        name: ``"digits"``, ``"utkface:age"``, ``"utkface:race"``, ``"utkface:gender"``, ``"cifar10"``, ``"cifar100"``,
+            ``"cifar100:coarse"``, ``"tiny_imagenet"``, ``"svhn"``, ``"celeba:Smiling"``, ``"folder"`` or ``"packed"``;
+            what follows the colon is the task.
         root: Where the files are; the environment variable ``FAIRLINE_DATA`` by default.
         pack: Do so whatever they take.
         classes: All classes, in the order of the labels that they get: that of a trained network's outputs.
@@ -101,6 +135,7 @@ __all__ = [
     "Groups",
     "PackedImages",
     "Skipped",
+    "found_in",
     "load",
     "read_classes",
 ]

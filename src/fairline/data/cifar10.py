@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
-from dataclasses import replace
-from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from fairline.data._images import Source, decode
-from fairline.data._names import BadCell, class_index
 from fairline.data._options import parse_size, refuse_unknown, require_root, require_whole
-from fairline.data._packed import Images
-from fairline.data._tables import FILE_NAME, ParquetTable, image_column, require_columns
-from fairline.data.decoding import Size, UnusableImage
-from fairline.data.digits import PAPER_IMBALANCE
-from fairline.data.grouped import GroupedData, Skipped
+from fairline.data._parts import Content, read_parquet, require_unbalanced, unbalanced_halves
+from fairline.data.decoding import Size
+from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_LABEL = "label"
 _TRAIN_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 
 
@@ -59,16 +52,20 @@ def load(
         FairlineError: The files are missing or not what they should be.
     """
     refuse_unknown("cifar10", options, task)
-    if unbalanced not in (False, True, "train"):
-        raise FairlineError(f"Data 'cifar10': unbalanced must be true, false or 'train', not '{unbalanced}'.")
+    unbalanced = require_unbalanced(unbalanced, "cifar10")
     size, seed = parse_size(image_size, "cifar10"), require_whole(seed, "seed", "cifar10")
     path = require_root(root, "cifar10")
     folder = path / "cifar-10-batches-py" if (path / "cifar-10-batches-py").is_dir() else path
-    content = _from_batches(folder, size) if (folder / "test_batch").exists() else _from_parquet(path, size, pack)
+    if (folder / "test_batch").exists():
+        content = _from_batches(folder, size)
+    else:
+        batches = "cifar-10-batches-py/test_batch"
+        content = read_parquet("cifar10", path, {_LABEL: CLASSES}, size, pack=pack, instead=batches)
+    labels = content.labels[_LABEL]
     data = GroupedData(
         content.images,
-        content.labels,
-        content.labels.clone(),
+        labels,
+        labels.clone(),
         CLASSES,
         CLASSES,
         name="cifar10",
@@ -76,66 +73,16 @@ def load(
         skipped=content.skipped,
         metadata=pd.DataFrame(dict(content.metadata)),
     )
-    if unbalanced:
-        data = data.unbalance(PAPER_IMBALANCE, seed, part="train" if unbalanced == "train" else "all")
-    return data
+    return unbalanced_halves(data, unbalanced, seed)
 
 
-class _Content(NamedTuple):
-    """Images (n, 3, H, W), labels (n,), which are of the test part, bool (n,), and what else is known of them."""
-
-    images: Images
-    labels: Tensor
-    test: Tensor
-    skipped: tuple[Skipped, ...] = ()
-    metadata: Mapping[str, Any] = MappingProxyType({})
-
-
-def _from_batches(folder: Path, size: Size | None) -> _Content:
+def _from_batches(folder: Path, size: Size | None) -> Content:
     if size not in (None, (32, 32)):
         raise FairlineError("The CIFAR-10 batches are 32×32; image_size cannot be changed for them.")
     images, labels = zip(*(_read_batch(folder / name) for name in (*_TRAIN_BATCHES, "test_batch")), strict=True)
     test = torch.zeros(sum(map(len, labels)), dtype=torch.bool)
     test[-len(labels[-1]) :] = True
-    return _Content(torch.cat(images), torch.cat(labels), test)
-
-
-def _from_parquet(path: Path, size: Size | None, pack: bool) -> _Content:
-    tables, labels, images, names = [], [], [], []
-    for part in ("train", "test"):
-        files = sorted(path.glob(f"cifar10_{part}*.parquet")) if path.is_dir() else []
-        if not files:
-            raise FairlineError(f"{path} holds neither cifar-10-batches-py/test_batch nor cifar10_{part}*.parquet.")
-        table = ParquetTable(files, path)
-        column = image_column(table)
-        require_columns(table, "label")
-        tables.append(table)
-        labels.append(_labels(table, path))
-        images.append(table.images(column))
-        names += table.file_names(column)
-    everything = [label for part in labels for label in part]
-    missing = [position for position, label in enumerate(everything) if label is None]
-    undecoded = (
-        replace(image, content=UnusableImage("its label is empty")) if label is None else image
-        for image, label in zip(chain(*images), everything, strict=True)
-    )
-    source = Source("cifar10", path, [file for table in tables for file in table.files], missing, len(everything))
-    decoded = decode(undecoded, size, source, pack=pack)
-    test = torch.tensor([position >= len(labels[0]) for position in decoded.kept])
-    kept = torch.tensor([everything[position] for position in decoded.kept])
-    metadata = {FILE_NAME: [names[position] for position in decoded.kept]}
-    return _Content(decoded.images, kept, test, tuple(decoded.skipped), metadata)
-
-
-def _labels(table: ParquetTable, path: Path) -> list[int | None]:
-    """The label of each row, None where it is missing."""
-    labels = []
-    for where, cell in table.cells("label"):
-        try:
-            labels.append(class_index(cell, CLASSES))
-        except BadCell as error:
-            raise FairlineError(f"{path}: the label in {where} is {error}.") from None
-    return labels
+    return Content(torch.cat(images), {_LABEL: torch.cat(labels)}, test)
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -101,8 +101,7 @@ def compare_job(
 ) -> Run:
     """Compare runs at equal budgets into ``out``; runs from several base networks (seeds) are replicates.
 
-    A budget is what was asked for (``relus``); a method that cannot meet one exactly keeps fewer (``kept``).
-    Predictions stay as soon as all of a base network's are known, so an interrupted comparison resumes there.
+    A budget is what was asked for; of one that cannot be met fewer are ``kept``. An interrupted comparison goes on.
 
     Args:
         sources: Folders of linearize, finetune or last-layer runs.
@@ -188,7 +187,8 @@ def by_seed(run: Run) -> pd.DataFrame:
         raise FairlineError(f"{run.folder} is of an earlier version; remove it to compare again.")
     shifts, baseline = run.table("null_front.parquet"), str(whole["baseline"].iloc[0])
     bases = list(dict.fromkeys(predictions["base"]))
-    told = whole.drop_duplicates(["method", "relus"])[["method", "relus", "tried", "strength"]]
+    # What is of several strengths at once, a front of them, took none.
+    told = whole.drop_duplicates(["method", "relus"])[["method", "relus", "tried", "strength"]].fillna({"strength": ""})
     tables = []
     for place, base in enumerate(bases):
         own = [predictions[predictions["base"] == base]]

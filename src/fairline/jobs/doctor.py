@@ -59,6 +59,7 @@ def examine(root: str | None = None) -> Iterator[Finding]:
     for extra in _extras():
         yield _extra(extra)
     yield _data(root)
+    yield _data_sets(root)
     free = shutil.disk_usage(Path.cwd()).free
     yield Finding("disk", f"{free / 1e9:.0f} GB free here", free > 1e9)
 
@@ -137,6 +138,12 @@ def _data(root: str | None) -> Finding:
         return Finding("data", f"{where} does not exist", good=False)
     inside = sorted(file.name for file in path.iterdir())[:6] if path.is_dir() else [path.name]
     return Finding("data", f"{path}: {', '.join(inside) or 'empty'}", bool(inside))
+
+
+def _data_sets(root: str | None) -> Finding:
+    here = data.found_in(root)
+    others = [name for name in data.REGISTRY if name not in here]
+    return Finding("data sets", f"here: {', '.join(here)}; others that can be read: {', '.join(others)}")
 
 
 __all__ = ["Finding", "examine"]

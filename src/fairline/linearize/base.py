@@ -198,7 +198,7 @@ class Linearizer(ABC):
         if self.teacher is not None and not isinstance(self.teacher, nn.Module):
             raise FairlineError(f"A teacher is a network (nn.Module), not {self.teacher!r}.")
         if self.for_cost is not None and not hasattr(self.for_cost, "choose"):
-            raise FairlineError(f"for_cost says which layers are emptied (ForCost), not {self.for_cost!r}.")
+            raise FairlineError(f"Option 'for_cost' says which layers are emptied (ForCost), not {self.for_cost!r}.")
 
     @abstractmethod
     def cuts(self, run: Linearization) -> Iterator[Cut]:
@@ -320,7 +320,7 @@ class Linearizer(ABC):
         if run.budgets and any(layer.signs is not None for layer in masked_relus(run.student).values()):
             raise FairlineError(
                 f"Units of {type(run.student).__name__} share signs, {run.open} for each image; no method goes on from "
-                "there. Start from the network before that."
+                "there; start from the network before that."
             )
         if self.for_cost is not None and run.budgets:
             self.for_cost.choose(run, self.seed)

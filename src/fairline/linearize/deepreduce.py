@@ -441,7 +441,7 @@ def untrained(student: nn.Module, model: nn.Module, seed: int) -> nn.Module:
                     kind = type(module).__name__ if name else type(model).__name__
                     raise FairlineError(
                         f"DeepReDuce cannot train {type(model).__name__} from scratch: its module '{name}' "
-                        f"({kind}) has no reset_parameters(). Start from the trained weights, with "
+                        f"({kind}) has no reset_parameters(); start from the trained weights, with "
                         "fresh=False."
                     )
                 draw()

@@ -79,7 +79,7 @@ def stages_of(
         if not named:
             raise FairlineError(
                 f"None of the modules of {type(masked).__name__} is named like a stage (layer1, stage2, …); name them "
-                f"with stages. Its ReLUs are {', '.join(layers[:8])}{', …' * (len(layers) > 8)}."
+                f"with stages (its ReLUs are {', '.join(layers[:8])}{', …' * (len(layers) > 8)})."
             )
     elif isinstance(stages, Mapping):
         named = {name: [own] if isinstance(own, str) else list(own) for name, own in stages.items()}

@@ -136,7 +136,7 @@ def rescaled(model: nn.Module, alpha: float, rho: float) -> tuple[nn.Module, dic
     arguments = getattr(model, "arguments", None)
     if not isinstance(arguments, dict) or "width" not in arguments or "stem_stride" not in arguments:
         raise FairlineError(
-            f"{type(model).__name__} cannot be rescaled: it has no `arguments` with its width and stem_stride."
+            f"{type(model).__name__} cannot be rescaled: it has no 'arguments' with its width and stem_stride."
         )
     if not (0 < alpha <= 1 and 0 < rho <= 1) or int(alpha * arguments["width"]) < 1:
         raise FairlineError(

@@ -422,9 +422,8 @@ def methods(
         ]
 
     found = []
-    of_networks = frame[frame["measure"] == "accuracy"]
     # A comparison of an earlier version names each network by what it keeps.
-    of_networks = of_networks.assign(kept=of_networks["kept" if "kept" in of_networks else "relus"])
+    of_networks = frame.assign(kept=frame["kept" if "kept" in frame else "relus"])[frame["measure"] == "accuracy"]
     about = of_networks[["method", "relus", "percent", "budget", "kept"]].drop_duplicates(["method", "relus"])
     columns = list(about[["method", "relus"]].itertuples(index=False, name=None))
     for row in about.to_dict("records"):

@@ -109,8 +109,9 @@ def _read_zip(path: Path) -> Contents:
         raise FairlineError(f"{path} is not a whole file; it was cut short or damaged.") from None
     if any(name.endswith("constants.pkl") for name in names):
         raise FairlineError(
-            f"{path} is a TorchScript archive, which holds code. If you trust it, take its weights out once: "
-            f'python -c "import torch; torch.save(torch.jit.load({str(path)!r}).state_dict(), {_cured(path)!r})"'
+            f"{path} is a TorchScript archive, which holds code; "
+            f'python -c "import torch; torch.save(torch.jit.load({str(path)!r}).state_dict(), {_cured(path)!r})" '
+            "takes its weights out once, if you trust it."
         )
     if any(name.endswith("data.pkl") for name in names):
         return contents(_read_torch(path))
@@ -133,8 +134,8 @@ def _read_torch(path: Path) -> Any:
         needed = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it needs {needed.group(1)}" if needed else "it is not the plain form of torch.save"
         raise FairlineError(
-            f"{path} holds more than weights ({what}), and fairline unpickles nothing else. If you trust it, take its "
-            f'weights out once: python -c "{_conversion(path)}"'
+            f"{path} holds more than weights ({what}), and fairline unpickles nothing else; "
+            f'python -c "{_conversion(path)}" takes its weights out once, if you trust it.'
         ) from None
     except Exception as error:
         # Bytes that are no pickle may end it in any way.

@@ -48,7 +48,7 @@ def load_weights(model: nn.Module, path: str | Path, *, place: str | None = None
     target = _Target.of(model)
     found = _choose(content, target, place, path)
     if not found.whole:
-        raise FairlineError(f"{path} holds weights of another architecture: {found.problems(target)}.{found.hint}")
+        raise FairlineError(f"{path} holds weights of another architecture: {found.problems(target)}{found.hint}.")
     if found.masks:
         set_masks(target.layers, found.masks, str(path))
     model.load_state_dict(found.tensors, strict=False)
@@ -198,15 +198,15 @@ def _take_masks(found: _Found, content: Contents, target: _Target) -> None:
             found.unexpected = {}
         elif like_masks:
             found.hint = (
-                " What is not in the model looks like masks: mask the model first (fairline.mask_relus), or take the "
-                "network over beside its base network (fairline import)."
+                "; what is not in the model looks like masks: mask the model first (fairline.mask_relus), or take the "
+                "network over beside its base network (fairline import)"
             )
         return
     rest = Contents(found.unexpected, content.ordered, content.listed)
     try:
-        chosen = assign(rest, target.layers, "What is not in the model")
+        chosen = assign(rest, target.layers, "what is not in the model")
     except FairlineError as error:
-        found.hint = f" {error}" if like_masks else ""
+        found.hint = f"; {str(error).removesuffix('.')}" if like_masks else ""
         return
     if len(chosen) == len(found.unexpected):
         found.masks = {name: found.unexpected[key] for name, key in chosen.items()}

@@ -157,7 +157,7 @@ def set_masks(layers: Mapping[str, MaskedReLU], masks: Mapping[str, Tensor], whe
         other = mask[(mask != 0) & (mask != 1)]
         if len(other):
             raise FairlineError(
-                f"{where}: the mask of '{name}' holds {other[0].item():.4g}, not zeros and ones. Cut a mask that was "
+                f"{where}: the mask of '{name}' holds {other[0].item():.4g}, not zeros and ones; cut a mask that was "
                 "learned first: SNL's published code keeps what is above 0.01."
             )
     for name, mask in masks.items():
