@@ -172,7 +172,7 @@ def test_bad_input_is_one_sentence(tmp_path, options, sentence):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("launcher", ["fabric", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("fabric", marks=pytest.mark.slow), "torchrun"])
 def test_processes_that_a_launcher_has_started_work_together(tmp_path, launcher):
     options = {
         "fabric": ["run", "--accelerator", "cpu", "--devices", "2", "--"],

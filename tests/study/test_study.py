@@ -75,6 +75,7 @@ def test_every_audit_of_a_study_has_a_page(study):
     ok("report", folder / "base-audit")
 
 
+@pytest.mark.slow
 def test_a_study_adjusts_what_it_finetuned(study, tmp_path):
     adjusted = tmp_path / "adjusted.yaml"
     text = SPEC.read_text().replace("name: digits_tiny", "name: digits_adjusted").replace("[0, 1]", "[0]")
