@@ -5,7 +5,7 @@ LOWEST = tests/test_package.py tests/test_cli.py tests/test_io.py tests/test_log
 	tests/audit tests/data tests/linearize/test_snl.py tests/objectives tests/private/test_export.py tests/ranks/test_launch.py \
 	tests/report/test_card.py tests/study/test_study.py tests/weights
 
-.PHONY: install demo test test-slow dist test-dist test-lowest bench clean
+.PHONY: install demo docs test test-slow dist test-dist test-lowest bench clean
 
 install: .venv/.installed
 
@@ -13,12 +13,16 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hub,mlflow,mpc,multi,onnx,ray,tensorboard,wandb]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,hub,mlflow,mpc,multi,onnx,ray,tensorboard,wandb]'
 	touch $@
 
 demo: install
 	$(BIN)/fairline demo --out demo
 	@echo "Open demo/report.html in a browser."
+
+docs: install
+	$(BIN)/python docs/site/build.py build/site
+	@echo "Open build/site/index.html in a browser."
 
 test: install
 	$(BIN)/ruff check

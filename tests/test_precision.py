@@ -246,6 +246,7 @@ def test_grouped_convolutions_never_lie_channels_last():
     assert not trial.suits_channels_last(model)
 
 
+@pytest.mark.slow
 def test_auto_on_two_threads_with_eight_channels_comes_to_an_end():
     code = """
 import torch

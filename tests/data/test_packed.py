@@ -461,6 +461,7 @@ def test_a_view_can_be_sent_to_another_process(packed_numbers):
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "larger_than_memory.py"
 
 
+@pytest.mark.slow
 def test_images_are_not_held():
     """Training on and auditing 1 GB of images takes less than half of that, mapped pages counted."""
     done = subprocess.run(

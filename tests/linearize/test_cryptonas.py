@@ -513,6 +513,7 @@ def test_bad_settings(options, message):
         CryptoNAS(**options)
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path):
     """From training to the compiled network: run folders rebuild what was found."""
     model = ["--data", "digits", "--model", "resnet18", "--width", "2", "--epochs", "1", "--batch-size", "64"]

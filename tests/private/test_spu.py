@@ -158,7 +158,7 @@ def test_an_interrupted_measurement_goes_on_at_the_next_call(tmp_path):
 
 
 @spu
-@pytest.mark.parametrize("victim", [MODEL_OWNER, IMAGE_OWNER])
+@pytest.mark.parametrize("victim", [MODEL_OWNER, pytest.param(IMAGE_OWNER, marks=pytest.mark.slow)])
 def test_killing_one_party_ends_the_other_with_a_clear_error(victim, temporary):
     killed = []
 

@@ -172,7 +172,7 @@ def test_bad_input_is_one_sentence(tmp_path, options, sentence):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("launcher", ["fabric", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("fabric", marks=pytest.mark.slow), "torchrun"])
 def test_processes_that_a_launcher_has_started_work_together(tmp_path, launcher):
     options = {
         "fabric": ["run", "--accelerator", "cpu", "--devices", "2", "--"],
@@ -191,7 +191,7 @@ def test_processes_that_a_launcher_has_started_work_together(tmp_path, launcher)
 
 def test_without_fabric_one_sentence_names_the_extra_and_one_device_needs_none(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
-    with pytest.raises(fl.FairlineError, match=r"install fairline\[multi\]"):
+    with pytest.raises(fl.FairlineError, match=r"pip install 'fairline\[multi\]'"):
         launch(max, 1, 2, devices=2, device="cpu")
     assert launch(max, 1, 2, devices=1) == 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,23 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fairline.report.claims import CLAIMS, FAILS, HOLDS, UNDECIDED, Finding, findings, judge, summary, write_claims
+from fairline.report.claims import (
+    CLAIMS,
+    CONTROL,
+    FAILS,
+    HOLDS,
+    LOWEST,
+    LOWEST_CONTROL,
+    POINTS,
+    UNDECIDED,
+    Finding,
+    findings,
+    judge,
+    over_panels,
+    summary,
+)
+from fairline.report.claims_page import write_claims
+from fairline.report.evidence import corrected
 from tests.report.study_table import study_table
 
 #: Planted effects, by claim, for which it holds and for which it does not.
@@ -31,8 +48,13 @@ PLANTED = {
 
 
 def verdicts(table: pd.DataFrame, claim: int) -> list[str]:
-    found = findings(table)
+    found = main(table)
     return found.loc[found["claim"] == claim, "verdict"].tolist()
+
+
+def main(table: pd.DataFrame) -> pd.DataFrame:
+    """The claims' own numbers, without what stands beside them."""
+    return findings(table).query("variant == ''")
 
 
 @pytest.mark.parametrize("claim", PLANTED)
@@ -97,12 +119,12 @@ def test_a_group_that_was_never_right_has_no_drop_and_that_is_told(never, seeds,
     table = study_table(model="vgg19")
     lost = (table["group"] == "small") & (table["measure"] == "relative_drop") & table["seed"].isin(never)
     table.loc[lost, "value"] = math.nan
-    found = findings(table).set_index("claim")
+    found = main(table).set_index("claim")
     for claim in (1, 10):
         assert (found.loc[claim, "seeds"], found.loc[claim, "verdict"]) == (seeds, verdict)
         assert f"the base network of {len(never)} of 4 seeds gets none of small right" in found.loc[claim, "note"]
     # A seed without the measure at all has no such row.
-    assert len(findings(table[~lost])) == len(found)
+    assert len(main(table[~lost])) == len(found)
 
 
 def test_groups_of_equal_size_stand_together():
@@ -110,7 +132,7 @@ def test_groups_of_equal_size_stand_together():
     table = study_table(
         slope=6, gain={"a": 1, "b": 1, "c": 2, "d": 4}, groups={"a": 4000, "b": 3990, "c": 500, "d": 502}
     )
-    found = findings(table).set_index("claim")
+    found = main(table).set_index("claim")
     assert found.loc[1, "effect"] == pytest.approx(6 * (5 / 6 - 1 / 6), abs=0.1)
     assert found.loc[1, "note"] == "the 2 smallest groups against the 2 largest groups"
     assert found.loc[11, "effect"] == pytest.approx(3, abs=0.1)
@@ -150,7 +172,7 @@ def test_the_side_is_that_of_the_threshold(sign):
 
 def test_two_studies_of_one_panel_are_not_mixed():
     table = pd.concat([study_table(), study_table(study="again", slope=-4.0)])
-    found = findings(table).query("claim == 1").set_index("panel")["verdict"]
+    found = main(table).query("claim == 1").set_index("panel")["verdict"]
     usual = "UTKFace, race · ResNet-18 · SNL"
     assert dict(found) == {f"{usual} · planted": "holds", f"{usual} · again": "does not hold"}
     # A base network of both is one.
@@ -176,7 +198,7 @@ def test_what_claims_do_not_speak_of_is_left_out():
 
 
 def test_the_page_says_scale_claims_and_sources(tmp_path):
-    table = study_table()
+    table = with_control(study_table())
     target = write_claims(table, findings(table), tmp_path / "claims.html")
     page = html.unescape(target.read_text(encoding="utf-8"))
     assert "Scale of what follows: Planted: numbers of a test." in page
@@ -185,6 +207,10 @@ def test_the_page_says_scale_claims_and_sources(tmp_path):
     assert "ccccccccc" in page
     assert "0123456789abcdef" in page
     assert 'id="figure_1"' in page
+    # A forest of what is tested: the first claim has four more numbers where there is a control.
+    drawn = {f"forest_{claim}_0" for claim in (1, 2, 3, 4, 5, 6, 8, 11)} | {f"forest_1_{place}" for place in range(5)}
+    assert set(re.findall(r'<div class="chart" id="(forest_\w+)"', page)) == drawn
+    assert "Fewer than two panels have a spread over seeds" in page
     assert "Not drawn, as no study here holds what they show: 5, 7, 11, 12, 13, 14." in page
 
 
@@ -199,3 +225,96 @@ def test_rows_of_classes_change_no_claim():
     found = findings(table)
     pd.testing.assert_frame_equal(findings(pd.concat([table, classes], ignore_index=True)), found)
     assert (found["verdict"] != UNDECIDED).any()
+
+
+#: The planted accuracies: 0.9 of the largest and 0.5 of the smallest group.
+LARGE, SMALL = 0.9, 0.5
+
+
+def test_in_points_a_group_of_which_little_is_right_loses_little():
+    table = pd.concat([study_table(slope=4), study_table(study="b", method="deepreduce", slope=8, noise=0.3)])
+    found = findings(table).set_index(["claim", "variant"]).sort_index()
+    first = found.loc[(1, POINTS)]
+    assert first["effect"].tolist() == pytest.approx([4 * SMALL, 8 * SMALL], abs=0.1)
+    worse = found.loc[(7, POINTS)].iloc[0]
+    assert worse["effect"] == pytest.approx(4 * math.log2(50) * SMALL, abs=0.2)
+    assert worse["verdict"] == HOLDS
+
+
+def with_control(table: pd.DataFrame, masks: str = "snl", gain: float = 0.1) -> pd.DataFrame:
+    """And the network that kept all its ReLUs, whose smallest group is better by a gain."""
+    base = table[(table["stage"] == "base") & (table["measure"] == "accuracy")]
+    better = base["value"] + gain * (base["group"] == "small")
+    more = {"stage": "finetuned", "method": "snl", "masks": masks, "objective": "erm", "finetune": "erm"}
+    return pd.concat([table, base.assign(value=better, **more)], ignore_index=True)
+
+
+@pytest.mark.parametrize("masks", ["snl", "whole"])
+def test_the_control_takes_what_further_training_gave(masks):
+    """The network lost 10 points of the smallest group beside a base network, 20 beside one that was trained on."""
+    table = study_table(slope=4, noise=0.01)
+    found = findings(with_control(table, masks)).query("claim == 1").set_index("variant")
+    # A control alone is no panel.
+    assert found.index.is_unique
+    lost = 4 * math.log2(50) * SMALL
+    assert found.loc[LOWEST, "effect"] == pytest.approx(lost, abs=0.1)
+    assert found.loc[LOWEST_CONTROL, "effect"] == pytest.approx(lost + 10, abs=0.1)
+    assert found.loc[CONTROL, "effect"] > 0
+    assert "the control is that of the masks " + masks in found.loc[CONTROL, "note"]
+    # Of each accuracy the drop from the control: 0 where nothing is cut, if it has a network there.
+    halvings = np.log2([1.0, *(100 / np.array([50, 10, 2]))])
+    after = SMALL * (1 - 0.04 * halvings[1:])
+    drops = [0.0, *(100 * (0.6 - after) / 0.6)]
+    own = slice(None) if masks == "snl" else slice(1, None)
+    assert found.loc[CONTROL, "effect"] == pytest.approx(np.polyfit(halvings[own], drops[own], 1)[0], abs=0.1)
+    assert not {CONTROL, LOWEST, LOWEST_CONTROL} & set(findings(table)["variant"])
+
+
+def test_mitigation_is_judged_on_networks_that_lost_relus():
+    table = study_table(gain=3, noise=0.01)
+    whole = with_control(table, gain=0.0)
+    fair = whole[(whole["stage"] == "finetuned") & (whole["percent"] == 100)]
+    fair = fair.assign(objective="lagrangian", finetune="lagrangian", value=0.1)
+    both = pd.concat([whole, fair], ignore_index=True)
+    found, expected = (main(each).query("claim in (8, 11)")["effect"].tolist() for each in (both, table))
+    assert found == pytest.approx(expected)
+
+
+def test_what_chance_gives_one_of_many_tests_does_not_stand():
+    """Six panels of nothing, one of which seems to hold, and one that does."""
+    tables = [study_table(study=f"s{place}", noise=2.0, slope=0.2, gain=0) for place in range(2)]
+    found = findings(pd.concat([*tables, study_table(study="sure", noise=0.01)]))
+    assert found["p_holm"].tolist() == pytest.approx(corrected(found["p"].tolist()), nan_ok=True)
+    assert (found.loc[found["p_holm"] < 0.05, "corrected"] == found.loc[found["p_holm"] < 0.05, "verdict"]).all()
+    assert (found.loc[~(found["p_holm"] < 0.05), "corrected"] == UNDECIDED).all()
+    decided = found["verdict"] != UNDECIDED
+    assert (found.loc[decided & (found["claim"] != 8), "p"] < 0.05).all()
+    assert (found["corrected"] != UNDECIDED).any()
+    # Undecided panels of several seeds, and no others, are told how many they need: more than they have.
+    assert (found["needed"].notna() == (~decided & (found["seeds"] > 1) & found["p"].notna())).all()
+    assert (found["needed"].dropna() > found["seeds"][found["needed"].notna()]).all()
+
+
+def test_many_groups_make_one_loss_less_surprising():
+    table = study_table(gain={"large": -1.0, "middle": 3, "small": 3}, noise=0.5)
+    (found,) = findings(table).query("claim == 8").to_dict("records")
+    rows = table[table["measure"] == "accuracy"].set_index(["seed", "percent", "finetune", "group"])["value"]
+    lost = 100 * (rows.xs("lagrangian", level="finetune") - rows.xs("erm", level="finetune"))
+    lost = lost.xs("large", level="group").groupby("seed").mean()
+    assert found["p"] == pytest.approx(3 * stats.ttest_1samp(lost, 0).pvalue)
+
+
+def test_panels_together():
+    table = pd.concat([study_table(), study_table(study="b", data="utkface:age", ratio=3, noise=0.2)])
+    summed = over_panels(findings(table)).set_index(["claim", "variant"])
+    own = summed.loc[(2, "")]
+    assert (own["panels"], own["pooled"], own["on_side"], own["signed"]) == (2, 2, 2, 2)
+    # A ratio's mean is that of logarithms.
+    assert 2 < own["mean"] < 3
+    assert own["mean"] == pytest.approx(math.sqrt(6), rel=0.05)
+    assert own["tau"] == pytest.approx(math.log(1.5) / math.sqrt(2), rel=0.05)
+    assert own["low"] < own["mean"] < own["high"]
+    one = over_panels(findings(study_table(seeds=(0,)))).set_index(["claim", "variant"]).loc[(2, "")]
+    assert one["pooled"] == 0
+    assert math.isnan(one["mean"])
+    assert over_panels(findings(study_table()[:0])).empty

@@ -21,7 +21,8 @@ from fairline.cli import console
 from fairline.cli.console import print_audit, print_comparison, print_frame, print_frontier, progress_bars, visible
 from fairline.data.grouped import OVERALL
 from fairline.jobs.frontier import frontier_job
-from fairline.report.claims import findings, write_claims
+from fairline.report.claims import findings
+from fairline.report.claims_page import write_claims
 from fairline.report.comparison import write_comparison
 from fairline.report.costs import write_frontier
 from fairline.report.html import write_report

@@ -38,14 +38,24 @@ def test_claims_by_the_command_are_drawn_in_a_browser(results, tmp_path):
     found = pd.read_csv(tmp_path / "claims.csv")
     assert set(found["verdict"]) == {"holds"}
     assert set(found["claim"]) == {1, 2, 3, 4, 5, 6, 8, 11}
+    assert set(pd.read_csv(tmp_path / "claims_panels.csv")["pooled"]) == {2}
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("no chromium to open the page with")
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
     page = (tmp_path / "claims.html").resolve().as_uri()
     drawn = subprocess.run([*command, page], capture_output=True, text=True, check=True, timeout=120).stdout
-    assert drawn.count('version="1.1" class="marks"') == 10
+    # Ten figures; a forest of each claim that is tested, and of the first in points.
+    assert drawn.count('version="1.1" class="marks"') == 10 + 8 + 1
     assert ">This figure could not be drawn" not in drawn
+
+
+def test_two_scales_of_a_study_are_not_mixed(results, tmp_path, refused):
+    other = tmp_path / "medium"
+    other.mkdir()
+    study_table(slope=-4).assign(spec_hash="fedcba9876543210").to_parquet(other / "results.parquet", index=False)
+    told = refused("study", "report", results, other, "--out", tmp_path / "claims.html")
+    assert "Study 'planted' is there with specs 0123456789abcdef and fedcba9876543210, such as two scales" in told
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def test_every_audit_of_a_study_has_a_page(study):
     ok("report", folder / "base-audit")
 
 
+@pytest.mark.slow
 def test_a_study_adjusts_what_it_finetuned(study, tmp_path):
     adjusted = tmp_path / "adjusted.yaml"
     text = SPEC.read_text().replace("name: digits_tiny", "name: digits_adjusted").replace("[0, 1]", "[0]")
@@ -327,3 +328,19 @@ def test_masks_may_have_a_finetune_of_their_own(tmp_path):
     wrong.write_text(file.read_text().replace("finetune: {epochs: 6}", "finetune: {epoch: 6}"))
     with pytest.raises(FairlineError, match=r"masks\.taylor\.finetune: there is no setting 'epoch'"):
         require_known(load_spec(wrong))
+
+
+@pytest.mark.parametrize("path", sorted(PAPERS.glob("fig6_utkface_race*.yaml")), ids=lambda path: path.stem)
+def test_the_medium_scale_is_the_papers_regime_in_a_narrower_network(path):
+    spec, small = load_spec(path, "medium"), load_spec(path)
+    assert spec.model.options == {"stem_stride": 1, "width": 16}
+    assert len(spec.seeds) == 10
+    epochs = spec.finetune["epochs"]
+    used = {name for method in spec.methods for name in method.masks}
+    assert 1.0 in {budget for name in used for budget in spec.masks[name].budgets}
+    for method in spec.methods:
+        if method.objective == "lagrangian":
+            assert method.options["mu"] * epochs == 0.5
+    assert min(budget for name in used for budget in spec.masks[name].budgets) == 0.001
+    assert spec.digest != small.digest
+    require_known(spec)

@@ -111,7 +111,7 @@ def verdict(counted: Sequence[pd.DataFrame], within: float = 5.0, critical: Sequ
             f"There is no class '{unknown[0]}' to be critical of; the classes are {', '.join(classes)}."
         )
     table["critical"] = table["class"].isin(critical) & table["kind"].ne("cell")
-    table["p"] = _holm(table["p"].to_numpy())
+    table["p"] = holm(table["p"].to_numpy())
     table["flag"] = np.where(table["p"] < 1 - LEVEL, np.where(table["change"] < 0, "loss", "gain"), "")
     table["beyond"] = (table["flag"] == "loss") & (table["change"] < -within) | table["critical"] & (table["high"] < 0)
     table["inside"] = (table["low"] >= -within) & (~table["critical"] | (table["change"] >= 0))
@@ -119,8 +119,18 @@ def verdict(counted: Sequence[pd.DataFrame], within: float = 5.0, critical: Sequ
     return Verdict(answer, within, table, decisive, len(counted), int((~asked).sum()))
 
 
-def _holm(p: Floats) -> Floats:
-    """Probabilities corrected for their number."""
+def holm(p: Floats) -> Floats:
+    """Probabilities corrected for their number (Holm 1979): any is below 5 % by chance in 5 % at most.
+
+    >>> holm(np.array([0.01, 0.04])).tolist()
+    [0.02, 0.04]
+
+    Args:
+        p: Probabilities.
+
+    Returns:
+        The corrected ones, in their order.
+    """
     from statsmodels.stats.multitest import multipletests
 
     # statsmodels collects garbage in this call, a fifth of a second in a process that holds torch and pandas. What is

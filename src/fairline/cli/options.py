@@ -38,7 +38,7 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Data set: digits, utkface:age|race|gender, cifar10, cifar100[:coarse], tiny_imagenet, svhn, "
+        help="Data set: digits, utkface:age|race|gender, cifar10, cifar100, cifar100:coarse, tiny_imagenet, svhn, "
         "celeba:ATTRIBUTE or folder.",
         show_default=True,
     ),

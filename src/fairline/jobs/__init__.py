@@ -4,7 +4,7 @@ from fairline.jobs._common import LAST_LAYERS
 from fairline.jobs.adjust import adjust_job
 from fairline.jobs.audit import audit_job
 from fairline.jobs.choose import choices, choose_job
-from fairline.jobs.compare import compare_job
+from fairline.jobs.compare import by_seed, compare_job
 from fairline.jobs.compiled import compile_job
 from fairline.jobs.demo import run_demo
 from fairline.jobs.finetune import ablate_job, finetune_job, last_layer_job
@@ -22,6 +22,7 @@ __all__ = [
     "audit_job",
     "audit_predictions_job",
     "build_linearizer",
+    "by_seed",
     "choices",
     "choose_job",
     "compare_job",

@@ -42,6 +42,9 @@ from fairline.masking import masked_relus
 from fairline.runs import NetworkInfo, Run, load_info, load_network
 from fairline.training import Progress, ProgressCallback
 
+#: Between what the base networks took.
+_AND = " · "
+
 
 def method_label(run: Run, info: NetworkInfo) -> str:
     """What was done to a network after its base training: ``"masks lagrangian, lagrangian mu=0.005"``."""
@@ -165,6 +168,53 @@ def _write(
     write_table(run.folder / "comparison.parquet", table)
 
 
+def by_seed(run: Run) -> pd.DataFrame:
+    """What a comparison is the mean of: its numbers for each base network alone.
+
+    Args:
+        run: A finished compare run.
+
+    Returns:
+        Rows as of ``comparison.parquet`` with ``seed`` in place of limits and ``replicates``, without ``pareto``, which
+        is of means.
+
+    Raises:
+        FairlineError: The run is of an earlier version, which kept too little.
+    """
+    predictions, whole = run.table("predictions.parquet"), run.table("comparison.parquet")
+    told_all = {"label", "right_from", "kept"} <= set(predictions) and "tried" in whole
+    if not told_all or not (run.folder / "null_front.parquet").exists():
+        raise FairlineError(f"{run.folder} is of an earlier version; remove it to compare again.")
+    shifts, baseline = run.table("null_front.parquet"), str(whole["baseline"].iloc[0])
+    bases = list(dict.fromkeys(predictions["base"]))
+    # What is of several strengths at once, a front of them, took none.
+    told = whole.drop_duplicates(["method", "relus"])[["method", "relus", "tried", "strength"]].fillna({"strength": ""})
+    tables = []
+    for place, base in enumerate(bases):
+        own = [predictions[predictions["base"] == base]]
+        # Limits are not asked for, so few draws do.
+        found = pd.concat(
+            [
+                _compared(own, baseline, 2, 0),
+                _against_null(own, [shifts[shifts["base"] == base]], baseline, 2, 0),
+            ],
+            ignore_index=True,
+        )
+        of_seed = told.assign(strength=[_of_one(each, place, len(bases)) for each in told["strength"]])
+        kept = own[0].drop_duplicates(["method", "relus"])[["method", "relus", "kept"]]
+        found = found[found["measure"] != "pareto"].merge(kept, "left", ["method", "relus"])
+        found = found.merge(of_seed, "left", ["method", "relus"])
+        seed = int(run.config["lineage"][base]["seed"])
+        tables.append(found.drop(columns=["low", "high", "replicates"]).assign(seed=seed))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _of_one(strengths: str, place: int, count: int) -> str:
+    """What one base network took, where :func:`_chosen` told of all."""
+    parts = strengths.split(_AND)
+    return parts[place] if len(parts) == count else strengths
+
+
 @dataclass(frozen=True)
 class _Family:
     """A base network and the runs that were made of it."""
@@ -260,7 +310,7 @@ def _chosen(families: Sequence[_Family]) -> pd.DataFrame:
             own = {"method": label, "relus": info.budget, "kept": info.relus}
             rows.append({**own, "tried": tried, "strength": strength})
     found = pd.DataFrame(rows).groupby(["method", "relus"], as_index=False, sort=False)
-    return found.agg({"kept": "mean", "tried": "max", "strength": lambda own: " · ".join(filter(None, own))})
+    return found.agg({"kept": "mean", "tried": "max", "strength": lambda own: _AND.join(filter(None, own))})
 
 
 def _kept_by_layer(model: nn.Module, info: NetworkInfo, placement: str) -> list[dict[str, Any]]:

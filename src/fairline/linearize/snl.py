@@ -39,7 +39,7 @@ class SNL(MaskLearning):
         return (1 - self.threshold) / self.lr
 
     def sparsity(self, layer: MaskedReLU) -> Tensor:
-        """|m|."""
+        """``|m|``."""
         return cast(Tensor, layer.weight).abs()
 
     def open(self, layer: MaskedReLU) -> Tensor:

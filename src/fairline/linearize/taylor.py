@@ -79,8 +79,8 @@ class Taylor(Linearizer):
             ``refresh_epochs`` is not used.
         refresh_epochs: Epochs of training after each round; 0 estimates again with the weights as they are.
         order: 1 takes the first-order term alone, 2 both.
-        first: The first-order term: ``"absolute"``, |mean over images|; ``"per_image"``, the mean of absolute values,
-            as the published code; or ``"signed"``, which is the estimate itself.
+        first: The first-order term: ``"absolute"``, the absolute mean over images; ``"per_image"``, the mean of
+            absolute values, as the published code; or ``"signed"``, which is the estimate itself.
         weigh_layers: Multiply by the published code's weights of layers.
         probes: Backward passes for the second order, at most: exact where there are no more classes, else an unbiased
             estimate with as many random signs.

@@ -151,8 +151,8 @@ class MaskedReLU(nn.Module):
             weights; None where no channel has any to learn.
         degrees: int64, (C,): the degree of each channel's surrogate, 0 for zero and 1 for the identity, where they were
             chosen channel by channel or are zero; else None.
-        signs: int32, (2, *shape), where units share signs: which one decides each unit, and which one it votes for; see
-            :mod:`fairline.masking.sharing`. None where every unit has its own.
+        signs: int32, ``(2, *shape)``, where units share signs: which one decides each unit, and which one it votes for;
+            see :mod:`fairline.masking.sharing`. None where every unit has its own.
     """
 
     kept: Tensor
@@ -177,7 +177,7 @@ class MaskedReLU(nn.Module):
         self._num_kept = math.prod(self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the masked ReLU to x, (B, *shape)."""
+        """Apply the masked ReLU to x, ``(B, *shape)``."""
         if x.shape[1:] != self.shape:
             raise FairlineError(
                 f"A mask made for activations of shape {self.shape} met one of shape {tuple(x.shape[1:])}; "
@@ -203,7 +203,7 @@ class MaskedReLU(nn.Module):
         return cast(Tensor, _LearnedMaskedReLU.apply(x, self.mask))
 
     def substitute(self, x: Tensor) -> Tensor:
-        """The surrogate g(x) of every unit, kept or not; x is (B, *shape)."""
+        """The surrogate g(x) of every unit, kept or not; x is ``(B, *shape)``."""
         coefficients = self.polynomial
         return x if coefficients is None else evaluate(coefficients.to(x.dtype), x)
 
@@ -321,7 +321,7 @@ class MaskedReLU(nn.Module):
         """Let units share signs, which decide for those of them that the mask keeps.
 
         Args:
-            signs: (2, *shape), as :func:`~fairline.masking.sharing.patches` gives them; None for a sign a unit.
+            signs: ``(2, *shape)``, as :func:`~fairline.masking.sharing.patches` gives them; None for a sign a unit.
 
         Raises:
             FairlineError: They are no signs of this layer, its mask is being learned, or quadratics stand in it.
@@ -336,7 +336,7 @@ class MaskedReLU(nn.Module):
 
     @property
     def effective_signs(self) -> Tensor | None:
-        """int64, (2, *shape): the shared signs that decide a kept unit, numbered from 0 on; None where none are."""
+        """int64, ``(2, *shape)``: the shared signs that decide a kept unit, numbered from 0 on; None where none are."""
         return None if self.signs is None else effective(self.signs, self.kept)
 
     def _require_own_signs(self, what: str) -> None:

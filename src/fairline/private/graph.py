@@ -58,8 +58,8 @@ class PlainGraph:
         nodes: In the order of evaluation; the last one gives the logits.
         shapes: Of each private tensor, public.
         masks: Public: bool, of an activation's shape, True where the ReLU is kept; of a gather int64, which units of
-            its flattened input it takes, in the order of its flattened output; of a shared ReLU int64, (2, *shape), see
-            :mod:`fairline.masking.sharing`.
+            its flattened input it takes, in the order of its flattened output; of a shared ReLU int64, ``(2, *shape)``,
+            see :mod:`fairline.masking.sharing`.
         weights: Private: float32, by name; empty in the public half.
     """
 

@@ -1,25 +1,24 @@
-"""The claims of the paper as tests on what studies measured, and the page that puts the two side by side.
+"""The claims of the paper as tests on what studies measured.
 
 A claim is tested in every panel (a study's data, network and masks) that has what it speaks of. One number is taken
 of each seed; its mean over seeds, with Student's 95 % interval, decides: the claim *holds* where the whole interval
 lies on its side of a threshold, *does not hold* where the whole interval lies on the other, and is *undecided*
-otherwise, and with one seed.
+otherwise, and with one seed. Beside that stand the verdict after Holm's correction for all tests of the table, and over
+the panels of a claim a random-effects mean and a sign test; see :mod:`fairline.report.evidence`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 
-from fairline.audit.intervals import student_interval
+from fairline.audit.intervals import LEVEL, student_interval
 from fairline.data.grouped import OVERALL
-from fairline.report.page import write_page
+from fairline.report.evidence import Pooled, corrected, pooled, seeds_needed, sign_test, student_p
 from fairline.report.panels import (
     DR,
     R18,
@@ -32,12 +31,15 @@ from fairline.report.panels import (
     rows_of,
     variants_of_mu,
 )
-from fairline.report.paper_figures import FIGURES, draw, draw_others
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 
 #: Points of overall accuracy that "hardly moves" allows, and points that μ may make of a difference.
 HARDLY = 2.0
+
+#: Variants of a claim's number, shown beside it.
+POINTS, CONTROL = "in points", "against the control"
+LOWEST, LOWEST_CONTROL = "in points, lowest budget", "in points, lowest budget, against the control"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,13 @@ class Finding:
         verdict: ``holds``, ``does not hold`` or ``undecided``.
         note: Which groups and budgets it is about.
         agrees: Whether the mean, whatever its interval, lies on the claim's side; None where there is none.
+        variant: Which other number of the claim this is; empty for the claim's own.
+        spread: Standard deviation over seeds; of a ratio, that of its logarithm.
+        p: Two-sided probability under Student's t that the mean is at the threshold; NaN of one seed.
+        p_holm: The same after Holm's correction for all tests of the table.
+        corrected: The verdict if that is below 5 %, else ``undecided``.
+        needed: Seeds with which an undecided panel would be decided in 80 %, were mean and spread the true ones;
+            infinite beyond 1,000, NaN of one seed and where it is decided.
     """
 
     claim: int
@@ -65,6 +74,12 @@ class Finding:
     verdict: str
     note: str = ""
     agrees: bool | None = None
+    variant: str = ""
+    spread: float = math.nan
+    p: float = math.nan
+    p_holm: float = math.nan
+    corrected: str = UNDECIDED
+    needed: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,9 @@ class Claim:
         effect: What the tested number is, with its unit.
         rule: When the claim holds.
         test: Takes the table and yields findings.
+        threshold: What the number is tested against.
+        ratio: Whether the number is a ratio, whose logarithm is tested.
+        variants: What other numbers are, by their names.
     """
 
     text: str
@@ -84,10 +102,19 @@ class Claim:
     effect: str
     rule: str
     test: Callable[[pd.DataFrame], Iterator[Finding]]
+    threshold: float = 0.0
+    ratio: bool = False
+    variants: Mapping[str, str] = field(default_factory=dict)
 
 
 def judge(
-    claim: int, panel: str, values: Sequence[float] | pd.Series, above: float = 0.0, note: str = "", sign: int = 1
+    claim: int,
+    panel: str,
+    values: Sequence[float] | pd.Series,
+    above: float = 0.0,
+    note: str = "",
+    sign: int = 1,
+    variant: str = "",
 ) -> Finding:
     """Test whether a mean lies above a threshold.
 
@@ -98,6 +125,7 @@ def judge(
         above: The threshold.
         note: What the numbers are about.
         sign: −1 tests whether it lies below.
+        variant: Which of the claim's numbers they are.
 
     Returns:
         The finding, with the numbers as they were given.
@@ -107,11 +135,16 @@ def judge(
     mean = float(own.mean()) if len(own) else math.nan
     agrees = None if math.isnan(mean) else sign * mean > sign * above
     if len(own) < 2:
-        return Finding(claim, panel, mean, math.nan, math.nan, len(own), UNDECIDED, note, agrees)
+        return Finding(claim, panel, mean, math.nan, math.nan, len(own), UNDECIDED, note, agrees, variant)
     low, high = student_interval(own)
     near, far = (low, high) if sign > 0 else (-high, -low)
     verdict = HOLDS if near > sign * above else FAILS if far < sign * above else UNDECIDED
-    return Finding(claim, panel, mean, low, high, len(own), verdict, note, agrees)
+    spread = float(own.std(ddof=1))
+    return Finding(
+        *(claim, panel, mean, low, high, len(own), verdict, note, agrees, variant, spread),
+        p=student_p(mean, spread, len(own), above),
+        needed=seeds_needed(mean, spread, above) if verdict == UNDECIDED else math.nan,
+    )
 
 
 @dataclass(frozen=True)
@@ -169,11 +202,12 @@ def _disparity_slopes(rows: pd.DataFrame) -> tuple[pd.Series, str]:
 
 
 def _tested(table: pd.DataFrame) -> list[Panel]:
-    """Panels that have groups to compare and a plain finetune, of which the claims speak."""
+    """Panels that have groups to compare and plain finetunes of networks that lost ReLUs: what claims speak of."""
     held = []
     for panel in panels(table):
         rows = rows_of(table, panel)
-        if len(finetuned(rows)) and rows.loc[rows["group"] != OVERALL, "group"].nunique() > 1:
+        own = finetuned(rows)
+        if (own["relus"] < own["total_relus"]).any() and rows.loc[rows["group"] != OVERALL, "group"].nunique() > 1:
             held.append(panel)
     return held
 
@@ -187,9 +221,54 @@ def _judged_slopes(claim: int, panel: Panel, table: pd.DataFrame, more: str = ""
 
 
 def disparity_grows(table: pd.DataFrame) -> Iterator[Finding]:
-    """Claim 1."""
+    """Claim 1; in points, and beside the control, as well."""
     for panel in _tested(table):
         yield from _judged_slopes(1, panel, table)
+        rows = rows_of(table, panel)
+        own = finetuned(rows)
+        after = _wide(own, "accuracy")
+        base = _wide(rows[rows["stage"] == "base"], "accuracy")
+        if own["asked"].nunique() < 2 or base.empty:
+            continue
+        largest, smallest = _extremes(rows)
+        note = f"{smallest} against {largest}"
+
+        def beyond(lost: pd.DataFrame, smallest: _Extreme = smallest, largest: _Extreme = largest) -> pd.Series:
+            return smallest.of(lost) - largest.of(lost)
+
+        in_points = beyond(_lost(after, base, relative=False))
+        yield judge(1, panel.title, _slopes(in_points), note=note, variant=POINTS)
+        control, masks = _control(table, panel, own)
+        low = after.index.get_level_values("percent") == own["percent"].min()
+        if control.empty or own["percent"].min() == 100:
+            continue
+        note += f"; the control is that of the masks {masks}"
+        slopes = _slopes(beyond(_lost(after, control, relative=True)))
+        yield judge(1, panel.title, slopes, note=note, variant=CONTROL)
+        yield judge(1, panel.title, in_points[low], note=note, variant=LOWEST)
+        against = beyond(_lost(after, control, relative=False))[low]
+        yield judge(1, panel.title, against, note=note, variant=LOWEST_CONTROL)
+
+
+def _lost(after: pd.DataFrame, before: pd.DataFrame, *, relative: bool) -> pd.DataFrame:
+    """What groups lose at each seed and budget, in points or relative; nothing where nothing was right before."""
+    seeds = after.index.get_level_values("seed")
+    start = before.droplevel("percent").reindex(index=seeds, columns=after.columns)
+    start = start.where(start > 0).set_axis(after.index)
+    lost = 100 * (start - after)
+    return lost / start if relative else lost
+
+
+def _control(table: pd.DataFrame, panel: Panel, own: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Accuracies of the network that kept all its ReLUs and was finetuned alike, and the name of its masks."""
+    # With all ReLUs kept little is left of how masks were found, so another method's does where there is no own.
+    whole = own[own["relus"] == own["total_relus"]]
+    if whole.empty:
+        study = own["study"].iloc[0]
+        fits = panel.of(table) & (table["study"] == study) & (table["data_label"] == own["data_label"].iloc[0])
+        rows = finetuned(table[fits & (table["relus"] == table["total_relus"])])
+        whole = rows[rows["masks"] == rows["masks"].iloc[0]] if len(rows) else rows
+    return _wide(whole, "accuracy"), str(whole["masks"].iloc[0]) if len(whole) else ""
 
 
 def gradient_norms_higher(table: pd.DataFrame) -> Iterator[Finding]:
@@ -274,6 +353,8 @@ def deepreduce_is_worse(table: pd.DataFrame) -> Iterator[Finding]:
         note = f"{smallest}, SNL at {rows['budget'].iloc[0]}, DeepReDuce at {others['budget'].iloc[0]} of the ReLUs"
         where = replace(panel, method="DeepReDuce less SNL").title
         yield judge(7, where, (drops[1] - drops[0]).dropna(), note=note)
+        right = [smallest.of(_wide(one, "accuracy")).droplevel("percent") for one in (rows, others)]
+        yield judge(7, where, 100 * (right[0] - right[1]).dropna(), note=note, variant=POINTS)
 
 
 def mitigation_helps_all(table: pd.DataFrame) -> Iterator[Finding]:
@@ -288,7 +369,12 @@ def mitigation_helps_all(table: pd.DataFrame) -> Iterator[Finding]:
         verdicts = {one.verdict for one in tested}
         whole = FAILS if FAILS in verdicts else HOLDS if verdicts == {HOLDS} else UNDECIDED
         note = f"{least.note}, which gains least of {len(tested)} groups; mean over budgets"
-        yield Finding(8, panel.title, least.effect, least.low, least.high, least.seeds, whole, note, least.agrees)
+        # All must gain for the claim, one must lose against it: of many groups one seems to by chance.
+        lost = [one.p for one in tested if one.effect <= 0]
+        together = min(1.0, len(tested) * min(lost)) if lost else max(one.p for one in tested)
+        needed = max(one.needed for one in tested) if least.effect > 0 else least.needed
+        unsure = whole == UNDECIDED and not math.isnan(together)
+        yield replace(least, verdict=whole, note=note, p=together, needed=needed if unsure else math.nan)
 
 
 def mitigation_helps_the_smallest(table: pd.DataFrame) -> Iterator[Finding]:
@@ -302,7 +388,8 @@ def mitigation_helps_the_smallest(table: pd.DataFrame) -> Iterator[Finding]:
 
 def _gains(rows: pd.DataFrame) -> pd.DataFrame:
     """Points of accuracy that Algorithm 1 gains, mean over budgets: a row a seed and a column a group."""
-    before, after = (_wide(finetuned(rows, name), "accuracy") for name in ("erm", "lagrangian"))
+    cut = rows[rows["relus"] < rows["total_relus"]]
+    before, after = (_wide(finetuned(cut, name), "accuracy") for name in ("erm", "lagrangian"))
     return (100 * (after - before)).dropna(how="all").groupby(level="seed").mean()
 
 
@@ -314,6 +401,7 @@ def step_hardly_matters(table: pd.DataFrame) -> Iterator[Finding]:
         if len(variants) < 2:
             continue
         _, smallest = _extremes(rows)
+        rows = rows[rows["relus"] < rows["total_relus"]]
         means = pd.DataFrame(
             {
                 mu: smallest.of(_wide(rows[rows["finetune"] == name], "accuracy")).groupby(level="seed").mean()
@@ -351,6 +439,12 @@ CLAIMS: dict[int, Claim] = {
         "relative accuracy drop of the smallest less that of the largest group, points for each halving of the ReLUs",
         "above 0",
         disparity_grows,
+        variants={
+            POINTS: "points of accuracy that the smallest group loses beyond the largest, for each halving",
+            CONTROL: "as above, but drops are from the network that kept all its ReLUs and was trained on alike",
+            LOWEST: "points that the smallest group loses beyond the largest at the lowest budget, from the base",
+            LOWEST_CONTROL: "the same from the network that kept all its ReLUs and was trained on alike",
+        },
     ),
     2: Claim(
         "Gradient norms are higher for minorities.",
@@ -358,6 +452,8 @@ CLAIMS: dict[int, Claim] = {
         "gradient norm of the smallest group over that of the largest",
         "above 1",
         gradient_norms_higher,
+        threshold=1.0,
+        ratio=True,
     ),
     3: Claim(
         "The largest eigenvalue of the group Hessian is higher for minorities.",
@@ -365,6 +461,8 @@ CLAIMS: dict[int, Claim] = {
         "λ_max of the smallest group over that of the largest, base network",
         "above 1",
         eigenvalues_higher,
+        threshold=1.0,
+        ratio=True,
     ),
     4: Claim(
         "Minorities lie nearer to the decision boundary.",
@@ -386,6 +484,7 @@ CLAIMS: dict[int, Claim] = {
         "change of the overall accuracy at the lowest budget, points",
         f"above −{HARDLY:g}",
         accuracy_hardly_moves,
+        threshold=-HARDLY,
     ),
     7: Claim(
         "DeepReDuce hurts the smallest group more than SNL does.",
@@ -393,6 +492,9 @@ CLAIMS: dict[int, Claim] = {
         "relative accuracy drop of the smallest group, DeepReDuce less SNL, points, at the lowest budget",
         "above 0",
         deepreduce_is_worse,
+        variants={
+            POINTS: "points of accuracy that the smallest group loses, DeepReDuce less SNL, at the lowest budget"
+        },
     ),
     8: Claim(
         "Algorithm 1 helps every group at every budget.",
@@ -407,6 +509,7 @@ CLAIMS: dict[int, Claim] = {
         "spread of the smallest group's accuracy over the values of μ, points",
         f"below {HARDLY:g}",
         step_hardly_matters,
+        threshold=HARDLY,
     ),
     10: Claim(
         "VGG-19 and WRN-22-8 behave like the ResNets.",
@@ -436,14 +539,17 @@ def findings(table: pd.DataFrame) -> pd.DataFrame:
         tested in each.
     """
     found = [asdict(finding) for claim in CLAIMS.values() for finding in claim.test(table)]
-    return pd.DataFrame(found, columns=list(Finding.__dataclass_fields__))
+    frame = pd.DataFrame(found, columns=list(Finding.__dataclass_fields__))
+    frame["p_holm"] = corrected(frame["p"].to_numpy(float))
+    frame["corrected"] = frame["verdict"].where(frame["p_holm"] < 1 - LEVEL, UNDECIDED)
+    return frame
 
 
 def summary(found: pd.DataFrame) -> dict[int, str]:
     """The verdict on each claim over its panels, in words; where some are undecided, how many lie on its side."""
     words = {}
     for number in CLAIMS:
-        own = found[found["claim"] == number]
+        own = found[(found["claim"] == number) & (found["variant"] == "")]
         counts = own["verdict"].value_counts()
         if own.empty:
             words[number] = "not tested"
@@ -459,52 +565,47 @@ def summary(found: pd.DataFrame) -> dict[int, str]:
     return words
 
 
-def write_claims(table: pd.DataFrame, found: pd.DataFrame, target: Path) -> Path:
-    """Write the page: each claim beside what was measured, then the figures.
+def over_panels(found: pd.DataFrame) -> pd.DataFrame:
+    """What the panels of each claim say together: they share data and base networks, so this only describes.
 
     Args:
-        table: The table of one or more studies.
-        found: Its :func:`findings`.
-        target: The HTML file.
+        found: From :func:`findings`.
 
     Returns:
-        The file.
-
-    Raises:
-        FairlineError: The table does not suit, or the file cannot be written.
+        A row for each claim and variant: ``panels``, ``tested`` (of two seeds or more), how many ``holds``, ``fails``
+        and are ``undecided``, and the first two after Holm (``holds_holm``, ``fails_holm``); ``on_side`` of ``signed``
+        means, with the sign test's ``p_sign``; of a random-effects mean ``mean``, ``low``, ``high``, ``tau``, ``i2``
+        and ``pooled`` panels, missing where fewer than two have a spread.
     """
-    papers = draw(table)
-    drawn = {f"figure_{number}": chart for number, chart in papers.items()} | draw_others(table)
-    words = summary(found)
-    claims = []
-    for number, claim in CLAIMS.items():
-        rows = [_row(row) for row in found[found["claim"] == number].to_dict("records")]
-        claims.append({"number": number, **asdict(claim), "rows": rows, "verdict": words[number]})
-    studies = table[["study", "scale", "spec_hash", "data", "model"]].drop_duplicates("study")
-    seeds = table.groupby("study")["seed"].nunique()
-    commits = table.groupby("study")["commit"].agg(lambda column: ", ".join(sorted({str(c)[:9] for c in column})))
-    devices = table.groupby("study")["device"].agg(lambda column: ", ".join(sorted(set(map(str, column)))))
-    return write_page(
-        target,
-        "claims.html.j2",
-        drawn,
-        title="The paper's claims beside what was measured",
-        claims=claims,
-        missing=[number for number in FIGURES if number not in papers] if papers else [],
-        papers=bool(papers),
-        scales=list(dict.fromkeys(table["scale"])),
-        studies=[
-            {**row, "seeds": seeds[row["study"]], "commit": commits[row["study"]], "device": devices[row["study"]]}
-            for row in studies.to_dict("records")
-        ],
-    )
+    rows = []
+    for (number, variant), own in found.groupby(["claim", "variant"], sort=False):
+        signs = own["agrees"].dropna().astype(bool)
+        summed = _pooled(own, CLAIMS[number].ratio)
+        counts = {
+            f"{name}{suffix}": int((own[column] == verdict).sum())
+            for column, suffix in (("verdict", ""), ("corrected", "_holm"))
+            for name, verdict in (("holds", HOLDS), ("fails", FAILS), ("undecided", UNDECIDED))
+        }
+        about = {"claim": number, "variant": variant, "panels": len(own), "tested": int((own["seeds"] > 1).sum())}
+        sides = {"on_side": int(signs.sum()), "signed": len(signs), "p_sign": sign_test(int(signs.sum()), len(signs))}
+        rows.append({**about, **counts, **sides, **summed})
+    return pd.DataFrame(rows)
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-    interval = "" if math.isnan(row["low"]) else f"[{row['low']:.3g}, {row['high']:.3g}]"
-    return {
-        **row,
-        "effect": "" if math.isnan(row["effect"]) else f"{row['effect']:.3g}",
-        "interval": interval,
-        "kind": {HOLDS: "yes", FAILS: "no"}.get(row["verdict"], "open"),
-    }
+def _pooled(own: pd.DataFrame, ratio: bool) -> dict[str, float]:
+    """The random-effects mean of some findings; of ratios it is that of logarithms, told as a ratio."""
+    means = own["effect"].to_numpy(float)
+    variances = own["spread"].to_numpy(float) ** 2 / own["seeds"].clip(lower=1).to_numpy(float)
+    found = pooled(np.log(means) if ratio else means, variances)
+    if found is None:
+        none = Pooled(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
+        return _columns(none)
+    if ratio:
+        mean, low, high = (math.exp(each) for each in (found.mean, found.low, found.high))
+        found = replace(found, mean=mean, low=low, high=high)
+    return _columns(found)
+
+
+def _columns(summed: Pooled) -> dict[str, float]:
+    told = asdict(summed)
+    return {"pooled": told.pop("panels"), **told}

@@ -9,9 +9,11 @@ from typing import Any
 
 import pandas as pd
 
+from fairline import jobs
 from fairline._io import atomic_path, make_folder, read_json, write_table, write_text
 from fairline.audit.comparison import BASE
 from fairline.charts import save_charts
+from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 from fairline.report import costs
 from fairline.report.comparison import write_comparison_figures
@@ -20,50 +22,68 @@ from fairline.runs import Run, provenance
 from fairline.study.cells import cells_of
 from fairline.study.spec import StudySpec
 from fairline.study.storage import Storage
-from fairline.study.store import keep
+from fairline.study.store import collect, keep
+
+#: Of the files of a study's results: 2 since its comparisons are told by seed, so that results can be merged.
+FORMAT = 2
 
 
-def write_study_results(spec: StudySpec, out: str | Path, results: str | Path) -> Path:
+def write_study_results(
+    spec: StudySpec, out: str | Path, results: str | Path, seeds: Sequence[int] | None = None
+) -> Path:
     """Write what is worth committing: a table and the figures of each data set, and where they come from.
 
     Args:
         spec: The study.
         out: The store of its finished cells.
         results: Folder of all results; a subfolder named after the study is written.
+        seeds: Those whose cells are finished and compared; all by default.
 
     Returns:
         The subfolder.
     """
     storage = Storage(str(out))
-    cells = cells_of(spec)
+    cells = cells_of(spec, seeds)
     folder = make_folder(Path(results) / spec.name)
+    table = keep(spec, storage) if seeds is None else collect(spec, storage, seeds)
+    told = []
     for cell in cells:
         if cell.kind != "compare":
             continue
         name = cell.about["results"]
         run = Run.read(storage.fetch(cell), "compare")
-        table = run.table("comparison.parquet")
-        for column in ("value", "low", "high", "percent"):
-            table[column] = table[column].map("{:.5g}".format)
-        with atomic_path(folder / f"{name}.csv") as temporary:
-            table.to_csv(temporary, index=False)
-        _write_line(run, str(table["baseline"].iloc[0]), folder / f"{name}_null_front.csv")
+        comparison = run.table("comparison.parquet")
+        write_comparison(comparison, folder / f"{name}.csv")
+        sizes = table[(table["data_label"] == cell.about["data_label"]) & (table["group"] != OVERALL)]
+        sizes = sizes.drop_duplicates(["seed", "group"])[["seed", "group", "train_n"]]
+        told.append(jobs.by_seed(run).merge(sizes, "left", ["seed", "group"]).assign(results=name))
+        _write_line(run, str(comparison["baseline"].iloc[0]), folder / f"{name}_null_front.csv")
         for file in write_comparison_figures(run.folder, folder):
             if file.suffix == ".png":
                 file.replace(folder / f"{name}_{file.name}")
             else:
                 file.unlink()
-    write_table(folder / "results.parquet", keep(spec, storage))
+    write_table(folder / "by_seed.parquet", pd.concat(told, ignore_index=True))
+    write_table(folder / "results.parquet", table)
     machines: list[dict[str, Any]] = [read_json(storage.fetch(cell) / "environment.json") for cell in cells]
     content = {
+        "format": FORMAT,
         "study": spec.name,
         "scale": spec.said,
         "spec_hash": spec.digest,
-        "seeds": spec.seeds,
+        "seeds": spec.seeds if seeds is None else list(seeds),
+        "planned": spec.seeds,
         **provenance(machines),
     }
     write_text(folder / "provenance.json", json.dumps(content, indent=2) + "\n")
     return folder
+
+
+def write_comparison(table: pd.DataFrame, target: Path) -> None:
+    """Write the rows of a comparison as CSV."""
+    shown = table.assign(**{name: table[name].map("{:.5g}".format) for name in ("value", "low", "high", "percent")})
+    with atomic_path(target) as temporary:
+        shown.to_csv(temporary, index=False)
 
 
 def _write_line(run: Run, baseline: str, target: Path) -> None:

@@ -151,11 +151,12 @@ def _same(train: GroupedData) -> GroupedData:
     return train
 
 
-def cells_of(spec: StudySpec) -> list[Cell]:
+def cells_of(spec: StudySpec, seeds: Sequence[int] | None = None) -> list[Cell]:
     """All cells of a study, parents before children, each once.
 
     Args:
         spec: The study.
+        seeds: Only those of some of its seeds, which are compared for themselves.
 
     Returns:
         The cells; the work of a seed before that of the next.
@@ -163,7 +164,7 @@ def cells_of(spec: StudySpec) -> list[Cell]:
     cells: list[Cell] = []
     finished: dict[str, list[Cell]] = {name: [] for name in spec.data}
     curves: dict[str, list[Cell]] = {name: [] for name in spec.data}
-    for seed in spec.seeds:
+    for seed in spec.seeds if seeds is None else seeds:
         for name in spec.data:
             own, last, tried = _of_one(spec, name, seed)
             cells += own

@@ -28,6 +28,7 @@ def estimate(
     specs: Sequence[StudySpec],
     storage: Storage,
     *,
+    seeds: Mapping[str, Sequence[int]] | None = None,
     root: str | None = None,
     jobs: int = 1,
     device: str | None = None,
@@ -37,6 +38,7 @@ def estimate(
     Args:
         specs: The studies.
         storage: Where their cells are kept.
+        seeds: By a study's name, those of its seeds that are asked about.
         root: Where the data are.
         jobs: Cells at a time; the cores are shared.
         device: Where they run.
@@ -52,7 +54,8 @@ def estimate(
     """
     for spec in specs:
         require_known(spec)
-    cells = list({cell.key: cell for spec in specs for cell in cells_of(spec)}.values())
+    asked = seeds or {}
+    cells = list({cell.key: cell for spec in specs for cell in cells_of(spec, asked.get(spec.name))}.values())
     before, learned = _measured(storage), _learned(storage)
     speeds: dict[str, tuple[float, int]] = {}
     rows = []
@@ -73,8 +76,12 @@ def estimate(
                     rate, images = _speed(cell, root, jobs, device, speeds)
                     seconds = epochs * images / rate
         rows.append({"kind": cell.kind, "finished": done, "seconds": seconds, "basis": basis})
-    table = pd.DataFrame(rows)
-    grouped = table.groupby("kind", sort=False)
+    return _by_kind(rows)
+
+
+def _by_kind(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Cells, and what is left of them, a row a kind."""
+    grouped = pd.DataFrame(rows).groupby("kind", sort=False)
     return pd.DataFrame(
         {
             "cells": grouped.size(),

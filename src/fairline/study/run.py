@@ -40,6 +40,7 @@ def run_study(
     spec: StudySpec | Sequence[StudySpec],
     out: str | Path,
     *,
+    seeds: Mapping[str, Sequence[int]] | None = None,
     root: str | None = None,
     executor: Executor | None = None,
     device: str | None = None,
@@ -52,6 +53,7 @@ def run_study(
         spec: What to run; several studies share their common cells, and the first seed of all comes before the second
             of any.
         out: The store; see :mod:`fairline.study.storage`.
+        seeds: By a study's name, those of its seeds that are run and compared here; all of a study that it lacks.
         root: Where the data are.
         executor: Who runs the cells; one process of this machine by default. Closed at the end.
         device: Of every run; the accelerator if there is one, by default.
@@ -69,11 +71,11 @@ def run_study(
     storage = Storage(str(out))
     for one in specs:
         require_known(one)
+    by_study = {one.name: cells_of(one, (seeds or {}).get(one.name)) for one in specs}
     for one in specs:
-        if not all(storage.finished(cell) for cell in cells_of(one)):
+        if not all(storage.finished(cell) for cell in by_study[one.name]):
             try_objectives(one, root)
         _claim(one, storage)
-    by_study = {one.name: cells_of(one) for one in specs}
     cells = _in_order(specs, by_study)
     runner = executor or Local()
     try:

@@ -291,6 +291,24 @@ class StudySpec(_Strict):
             raise ValueError(f"what a sweep may lose is counted against {wanted}, which masks '{masks}' do not have")
         return next((method for method in plain if method.folder == "erm"), plain[0])
 
+    def part(self, seeds: Sequence[int]) -> list[int]:
+        """Some of the seeds, in the study's order.
+
+        Args:
+            seeds: Which; each counts once.
+
+        Returns:
+            The seeds.
+
+        Raises:
+            FairlineError: The study has no such seed.
+        """
+        for seed in seeds:
+            if seed not in self.seeds:
+                known = ", ".join(map(str, self.seeds))
+                raise FairlineError(f"Study '{self.name}' has no seed {seed}; it has {known}.")
+        return [seed for seed in self.seeds if seed in seeds]
+
     @property
     def digest(self) -> str:
         """Hash of the content, whatever the layout of the file."""

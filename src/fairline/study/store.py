@@ -60,12 +60,22 @@ COLUMNS = (
 )
 
 
-def collect(spec: StudySpec, storage: Storage) -> pd.DataFrame:
+def finished_seeds(spec: StudySpec, storage: Storage) -> list[int]:
+    """The seeds of a study of which every network is made and measured."""
+    return [
+        seed
+        for seed in spec.seeds
+        if all(storage.finished(cell) for cell in cells_of(spec, [seed]) if cell.kind != "compare")
+    ]
+
+
+def collect(spec: StudySpec, storage: Storage, seeds: Sequence[int] | None = None) -> pd.DataFrame:
     """Gather the audits of a study.
 
     Args:
         spec: The study.
         storage: Where its cells are; those that are not finished are left out.
+        seeds: Only those of some seeds.
 
     Returns:
         The table, empty if no audit is finished, with the columns :data:`COLUMNS`. ``value``, ``low`` and ``high``
@@ -80,7 +90,7 @@ def collect(spec: StudySpec, storage: Storage) -> pd.DataFrame:
         FairlineError: A file is broken.
     """
     tables = []
-    for cell in cells_of(spec):
+    for cell in cells_of(spec, seeds):
         if cell.kind != "audit" or not storage.finished(cell):
             continue
         folder = storage.fetch(cell)
