@@ -265,8 +265,7 @@ def print_comparison(run: Run, within: float = 5.0, critical: Sequence[str] = ()
         print_frame(table, f"{budget} of ReLUs, against {baseline}", {"groups better": ".0f", "worse": ".0f"})
         if told := summary(frame, str(budget)):
             out_console.print(told, highlight=False)
-    fewer = kept_fewer(frame)
-    for sentence in [*undoing(frame), *([fewer] if fewer else [])]:
+    for sentence in [*undoing(frame), *kept_fewer(frame)]:
         out_console.print(sentence, highlight=False)
     path = write_comparison(run.folder, within=within, critical=critical, found=found)
     out_console.print(f"Comparison: {path.resolve()}", soft_wrap=True)

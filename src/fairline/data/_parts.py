@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -124,6 +125,32 @@ def require_unbalanced(value: Any, name: str) -> bool | str:
         raise FairlineError(f"Data '{name}': unbalanced must be true, false or 'train', not '{value}'.")
     chosen: bool | str = value
     return chosen
+
+
+def by_class(name: str, content: Content, column: str, classes: Sequence[str]) -> GroupedData:
+    """The data that files of two parts hold, a group a class.
+
+    Args:
+        name: Of the data set.
+        content: What the files hold.
+        column: The labels to predict.
+        classes: Their names.
+
+    Returns:
+        The data, with the official test part.
+    """
+    labels, names = content.labels[column], tuple(classes)
+    return GroupedData(
+        content.images,
+        labels,
+        labels.clone(),
+        names,
+        names,
+        name=name,
+        official_test=content.test,
+        skipped=content.skipped,
+        metadata=pd.DataFrame(dict(content.metadata)),
+    )
 
 
 def unbalanced_halves(data: GroupedData, unbalanced: bool | str, seed: int) -> GroupedData:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from fairline.data._options import parse_size, refuse_unknown, require_root, require_whole
-from fairline.data._parts import Content, read_parquet, require_unbalanced, unbalanced_halves
+from fairline.data._parts import Content, by_class, read_parquet, require_unbalanced, unbalanced_halves
 from fairline.data.decoding import Size
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
@@ -61,19 +60,7 @@ def load(
     else:
         batches = "cifar-10-batches-py/test_batch"
         content = read_parquet("cifar10", path, {_LABEL: CLASSES}, size, pack=pack, instead=batches)
-    labels = content.labels[_LABEL]
-    data = GroupedData(
-        content.images,
-        labels,
-        labels.clone(),
-        CLASSES,
-        CLASSES,
-        name="cifar10",
-        official_test=content.test,
-        skipped=content.skipped,
-        metadata=pd.DataFrame(dict(content.metadata)),
-    )
-    return unbalanced_halves(data, unbalanced, seed)
+    return unbalanced_halves(by_class("cifar10", content, _LABEL, CLASSES), unbalanced, seed)
 
 
 def _from_batches(folder: Path, size: Size | None) -> Content:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fairline._io import reading
 from fairline.data._groups import Groups
 from fairline.data._options import parse_size, refuse_unknown, require_root, require_whole
-from fairline.data._parts import PARTS, Content, read_parquet, require_unbalanced, unbalanced_halves
+from fairline.data._parts import PARTS, Content, by_class, read_parquet, require_unbalanced, unbalanced_halves
 from fairline.data.decoding import Size, first_line
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
@@ -106,18 +106,9 @@ def load(
         column: pd.Categorical.from_codes(content.labels[f"{column}_label"].tolist(), list(names))
         for column, names in NAMES.items()
     }
-    labels = content.labels[f"{task}_label"]
-    data = GroupedData(
-        content.images,
-        labels,
-        labels.clone(),
-        NAMES[task],
-        NAMES[task],
-        name="cifar100" if task == "fine" else f"cifar100:{task}",
-        official_test=content.test,
-        skipped=content.skipped,
-        metadata=pd.DataFrame({**content.metadata, **coded}),
-    )
+    content = content._replace(metadata={**content.metadata, **coded})
+    name = "cifar100" if task == "fine" else f"cifar100:{task}"
+    data = by_class(name, content, f"{task}_label", NAMES[task])
     if groups is not None and groups != task:
         named = groups if isinstance(groups, str) else " × ".join(groups)
         data = replace(data.regroup(groups), name=f"{data.name} by {named}")

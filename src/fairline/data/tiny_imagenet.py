@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-import pandas as pd
 import torch
 
 from fairline._io import reading
 from fairline.data._images import Source, Undecoded, decode
 from fairline.data._options import parse_size, refuse_unknown, require_root, require_whole
-from fairline.data._parts import require_unbalanced, unbalanced_halves
+from fairline.data._parts import Content, by_class, require_unbalanced, unbalanced_halves
+from fairline.data._tables import FILE_NAME
 from fairline.data.decoding import UnusableImage, first_line
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
@@ -69,19 +69,14 @@ def load(
         source = Source("tiny_imagenet", place.root, place.decisive(files), None, len(files))
         decoded = decode(place.images(files), size, source, pack=pack)
     kept = [listed[position] for position in decoded.kept]
-    labels = torch.tensor([wnids.index(wnid) for _, wnid, _ in kept])
-    data = GroupedData(
+    content = Content(
         decoded.images,
-        labels,
-        labels.clone(),
-        names,
-        names,
-        name="tiny_imagenet",
-        official_test=torch.tensor([test for _, _, test in kept]),
-        skipped=tuple(decoded.skipped),
-        metadata=pd.DataFrame({"file_name": [name for name, _, _ in kept], "wnid": [wnid for _, wnid, _ in kept]}),
+        {"wnid": torch.tensor([wnids.index(wnid) for _, wnid, _ in kept])},
+        torch.tensor([test for _, _, test in kept]),
+        tuple(decoded.skipped),
+        {FILE_NAME: [name for name, _, _ in kept], "wnid": [wnid for _, wnid, _ in kept]},
     )
-    return unbalanced_halves(data, unbalanced, seed)
+    return unbalanced_halves(by_class("tiny_imagenet", content, "wnid", names), unbalanced, seed)
 
 
 class _Place(Protocol):

@@ -491,8 +491,7 @@ def warnings(frame: pd.DataFrame, run: Run, found: Sequence[Candidate]) -> list[
             f"{replicates} base networks: Student’s interval from so few is wide, and what it does not exclude is not "
             "shown to be absent."
         )
-    if fewer := kept_fewer(frame):
-        told.append(fewer)
+    told += kept_fewer(frame)
     pairs = int(frame["measure"].eq("gain").sum())
     if pairs > 20:
         told.append(
@@ -504,14 +503,14 @@ def warnings(frame: pd.DataFrame, run: Run, found: Sequence[Candidate]) -> list[
     return told
 
 
-def kept_fewer(frame: pd.DataFrame) -> str:
-    """Which methods keep fewer ReLUs than a budget allows, in a sentence; empty where none does."""
+def kept_fewer(frame: pd.DataFrame) -> list[str]:
+    """Which methods keep fewer ReLUs than a budget allows, in a sentence; none where no method does."""
     if "kept" not in frame:
-        return ""
+        return []
     rows = frame[(frame["measure"] == "accuracy") & (frame["kept"] < frame["relus"])]
     rows = rows.drop_duplicates(["method", "relus"])
     each = [f"“{m}” keeps {kept:,.0f} of {asked:,}" for m, kept, asked in rows[["method", "kept", "relus"]].to_numpy()]
-    return f"Not every budget can be met exactly: {', '.join(each)} ReLUs." if each else ""
+    return [f"Not every budget can be met exactly: {', '.join(each)} ReLUs."] if each else []
 
 
 def table(frame: pd.DataFrame, budget: str) -> list[dict[str, Any]]:
