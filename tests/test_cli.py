@@ -199,7 +199,13 @@ def test_control_c_says_how_to_go_on(tmp_path):
     """As a shell starts it, and not as the other tests do."""
     out = tmp_path / "base"
     process = subprocess.Popen(
-        command(*LONG, "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        command(*LONG, "--out", out),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        # Tests that run in the background of a script inherit an ignored interrupt.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while not (out / "checkpoint" / "train.safetensors").exists():
         assert process.poll() is None

@@ -112,6 +112,7 @@ def kill_and_go_on(out: Path, kills: int, seed: int) -> None:
     ok("study", "run", ONE_SEED, "--out", out, "--jobs", "2")
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_moment_it_gives_the_same_table(undisturbed_seed, tmp_path):
     kill_and_go_on(tmp_path / "store", 1, 0)
     assert_frame_equal(measured(tmp_path / "store"), undisturbed_seed)
