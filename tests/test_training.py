@@ -19,7 +19,7 @@ from fairline.models import build
 from fairline.objectives import ERM, Objective
 from fairline.objectives import REGISTRY as OBJECTIVES
 from fairline.objectives import build as build_objective
-from fairline.training import Best, Epoch, Progress, finetune, random_crop_and_flip, run_epochs, train
+from fairline.training import Best, Epoch, Progress, best_epoch, finetune, random_crop_and_flip, run_epochs, train
 from tests.conftest import make_data
 
 
@@ -256,6 +256,8 @@ def test_best_epoch_by_each_criterion():
             best.see(epoch)
         best.restore()
         assert model.weight.item() == expected
+        assert best_epoch([epoch.row() for epoch in history], select) + 1 == expected
+    assert best_epoch([epoch_of(number, math.nan, math.nan).row() for number in (1, 2)], "accuracy") + 1 == 2
     best = Best(nn.Linear(1, 1), "accuracy")
     best.see(epoch_of(1, math.nan, math.nan))
     best.see(epoch_of(2, math.nan, math.nan))

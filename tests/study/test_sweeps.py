@@ -148,6 +148,23 @@ def test_the_table_has_what_was_chosen_and_the_whole_curves(swept):
         assert free.mean() == pytest.approx(row["value"], abs=1e-4)
     page = (swept / "out" / "digits_swept" / "compare-digits" / "comparison.html").read_text(encoding="utf-8")
     assert "What was chosen" in page
+    assert "mu=30" in page.partition("Are the constraints met?")[2].partition("</section>")[0]
+
+
+def test_the_table_has_what_constraints_lack_on_both_parts(swept, named):
+    table = read_results([swept / "out"])
+    own = table[table["measure"].isin(["train_violation", "val_violation", "lambda"])]
+    assert set(own["finetune"]) == {"lagrangian mu=0.05", "lagrangian mu=30"}
+    logged = Run.read(named / "plain-lagrangian-mu-30").table("metrics.parquet").groupby("network").last()
+    rows = own[own["finetune"] == "lagrangian mu=30"]
+    counts = pd.read_parquet(swept / "out" / "cells" / rows["cell"].iloc[0] / "counts.parquet").set_index(
+        ["part", "group"]
+    )["n"]
+    assert len(rows) == 3 * len(counts.unstack(0)) * len(logged)
+    for row in rows.to_dict("records"):
+        assert row["value"] == logged.loc[f"budget-{row['asked']}", f"{row['measure']}[{row['group']}]"]
+        assert row["split"] == ("val" if row["measure"] == "val_violation" else "train")
+        assert row["n"] == counts[row["split"], row["group"]]
 
 
 def test_killed_while_it_chooses_it_gives_the_same_table(swept, tmp_path):

@@ -6,6 +6,7 @@ from fairline.jobs.audit import audit_job
 from fairline.jobs.choose import choices, choose_job
 from fairline.jobs.compare import by_seed, compare_job
 from fairline.jobs.compiled import compile_job
+from fairline.jobs.constraints import constraints
 from fairline.jobs.demo import run_demo
 from fairline.jobs.finetune import ablate_job, finetune_job, last_layer_job
 from fairline.jobs.imported import import_job
@@ -27,6 +28,7 @@ __all__ = [
     "choose_job",
     "compare_job",
     "compile_job",
+    "constraints",
     "finetune_job",
     "import_job",
     "last_layer_job",

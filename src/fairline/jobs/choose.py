@@ -200,6 +200,14 @@ def _write(run: Run, tried: Sequence[_Tried], table: pd.DataFrame, rule: Rule, w
     run.write_metrics(rows)
 
 
+def tried_of(run: Run) -> list[tuple[str, Run]]:
+    """The runs that a run stands for, by strength: those that a choice was among, or itself under no name."""
+    if run.command != "choose":
+        return [("", run)]
+    option, values = run.config["option"], run.config["values"]
+    return [(strength(option, value), each) for value, each in zip(values, run.candidates()[1:], strict=True)]
+
+
 def choices(run: Run) -> dict[str, tuple[int, str]]:
     """How many settings were tried on validation data for each network of a run, and which were taken.
 

@@ -36,7 +36,8 @@ from fairline.jobs._common import (
     require_bootstrap,
     settings_told,
 )
-from fairline.jobs.choose import choices
+from fairline.jobs.choose import choices, tried_of
+from fairline.jobs.constraints import constraints
 from fairline.jobs.linearize import placement_of
 from fairline.masking import masked_relus
 from fairline.runs import NetworkInfo, Run, load_info, load_network
@@ -116,7 +117,8 @@ def compare_job(
         progress: Told how far it is.
 
     Returns:
-        The run: ``comparison.parquet``, ``predictions.parquet``, ``layers.parquet``, ``null_front.parquet``.
+        The run: ``comparison.parquet``, ``predictions.parquet``, ``layers.parquet``, ``null_front.parquet``,
+        ``constraints.parquet``.
 
     Raises:
         FairlineError: The runs are of different data, or not the same for every base network.
@@ -165,6 +167,7 @@ def _write(
     write_table(run.folder / "predictions.parquet", pd.concat(predictions))
     write_table(run.folder / "null_front.parquet", pd.concat(shifts))
     write_table(run.folder / "layers.parquet", pd.concat(layers))
+    write_table(run.folder / "constraints.parquet", _constrained(families))
     write_table(run.folder / "comparison.parquet", table)
 
 
@@ -311,6 +314,23 @@ def _chosen(families: Sequence[_Family]) -> pd.DataFrame:
             rows.append({**own, "tried": tried, "strength": strength})
     found = pd.DataFrame(rows).groupby(["method", "relus"], as_index=False, sort=False)
     return found.agg({"kept": "mean", "tried": "max", "strength": lambda own: _AND.join(filter(None, own))})
+
+
+def _constrained(families: Sequence[_Family]) -> pd.DataFrame:
+    """Violations and multipliers of every network under a constraint, those that were not chosen among them."""
+    tables = [pd.DataFrame(columns=["base", "method", "relus", "strength", "taken", "group", "measure", "value"])]
+    for family in families:
+        of_run = {run.folder.resolve(): choices(run) for run in family.runs}
+        for (label, info, _), folder in _labelled(family):
+            run = Run(folder.parents[1])
+            taken = of_run.get(run.folder.resolve(), {}).get(folder.name, (1, ""))[1]
+            for strength, each in tried_of(run):
+                found = constraints(each)
+                found = found[found["network"] == folder.name].drop(columns="network")
+                about = {"method": label, "relus": info.budget, "strength": strength, "taken": strength == taken}
+                if len(found):
+                    tables.append(found.assign(base=str(family.base.folder), **about))
+    return pd.concat(tables[1:] or tables, ignore_index=True)[list(tables[0])]
 
 
 def _kept_by_layer(model: nn.Module, info: NetworkInfo, placement: str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from fairline.audit.cells import named
 from fairline.audit.verdict import CANNOT_TELL, MAY, MAY_NOT
 from fairline.charts import palette, save_charts, themed
 from fairline.data.grouped import OVERALL, WORST
-from fairline.report import null_front, verdict
+from fairline.report import constraints, null_front, verdict
 from fairline.report.figures import METHOD_NAMES, budget_labels, budget_order
 from fairline.report.page import by_groups, settings, write_page
 from fairline.report.verdict import KINDS, Candidate, limits_told, methods, moved, signed
@@ -323,6 +323,7 @@ def write_comparison(
         beyond_budgets=budget_order(frame[frame["measure"] == "beyond_control"]),
         legends={name: legend(name, frame, layers) for name in own},
         free=free_told(run, frame),
+        constraints=constraints.lacking(run, frame, group_order(frame)),
         choices=choices(frame),
         has_classes=bool((frame["class"] != "").any()),
         tables=[(budget, table(frame, budget)) for budget in budget_order(frame)],

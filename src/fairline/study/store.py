@@ -10,10 +10,11 @@ from typing import Any
 import pandas as pd
 
 from fairline._io import read_json, write_table
+from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
-from fairline.jobs import choices
+from fairline.jobs import choices, constraints
 from fairline.runs import Run
-from fairline.study.cells import cells_of
+from fairline.study.cells import Cell, cells_of
 from fairline.study.spec import StudySpec
 from fairline.study.storage import Storage
 
@@ -79,46 +80,57 @@ def collect(spec: StudySpec, storage: Storage, seeds: Sequence[int] | None = Non
 
     Returns:
         The table, empty if no audit is finished, with the columns :data:`COLUMNS`. ``value``, ``low`` and ``high``
-        (95 % limits, missing where a measure has none) have the unit of the measure; ``class`` is empty but for rows
-        of one class (its recall, in all images or in a group); ``strength`` is what was chosen on validation images, or
-        the one value of a sweep that a network stands for, and ``tried`` how many were tried; ``n`` counts images
-        measured, ``train_n`` training images; ``asked`` is the ReLU count that the network was made for, ``relus``
-        what it has; options and ``versions`` are JSON; ``cell`` names the audit in the store, ``commit``, ``device``,
-        ``versions`` and ``started`` are those of the run that made the network.
+        (95 % limits, missing where a measure has none) have the unit of the measure; of constraints on groups
+        (``train_violation``, ``val_violation``, ``lambda``) ``split`` is the part that they were taken on; ``class``
+        is empty but for rows of one class (its recall, in all images or in a group); ``strength`` is what was chosen
+        on validation images, or the one value of a sweep that a network stands for, and ``tried`` how many were tried;
+        ``n`` counts images measured, ``train_n`` training images; ``asked`` is the ReLU count that the network was
+        made for, ``relus`` what it has; options and ``versions`` are JSON; ``cell`` names the audit in the store,
+        ``commit``, ``device``, ``versions`` and ``started`` are those of the run that made the network.
 
     Raises:
         FairlineError: A file is broken.
     """
-    tables = []
-    for cell in cells_of(spec, seeds):
-        if cell.kind != "audit" or not storage.finished(cell):
-            continue
-        folder = storage.fetch(cell)
-        table = _with_class(_read(folder / "audit.parquet"))
-        counts = _read(folder / "counts.parquet")
-        made = read_json(storage.fetch(cell.parents[0]) / "environment.json")
-        sizes = counts[counts["part"] == "train"].set_index("group")["n"]
-        known = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in cell.about.items()}
-        known |= _chosen(table, storage.fetch(cell.parents[0]), str(cell.about.get("strength", "")))
-        tables.append(
-            table.drop(columns=["model", "seed"]).assign(
-                study=spec.name,
-                scale=spec.said,
-                spec_hash=spec.digest,
-                cell=cell.key,
-                asked=_asked(table),
-                percent=100 * table["relus"] / table["total_relus"],
-                train_n=table["group"].map(sizes).fillna(sizes.sum()).astype(int),
-                commit=made["commit"],
-                device=made["device"],
-                versions=json.dumps(made["packages"]),
-                started=made["started"],
-                **known,
-            )
-        )
-    if not tables:
+    measured = [cell for cell in cells_of(spec, seeds) if cell.kind == "audit" and storage.finished(cell)]
+    if not measured:
         return pd.DataFrame(columns=list(COLUMNS))
-    return pd.concat(tables, ignore_index=True)[list(COLUMNS)]
+    return pd.concat([_of_audit(spec, storage, cell) for cell in measured], ignore_index=True)[list(COLUMNS)]
+
+
+def _of_audit(spec: StudySpec, storage: Storage, cell: Cell) -> pd.DataFrame:
+    """What one audit measured, and where its networks come from."""
+    folder, parent = storage.fetch(cell), storage.fetch(cell.parents[0])
+    table, counts = _with_class(_read(folder / "audit.parquet")), _read(folder / "counts.parquet")
+    lacking = _constrained(table, counts, Run(parent))
+    table = pd.concat([table, lacking], ignore_index=True) if len(lacking) else table
+    made = read_json(parent / "environment.json")
+    sizes = counts[counts["part"] == "train"].set_index("group")["n"]
+    known = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in cell.about.items()}
+    known |= _chosen(table, parent, str(cell.about.get("strength", "")))
+    return table.drop(columns=["model", "seed"]).assign(
+        study=spec.name,
+        scale=spec.said,
+        spec_hash=spec.digest,
+        cell=cell.key,
+        asked=_asked(table),
+        percent=100 * table["relus"] / table["total_relus"],
+        train_n=table["group"].map(sizes).fillna(sizes.sum()).astype(int),
+        commit=made["commit"],
+        device=made["device"],
+        versions=json.dumps(made["packages"]),
+        started=made["started"],
+        **known,
+    )
+
+
+def _constrained(table: pd.DataFrame, counts: pd.DataFrame, run: Run) -> pd.DataFrame:
+    """Rows of what each network's constraints still lack, on which part; λ is moved after training epochs."""
+    found = constraints(run).rename(columns={"network": "name"})
+    found["split"] = found["measure"].str.extract(r"^(\w+)_violation$")[0].fillna("train")
+    found = found.merge(counts.rename(columns={"part": "split"})[["split", "group", "n"]], on=["split", "group"])
+    own = table[(table["measure"] == "accuracy") & (table["class"] == "") & (table["group"] != OVERALL)]
+    own = own.assign(name=own["model"].str.rpartition("/")[2])
+    return own.drop(columns=["measure", "value", "low", "high", "split", "n"]).merge(found, on=["name", "group"])
 
 
 def _chosen(table: pd.DataFrame, folder: Path, strength: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fairline.training.augment import random_crop_and_flip
 from fairline.training.checkpoint import Stateful
-from fairline.training.fit import DEFAULTS, Best, History, Select, Settings, cut_gradients, finetune, train
+from fairline.training.fit import DEFAULTS, Best, History, Select, Settings, best_epoch, cut_gradients, finetune, train
 from fairline.training.loggers import LOGGERS, log_to
 from fairline.training.loop import LOOP_DEFAULTS, Diverged, Epoch, LoopSettings, run_epochs
 from fairline.training.progress import Progress, ProgressCallback, named_stage
@@ -25,6 +25,7 @@ __all__ = [
     "Select",
     "Settings",
     "Stateful",
+    "best_epoch",
     "choose",
     "cut_gradients",
     "finetune",

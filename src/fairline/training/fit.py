@@ -6,7 +6,7 @@ Base networks are trained as by the published code of SNL (Cho et al. 2022); the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Unpack, get_args
 
 from torch import Tensor, nn
@@ -209,6 +209,31 @@ def cut_gradients(optimizer: Optimizer, norm: float) -> None:
     optimizer.register_step_pre_hook(cut)
 
 
+def _score(logged: Mapping[str, float], select: Select) -> list[float]:
+    """What of an epoch is compared, the larger the better; NaN first where the last epoch is the best."""
+    value = math.nan if select == "last" else logged.get(f"val_{select}", math.nan)
+    # A small validation part has many ties in accuracy; the loss decides them.
+    return [-value if select == "loss" else value, -logged.get("val_loss", math.nan)]
+
+
+def best_epoch(history: Sequence[Mapping[str, float]], select: Select) -> int:
+    """Which epoch's weights a training kept.
+
+    Args:
+        history: A row an epoch, as :func:`train` and :func:`finetune` return them.
+        select: As they were told.
+
+    Returns:
+        The row's place.
+    """
+    best, highest = 0, [-math.inf, -math.inf]
+    for place, logged in enumerate(history):
+        score = _score(logged, select)
+        if math.isnan(score[0]) or score > highest:
+            best, highest = place, score
+    return best
+
+
 class Best:
     """Keeps the weights of the best epoch, chosen on the validation part, or of the last one."""
 
@@ -223,10 +248,8 @@ class Best:
 
     def see(self, epoch: Epoch) -> None:
         """Keep the current weights if no earlier epoch was as good; without validation, always."""
-        value = math.nan if self.select == "last" else getattr(epoch, f"val_{self.select}")
-        # A small validation part has many ties in accuracy; the loss decides them.
-        score = [-value if self.select == "loss" else value, -epoch.val_loss]
-        if math.isnan(value) or score > self.score:
+        score = _score(epoch.row(), self.select)
+        if math.isnan(score[0]) or score > self.score:
             self.score, self.epoch = score, epoch.epoch
             self.weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
 
