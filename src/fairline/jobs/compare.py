@@ -117,8 +117,7 @@ def compare_job(
         progress: Told how far it is.
 
     Returns:
-        The run: ``comparison.parquet``, ``predictions.parquet``, ``layers.parquet``, ``null_front.parquet``,
-        ``constraints.parquet``.
+        The run: ``comparison.parquet``, and the tables of predictions, layers, null front and constraints.
 
     Raises:
         FairlineError: The runs are of different data, or not the same for every base network.
