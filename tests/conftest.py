@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A trial is timed, so what it chooses may differ from run to run.
 os.environ["FAIRLINE_PRECISION"] = "fp32"
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
@@ -23,6 +24,10 @@ from fairline.data import GroupedData
 from fairline.models import build
 from fairline.training import train
 from tests.commands import AUDIT, EXPLAIN, FINETUNE, LINEARIZE, TRAIN, ok
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("fairline", deadline=None)
+hypothesis.settings.load_profile("fairline")
 
 
 @cache

@@ -36,7 +36,7 @@ def learned(mask: torch.Tensor) -> MaskedReLU:
     return layer
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), share=st.sampled_from([0.0, 0.3, 0.7, 1.0]))
 def test_fixed_mask_has_the_definitions_value_and_gradient(seed, share):
     generator = torch.Generator().manual_seed(seed)
@@ -51,7 +51,7 @@ def test_fixed_mask_has_the_definitions_value_and_gradient(seed, share):
     assert torch.equal(mine.grad, theirs.grad)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000))
 def test_learned_mask_has_the_definitions_value_and_gradients(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -306,7 +306,7 @@ def soft(values: list[float], granularity: str = "pixel") -> nn.Module:
     return model
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(values=st.lists(st.floats(-1, 2, width=32), min_size=6, max_size=6), budget=st.integers(0, 6))
 def test_keep_largest_is_exact_and_keeps_the_largest(values, budget):
     model = soft(values)
@@ -326,7 +326,7 @@ def test_channels_are_kept_whole_and_fit_the_budget():
     assert keep_largest(soft([0.7], "layer"), 6) == 6
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=9), budget=st.integers(0, 80), unit=st.integers(1, 16))
 def test_the_most_that_fits_and_the_first_that_can_be(sizes, budget, unit):
     """Against all choices: the largest sum, then the first entry, then the second, …"""

@@ -104,7 +104,7 @@ def masked_unless_lost(model: nn.Module, lines: list[str]) -> nn.Module:
         reject()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lines=st.lists(st.sampled_from(LINES), min_size=1, max_size=7),
     in_place=st.booleans(),
@@ -129,7 +129,7 @@ def test_a_random_network_keeps_its_function_and_no_relu_is_missed(lines, in_pla
             assert value is None or torch.equal(value, found[name]), name
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(lines=st.lists(st.sampled_from(LINES), min_size=1, max_size=5), in_place=st.booleans(), seed=st.integers(0, 99))
 def test_cut_masks_leave_the_lines_that_they_belong_to_linear(lines, in_place, seed):
     """With all masks cut, a network without ReLUs: compared with the same lines written without them."""
@@ -162,7 +162,7 @@ def linear(line: str) -> str:
     return line
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(lines=st.lists(st.sampled_from(LINES[:14]), min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_the_graph_of_a_masked_network_computes_what_it_computes(lines, seed):
     masked = mask_relus(network([*lines, "x = F.relu(x)"], False, seed), IMAGES).eval()

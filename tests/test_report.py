@@ -225,7 +225,7 @@ def test_networks_with_as_many_relus_have_names_of_their_own():
     assert figures.main_variants(frame) == ["SNL + finetune (erm) · a", "SNL + finetune (erm) · b"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.floats(-100, 100), st.floats(0, 50), st.floats(0, 50)), min_size=1), st.floats(1, 100))
 def test_a_shared_axis_holds_every_interval_and_its_least_span(rows, least):
     table = pd.DataFrame([(v, max(v - a, -100), min(v + b, 100)) for v, a, b in rows], columns=["value", "low", "high"])

@@ -42,7 +42,7 @@ def blocks(draw, channels: int = 3):
     return draw(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 7)), min_size=channels, max_size=channels))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(blocks(), st.integers(1, 5), st.integers(1, 6), st.integers(0, 1000))
 def test_patches_of_any_size_have_the_definitions_value_and_gradient(each, height, width, seed):
     """Also where they do not divide the sides, or are larger than those."""
@@ -59,7 +59,7 @@ def test_patches_of_any_size_have_the_definitions_value_and_gradient(each, heigh
     assert layer.num_kept == sum(-(-height // h) * -(-width // w) for h, w in each)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_votes_have_the_definitions_value_and_gradient(data):
     units = data.draw(st.integers(1, 12))
@@ -85,7 +85,7 @@ def test_any_votes_have_the_definitions_value_and_gradient(data):
     assert torch.equal(effective(found, found[0] >= 0), found)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.sampled_from([0.0, 0.4, 1.0]))
 def test_a_sign_for_each_unit_is_a_masked_relu(seed, share):
     generator = torch.Generator().manual_seed(seed)

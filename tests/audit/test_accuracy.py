@@ -38,7 +38,7 @@ def told(labels, groups, first, second=None) -> GroupedData:
     return GroupedData(images, torch.tensor(labels), torch.tensor(groups), *names, mean=(0.0,), std=(1.0,))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), groups=st.integers(1, 4))
 def test_point_values_by_counting(seed, groups):
     rng = np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def test_point_values_by_counting(seed, groups):
         assert gaps["relative_drop_gap"] == pytest.approx(max(drops) - min(drops))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(1, 6), min_size=2, max_size=4),
     chances=st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0])),

@@ -15,7 +15,7 @@ from fairline.errors import FairlineError
 from tests.audit.networks import KINDS, network, seen, small_data
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1000), classes=st.integers(2, 6))
 def test_margin_by_sorting(seed, classes):
     logits = 3 * torch.randn(20, classes, generator=torch.Generator().manual_seed(seed))

@@ -112,7 +112,7 @@ def test_terms_of_proposition_4_5_by_the_full_matrices(kind, dtype, tolerance):
         assert largest <= z1 + z2 + 1e-9
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 1000), kind=st.sampled_from(["perceptron", "masked", "linear"]))
 @example(seed=151, kind="masked")
 def test_proposition_4_5_holds(seed, kind):

@@ -49,7 +49,7 @@ def decisive(judged, own: pd.DataFrame, control: pd.DataFrame) -> tuple[int, int
 
 
 @given(seed=st.integers(0, 2**20), n=st.integers(40, 200))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_against_the_images_themselves(seed, n):
     own, control = images(seed, n)
     counted = cells(beside(own, control))
@@ -65,7 +65,7 @@ def test_against_the_images_themselves(seed, n):
 
 
 @given(seed=st.integers(0, 2**20))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_over_seeds_the_base_networks_are_the_unit(seed):
     parts = [images(seed + number, 120) for number in range(3)]
     counted = [cells(beside(own, control)) for own, control in parts]

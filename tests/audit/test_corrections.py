@@ -44,7 +44,7 @@ def subject_of(model: nn.Module, data: GroupedData, reference: nn.Module | None 
     return Subject(model, data, before, CPU, resamples=200)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 1000), kind=st.sampled_from(["convolutional", "residual", "perceptron"]), kept=st.floats(0, 1)
 )
@@ -61,7 +61,7 @@ def test_without_corrections_a_network_is_an_affine_map(seed, kind, kept):
     torch.testing.assert_close(ablation.logits(data), model(images).detach())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), kept=st.floats(0.1, 1), quadratic=st.booleans())
 def test_whole_is_affine_part_and_corrections(seed, kept, quadratic):
     """One hidden layer, in closed form: logits = W(g(s) + c) + b."""
@@ -83,7 +83,7 @@ def test_whole_is_affine_part_and_corrections(seed, kept, quadratic):
     torch.testing.assert_close(ablation.logits(data), model[3](surrogate + correction).detach(), rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), kept=st.floats(0.3, 1), quadratic=st.booleans())
 def test_the_first_order_is_exact_behind_one_hidden_layer(seed, kept, quadratic):
     data, model = small_data(20, seed=seed), linearized("perceptron", kept, seed=seed, quadratic=quadratic)
@@ -164,7 +164,7 @@ def test_services_are_means_by_group_and_by_other_groups():
     torch.testing.assert_close(whole.by_group, found.by_group, rtol=1e-4, atol=1e-6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 1000), st.integers(1, 5), st.integers(1, 30))
 def test_concentration_by_counting(seed, groups, units):
     service = torch.randn(groups, units, generator=torch.Generator().manual_seed(seed)).double()

@@ -13,7 +13,7 @@ from fairline.errors import FairlineError
 from tests.audit.networks import network, small_data
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10_000), n=st.integers(3, 40), ties=st.booleans())
 def test_spearman_by_scipy(seed, n, ties):
     rng = np.random.default_rng(seed)

@@ -81,7 +81,7 @@ def symmetric(eigenvalues, seed: int = 0) -> torch.Tensor:
     return q @ torch.tensor(eigenvalues, dtype=torch.float64).diag() @ q.T
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.floats(-10, 10).filter(lambda v: abs(v) > 1e-3), min_size=2, max_size=30),
     seed=st.integers(0, 100),

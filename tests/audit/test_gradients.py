@@ -31,7 +31,7 @@ def test_group_norms_by_a_loop_over_samples(kind, dtype, tolerance):
     assert found.overall == pytest.approx(float(total.norm()), rel=tolerance)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 1000), batch=st.integers(1, 70), groups=st.integers(1, 4))
 def test_the_batch_size_changes_nothing(seed, batch, groups):
     data = small_data(40, classes=2, groups=groups, seed=seed)

@@ -106,7 +106,7 @@ def test_all_images_have_one_more_image_in_all():
     assert percentile_interval(parts) == pytest.approx(percentile_interval(together), abs=0.004)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     groups=st.lists(st.tuples(st.integers(1, 40), st.floats(0, 1)), min_size=2, max_size=5), seed=st.integers(0, 1000)
 )

@@ -21,7 +21,6 @@ TOTAL = 1000
 GROUPS = ("many", "few")
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_an_image_is_right_between_two_strengths(drawn):
     """Also where logits or shares are equal, and where a network has outputs that are no class."""
@@ -68,7 +67,6 @@ POINTS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1,
 )
 
 
-@settings(deadline=None)
 @given(POINTS, st.integers(0, 25))
 def test_the_front_is_what_coins_reach(points, x):
     overall, worst = points
@@ -89,7 +87,7 @@ def test_the_front_falls_and_no_strength_lies_above_it(points):
     assert heights[-1] == worst[overall == overall.max()].max()
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(POINTS, POINTS)
 def test_areas_are_those_of_thin_strips(one, other):
     area, width = area_between(*(each[:, None] for each in (*one, *other)))

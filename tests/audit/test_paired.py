@@ -14,7 +14,7 @@ from tests.reference import paired_score
 counts = st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(1, 200)).map(lambda t: (t[0], t[1], sum(t)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(counts, st.floats(-0.95, 0.95).map(lambda x: round(x, 3)))
 def test_the_score_is_that_of_the_likeliest_probabilities(table, change):
     lost, gained, n = table
@@ -24,7 +24,6 @@ def test_the_score_is_that_of_the_likeliest_probabilities(table, change):
     )
 
 
-@settings(deadline=None)
 @given(counts)
 def test_without_a_change_it_is_mcnemars(table):
     lost, gained, n = table
@@ -32,14 +31,12 @@ def test_without_a_change_it_is_mcnemars(table):
     assert float(score(lost, gained, n, 0)) == pytest.approx((gained - lost) / math.sqrt(lost + gained))
 
 
-@settings(deadline=None)
 @given(counts, st.floats(-0.9, 0.9))
 def test_exchanging_the_networks_turns_the_sign(table, change):
     lost, gained, n = table
     assert float(score(lost, gained, n, change)) == pytest.approx(-float(score(gained, lost, n, -change)), abs=1e-6)
 
 
-@settings(deadline=None)
 @given(counts)
 def test_limits_are_where_the_score_is_the_quantile(table):
     lost, gained, n = table
@@ -64,7 +61,6 @@ def test_p_is_the_normal_distributions():
     assert p_below(z) == pytest.approx(norm.cdf(z))
 
 
-@settings(deadline=None)
 @given(counts, st.sampled_from([-0.1, -0.05, 0.0, 0.05]))
 def test_so_many_images_tell_and_fewer_do_not(table, change):
     lost, gained, n = table

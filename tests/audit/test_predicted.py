@@ -63,7 +63,7 @@ def test_probabilities_have_a_loss(two, trained):
     assert by_number.overall["accuracy"] == pytest.approx((own.argmax(1) == test.labels).double().mean().item())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abc"), st.sampled_from("xy")), min_size=1, max_size=40)
 )

@@ -27,7 +27,7 @@ def images(*sets):
     return pd.concat(rows, ignore_index=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xyz"), st.booleans(), st.booleans()), min_size=1))
 def test_sets_are_all_there_once_and_counted_right(rows):
     table = pd.DataFrame(rows, columns=["group", "label", "correct", "reference_correct"])
@@ -121,7 +121,7 @@ def test_chance_among_many_sets_forbids_nothing():
     assert found.answer == CANNOT_TELL
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=2, max_size=8))
 def test_probabilities_are_corrected_by_holms_method(changed):
     """The k-th smallest of m, times m − k + 1, and no smaller than those before it."""

@@ -41,7 +41,7 @@ def plans(draw, regions: Regions):
     return tuple(plan)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_any_plan_of_any_graph_computes_the_same(data):
     graph = data.draw(graphs())
@@ -56,7 +56,7 @@ def test_any_plan_of_any_graph_computes_the_same(data):
     assert public.shapes == {name: tuple(value.shape) for name, value in built.weights.items()}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(graphs(steps=7, size=4), st.sampled_from(SCHEDULES))
 def test_the_dense_form_is_the_formula_with_full_jacobians(graph, schedule):
     regions = Regions(graph)
@@ -68,7 +68,7 @@ def test_the_dense_form_is_the_formula_with_full_jacobians(graph, schedule):
     }  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(graphs(steps=7, size=4))
 def test_columns_that_are_left_out_are_zero_and_no_unit_reads_one_of_its_level(graph):
     """Against full Jacobians in which kept units are inputs: u = c where c is the correction of a unit that is cut."""
@@ -101,7 +101,7 @@ CASES = st.tuples(
 
 
 @pytest.mark.parametrize("arch", ["cnn", "resnet18", "resnet34", "wide_resnet22_8", "vgg19"])
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2)
 @given(case=CASES, seed=st.integers(0, 1000), data=st.data())
 def test_every_architecture_with_every_kind_of_mask(arch, case, seed, data):
     model = student(arch, *case, seed=seed)
@@ -235,7 +235,7 @@ def test_convolutions_of_convolutions_are_merged():
     assert kernels == [(4, 2, 3, 3), (2, 4, 10, 10)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(graphs(steps=8, size=7, kinds=("conv", "conv", "conv", "add", "concat", "affine", "scale", "avg_pool")))
 def test_merged_blocks_compute_the_same(graph):
     regions = Regions(graph)

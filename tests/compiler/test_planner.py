@@ -34,7 +34,7 @@ def measure(graph, terms):
     return {"seconds": told.seconds, "bytes": told.bytes + told.offline_bytes, "rounds": told.rounds}[terms.minimise]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(graphs(steps=8), TERMS)
 def test_no_plan_is_cheaper(graph, terms):
     regions = Regions(graph)
@@ -66,7 +66,7 @@ def blocks_cost(regions, terms):
 PRICED = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(0, 9), st.integers(0, 9)), max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(PRICED, st.integers(0, 40))
 def test_the_cheapest_chain_within_a_limit(drawn, limit):
     blocks = [Priced(Block(i, i + 1), Cost(), 2, (9.0, 0.0, 0.0, 2.0)) for i in range(5)]

@@ -26,13 +26,13 @@ LOSSLESS = {
 PIXELS = hnp.arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12), st.just(3)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pixels=PIXELS, kind=st.sampled_from(sorted(LOSSLESS)))
 def test_lossless_files_hold_what_was_written(pixels, kind):
     assert np.array_equal(decode_image(encoded(pixels, kind, **LOSSLESS[kind])), pixels)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     pixels=PIXELS,
     mode=st.sampled_from(["1", "L", "P", "LA", "RGBA", "RGB"]),
@@ -73,7 +73,7 @@ def test_all_orientations_are_applied(kind, orientation):
     assert np.abs(pixels.astype(int) - upright).max() <= (0 if kind != "JPEG" else 12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(values=hnp.arrays(np.uint16, (5, 7)), kind=st.sampled_from(["PNG", "TIFF", "JPEG2000"]))
 def test_grey_of_16_bits_is_scaled_or_refused_as_black(values, kind):
     raw = encoded(values, kind, **({"irreversible": False} if kind == "JPEG2000" else {}))

@@ -80,7 +80,7 @@ CELLS = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     groups=st.lists(CELLS, min_size=1, max_size=8),
     broken=st.sets(st.integers(0, 7)),

@@ -25,7 +25,7 @@ def grouped(labels, groups, ids=None) -> GroupedData:
     return GroupedData(images, torch.tensor(labels), torch.tensor(groups), *names)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(12, 60), min_size=1, max_size=4),
     copies=st.integers(0, 5),

@@ -80,7 +80,7 @@ def test_groups_that_are_none_are_one_sentence(groups, message):
         parse_groups(groups, COLUMNS, "x")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     ends=st.lists(st.integers(-20, 100), min_size=1, max_size=6, unique=True),
     ages=st.lists(st.one_of(st.none(), st.integers(-40, 120), st.floats(-40, 120, width=16)), min_size=1, max_size=40),
@@ -110,7 +110,7 @@ def test_a_number_outside_of_all_bins_is_one_sentence():
     assert edge.texts() == ["0–0.5", "0.5–1", "0.5–1"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(st.tuples(*[st.sampled_from(["b", "a", "10", "9", None])] * 3), min_size=1, max_size=60))
 def test_an_intersection_holds_what_all_its_columns_hold(rows):
     table = pd.DataFrame(rows, columns=["x", "y", "z"])
@@ -204,7 +204,7 @@ def test_a_data_set_of_torch_may_come_with_a_table(tmp_path):
         GroupedData.from_dataset(items, metadata={"site": ["a", "b", "c"]})
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(content=st.lists(st.integers(0, 6), min_size=1, max_size=30), seed=st.integers(0, 2**16))
 def test_images_are_tied_through_values_and_through_equal_images(content, seed):
     values = np.random.default_rng(seed).choice(np.array([None, "a", "b", "c", "d"], object), len(content))
@@ -223,7 +223,7 @@ def test_images_are_tied_through_values_and_through_equal_images(content, seed):
         assert {j for j in range(n) if found[j] == found[i]} == reached
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 8), min_size=30, max_size=120),
     groups=st.integers(1, 3),

@@ -102,7 +102,7 @@ def test_fingerprints_stay_those_of_earlier_runs(both):
     assert len({content_digest(data, start=start) for start in ("", "a") for data in both}) == 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(draw=st.data())
 def test_views_of_views_index_as_tensors_do(draw, packed_numbers):
     images, views = packed_numbers

@@ -73,7 +73,7 @@ def test_mask_learning_follows_the_published_algorithm(parts, trained):
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(values=st.lists(st.floats(-0.01, 0.01), min_size=1, max_size=30), h=st.sampled_from([0.0, 0.003]))
 def test_the_hysteresis(values, h):
     gate = Hysteresis((1,), h)

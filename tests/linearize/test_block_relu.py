@@ -38,7 +38,7 @@ def solved(problem, **options):
     return cost, sum(own[place] for own, place in zip(losses, chosen, strict=True)), exact
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems())
 def test_the_knapsack_loses_least_of_all_choices(problem):
     cost, loss, exact = solved(problem)
@@ -47,7 +47,7 @@ def test_the_knapsack_loses_least_of_all_choices(problem):
     assert loss == pytest.approx(best_choice(*problem))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems())
 def test_the_rounded_relaxation_fits_and_is_one_step_off_at_most(problem):
     """What it lacks is no more than one option of one item; and nothing that fits would be better."""

@@ -73,7 +73,7 @@ def test_magnitude_is_how_far_an_output_moves_when_its_relu_goes(parts, trained)
         torch.testing.assert_close(scores[name].to(moved), moved, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(mean=st.floats(-2, 2), deviation=st.floats(0.3, 3))
 def test_quadratics_are_autoreps_for_the_distribution_of_a_channel(mean, deviation):
     """The closed form for N(μ, σ²), of which AutoReP's paper gives the principle and its code the formula, in σ."""

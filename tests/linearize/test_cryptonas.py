@@ -76,7 +76,7 @@ def test_relus_as_published(layers, width, count):
         assert relu_count(model, torch.zeros(1, 3, 32, 32)) == count
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(case=networks(), kind=st.sampled_from(["none", "once", "each"]))
 def test_relu_counts_against_the_reference(case, kind):
     options, size = case
@@ -87,7 +87,7 @@ def test_relu_counts_against_the_reference(case, kind):
     )
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(layers=st.integers(3, 8), width=st.integers(1, 2), sides=st.tuples(st.integers(1, 4), st.integers(1, 4)))
 def test_relus_are_balanced(layers, width, sides):
     """Four times the channels at a quarter of the pixels: all layers are alike, and there are layers·width·H·W."""
@@ -101,7 +101,7 @@ def test_relus_are_balanced(layers, width, sides):
     assert clear[0] == 2 * clear[layers // 3] == 4 * clear[-1]
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(case=networks(), seed=st.integers(0, 99))
 def test_shuffling_keeps_the_function_and_pruning_drops_what_is_left(case, seed):
     options, size = case
@@ -117,7 +117,7 @@ def test_shuffling_keeps_the_function_and_pruning_drops_what_is_left(case, seed)
     assert each >= once > none
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(case=networks(4), kind=st.sampled_from(["none", "once", "each"]), seed=st.integers(0, 99))
 def test_the_private_graph_computes_the_same(case, kind, seed):
     options, size = case
@@ -179,7 +179,7 @@ def test_a_cnet_is_rescaled_as_others_are():
     assert smaller.skips == model.skips
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(case=networks())
 def test_an_architecture_is_written_and_read(case):
     options, _ = case
@@ -325,7 +325,7 @@ def gathered(shared, own, size=(9, 8)):
     return model.train()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data(), layers=st.integers(3, 7), seed=st.integers(0, 99))
 def test_an_architecture_computes_in_the_shared_network_what_it_is(data, layers, seed):
     bits = layers * (layers - 1) // 2

@@ -141,7 +141,7 @@ def test_a_record_says_who_pays():
         assert broken[f"accuracy[{name}]"] == pytest.approx(float(near))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_the_search_against_brute_force(drawn):
     """With losses and costs that add up over layers the end is the furthest that is allowed, and nothing exceeds it."""

@@ -57,7 +57,7 @@ def formula(x, m, coefficients, degrees):
     return torch.stack(columns, 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     degrees=st.lists(st.integers(0, 3), min_size=4, max_size=4),
     seed=st.integers(0, 10_000),
@@ -120,7 +120,7 @@ def test_the_identity_keeps_its_fast_path_and_its_state():
     assert layer.coefficients.shape == (3, 4, 1, 1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(before=st.lists(st.integers(0, 3), min_size=4, max_size=4), seed=st.integers(0, 1000))
 def test_a_higher_degree_starts_as_what_stood_there(before, seed):
     layer = mixed(before, seed=seed)
@@ -132,7 +132,7 @@ def test_a_higher_degree_starts_as_what_stood_there(before, seed):
     torch.testing.assert_close(layer.substitute(x), was)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000), shift=st.floats(-1, 1), degree=st.integers(1, 3))
 def test_the_fit_of_each_degree_and_its_error_are_least_squares(seed, shift, degree):
     generator = torch.Generator().manual_seed(seed)

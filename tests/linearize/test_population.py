@@ -144,7 +144,7 @@ def test_masks_move_from_one_end_to_the_other(parts, trained):
     assert all(torch.equal(layer.kept, starts[name]) for name, layer in layers.items())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     scores=st.lists(st.just(-math.inf) | st.floats(0, 1), min_size=2, max_size=7),
     seed=st.integers(0, 100),
@@ -175,7 +175,7 @@ def test_the_best_stay_and_the_others_descend_from_them(scores, seed, share):
     assert [plan for _, plan in search._succession(members, 1, 2)] == [plan for _, plan in found]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(budget=st.integers(0, 448), seed=st.integers(0, 1000), exact=st.booleans())
 def test_an_order_keeps_what_fits_and_a_change_moves_a_layer(budget, seed, exact):
     sizes = {"a": 256, "b": 128, "c": 64}

@@ -66,7 +66,7 @@ def test_budgets_by_hand():
     assert layer_budgets({"a": 1.0, "b": 0.2}, {"a": 5, "b": 5}, 8) == {"a": 3, "b": 5}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     layers=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 200)), min_size=1, max_size=8),
     share=st.floats(0, 1),

@@ -54,7 +54,7 @@ def test_the_fit_to_a_normal_distribution_is_the_closed_form():
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), scale=st.sampled_from([1e-3, 1.0, 300.0]), shift=st.floats(-2, 2))
 def test_the_fit_is_numpys_least_squares(seed, scale, shift):
     generator = torch.Generator().manual_seed(seed)
@@ -99,7 +99,7 @@ def test_a_network_is_fitted_channel_by_channel(parts, trained):
                 np.testing.assert_allclose(layer.substitute(x.float())[:, channel].flatten(), best, atol=1e-4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), share=st.sampled_from([0.0, 0.4, 1.0]), learn=st.booleans())
 def test_value_and_gradients_are_the_definitions(seed, share, learn):
     generator = torch.Generator().manual_seed(seed)

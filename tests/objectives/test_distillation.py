@@ -168,7 +168,7 @@ def test_no_strength_is_plain_distillation_bit_for_bit(make):
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(2, 9), st.integers(1, 5), st.integers(0, 10**6), st.floats(0.1, 30))
 def test_a_divergence_is_that_across_sets_and_within_them(classes, parts, seed, scale):
     parts = min(parts, classes)

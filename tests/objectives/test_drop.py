@@ -30,7 +30,7 @@ def started(groups: int, multipliers: list[float], **options) -> GroupDrop:
     return begun(GroupDrop(**options), groups, multipliers)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 12),
     multipliers=st.lists(st.floats(0, 5), min_size=2, max_size=4),
@@ -53,7 +53,7 @@ def test_value_and_gradient_are_those_of_the_written_out_lagrangian(n, multiplie
     torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-9)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(measure=st.sampled_from(list(MEASURES)), excess=st.booleans(), seed=st.integers(0, 100))
 def test_violations_are_those_of_the_measure_itself_on_either_part(measure, excess, seed):
     logits, targets, batch = random_batch(60, 3, 3, seed)

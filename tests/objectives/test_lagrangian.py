@@ -40,7 +40,7 @@ def started(groups: int, multipliers: list[float], **options) -> Lagrangian:
     return begun(Lagrangian(mu=0.1, **options), groups, multipliers)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 12),
     multipliers=st.lists(st.floats(0, 5), min_size=2, max_size=4),

@@ -62,7 +62,7 @@ def test_it_minimises_the_balanced_error_where_the_posterior_is_known():
 
 
 @given(seed=st.integers(0, 1000))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_learned_factors_are_the_optimum(seed):
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(300, 3, generator=generator, dtype=torch.float64)

@@ -17,7 +17,7 @@ from tests.objectives.problems import SHARE, solve, two_groups
 from tests.reference.objectives import worst_reweighting
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     losses=st.lists(st.floats(0, 10, allow_subnormal=False), min_size=1, max_size=12),
     factor=st.floats(1.0, 6.0),

@@ -35,7 +35,7 @@ def resnet(share: float) -> nn.Module:
     return masked(settle(build("resnet18", 5, 3, 16, width=4)), EXAMPLE, share)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.sampled_from([16, 32, 64, 8192]), st.booleans())
 def test_matrices_are_cut_as_spu_cuts_them(m, k, n, degree, packed):
     block = cheapest_blocks(m, k, n, degree, packed=packed)
@@ -118,7 +118,7 @@ GRAPHS = {
 }
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.sampled_from(list(GRAPHS)),
     st.sampled_from(list(PROTOCOL_COSTS)),

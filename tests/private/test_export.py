@@ -307,7 +307,7 @@ def test_only_kept_relus_are_evaluated(share, surrogate):
         assert not any(node.op == "relu" for node in graph.nodes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.booleans(), min_size=1, max_size=60))
 def test_gathering_and_putting_back_moves_nothing(flags):
     mask = torch.tensor(flags)

@@ -18,7 +18,7 @@ from tests.reference import private as reference
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(POINTS)
 def test_the_front_is_what_nothing_beats(points):
     cost, score = [float(c) for c, _ in points], [float(s) for _, s in points]

@@ -137,7 +137,7 @@ def one_layer(blocks: tuple[int, int] | None, side: int = 16, channels: int = 4)
     return to_graph(model, torch.zeros(1, 3, side, side))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 10_000), st.sampled_from(sorted(PROTOCOL_COSTS)))
 def test_a_relu_is_its_comparison_and_its_product(n, protocol):
     """Where the source tells both; Delphi's is an upper bound."""

@@ -36,7 +36,7 @@ def test_parts_are_all_things_once_and_as_even_as_units_allow(n, size, unit):
     assert max(counts) - min(counts) <= 1
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(n=st.integers(1, 12), size=st.integers(2, 4), unit=st.integers(1, 3))
 def test_rows_and_sums_of_all_parts(n, size, unit):
     rows = normal(n, 2)
@@ -90,7 +90,7 @@ def test_gradients_and_statistics_are_those_of_the_whole_batch(n, checkpointed):
             torch.testing.assert_close(own, expected)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     n=st.integers(2, 9),
     spatial=st.lists(st.integers(1, 3), max_size=3),

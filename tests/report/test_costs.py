@@ -67,7 +67,7 @@ def test_an_audit_alone_tells_what_is_saved(runs):
     assert (rest["bytes_saved_percent"] > 0).all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(*[st.fixed_dictionaries(dict.fromkeys(COSTS, prices))] * 4, st.booleans())
 def test_only_like_is_compared_with_like(tmp_path_factory, told, base_told, found, base_found, base_measured):
     folder = tmp_path_factory.mktemp("savings")

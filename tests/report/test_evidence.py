@@ -17,7 +17,7 @@ from tests.reference import evidence as reference
 panels = st.lists(st.tuples(st.floats(-20, 20), st.floats(0.01, 25)), min_size=2, max_size=12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(panels)
 def test_the_random_effects_summary_is_dersimonian_and_lairds(given_panels):
     means, variances = map(list, zip(*given_panels, strict=True))
@@ -27,7 +27,7 @@ def test_the_random_effects_summary_is_dersimonian_and_lairds(given_panels):
     assert found.panels == len(means)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=12), st.floats(0.01, 25))
 def test_under_equal_variances_it_is_the_plain_mean(means, variance):
     found = pooled(np.array(means), np.full(len(means), variance))
@@ -36,7 +36,7 @@ def test_under_equal_variances_it_is_the_plain_mean(means, variance):
     assert found.tau**2 == pytest.approx(max(0.0, np.var(means, ddof=1) - variance), abs=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(-20, 20), st.lists(st.floats(0.01, 25), min_size=2, max_size=12))
 def test_identical_effects_have_no_heterogeneity(mean, variances):
     found = pooled(np.full(len(variances), mean), np.array(variances))
@@ -54,14 +54,14 @@ def test_panels_without_a_variance_are_left_out():
     assert pooled(means[1:], variances[1:]) is None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=10))
 def test_holms_correction_is_the_level_at_which_his_procedure_rejects(p):
     assert corrected(p) == pytest.approx(reference.holm(p), abs=1e-9)
     assert corrected([math.nan, *p])[1:] == corrected(p)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     values=st.lists(st.floats(-5, 5), min_size=2, max_size=12),
     threshold=st.floats(-1, 1),
@@ -99,7 +99,7 @@ def test_seeds_that_nobody_counts():
     assert seeds_needed(2.9 / math.sqrt(MOST), 1.0) <= MOST
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=12))
 def test_what_is_undecided_needs_more_seeds_than_it_has(values):
     own = np.array(values)

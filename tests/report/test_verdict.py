@@ -197,7 +197,7 @@ def whole(row):
     return group, label, n, right, round(lost * right), round(gained * (n - right))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(sets, sets, st.floats(0, 30))
 def test_sentences_agree_with_the_answer(first, second, within):
     found = []

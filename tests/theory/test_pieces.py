@@ -104,7 +104,7 @@ def perceptron(widths, seed: int, masked: float | None = None) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(widths[-1], 1)).double()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     widths=st.lists(st.integers(1, 6), min_size=1, max_size=3),
     seed=st.integers(0, 10_000),

@@ -29,7 +29,7 @@ def equal(one: nn.Module, other: nn.Module, *, counters: bool = True) -> bool:
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     places=st.lists(st.sampled_from(KEYS), max_size=2),
     prefix=st.lists(st.sampled_from(WORDS), max_size=3),

@@ -28,7 +28,7 @@ def random_masks(seed: int, layers) -> dict[str, torch.Tensor]:
     return {name: torch.rand(layer.shape, generator=generator) < 0.4 for name, layer in layers.items()}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     named=st.booleans(),
     suffix=st.sampled_from(["", ".mask", ".alphas", ".kept"]),
