@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -302,15 +302,20 @@ def _groups(part: GroupedData) -> NDArray[np.str_]:
     return np.asarray(part.group_names)[part.groups.cpu().numpy()]
 
 
+def _with_choices(family: _Family) -> Iterator[tuple[str, NetworkInfo, Path, tuple[int, str]]]:
+    """Every network of one base network: its method, what stands beside it, its folder, settings tried and taken."""
+    of_run = {run.folder.resolve(): choices(run) for run in family.runs}
+    for (label, info, _), folder in _labelled(family):
+        yield label, info, folder, of_run.get(folder.parents[1].resolve(), {}).get(folder.name, (1, ""))
+
+
 def _chosen(families: Sequence[_Family]) -> pd.DataFrame:
     """ReLUs ``kept`` for each method and budget, settings ``tried``, and which each base network takes."""
-    rows = []
-    for family in families:
-        of_run = {run.folder.resolve(): choices(run) for run in family.runs}
-        for (label, info, _), folder in _labelled(family):
-            tried, strength = of_run.get(folder.parents[1].resolve(), {}).get(folder.name, (1, ""))
-            own = {"method": label, "relus": info.budget, "kept": info.relus}
-            rows.append({**own, "tried": tried, "strength": strength})
+    rows = [
+        {"method": label, "relus": info.budget, "kept": info.relus, "tried": tried, "strength": strength}
+        for family in families
+        for label, info, _, (tried, strength) in _with_choices(family)
+    ]
     found = pd.DataFrame(rows).groupby(["method", "relus"], as_index=False, sort=False)
     return found.agg({"kept": "mean", "tried": "max", "strength": lambda own: _AND.join(filter(None, own))})
 
@@ -319,16 +324,16 @@ def _constrained(families: Sequence[_Family]) -> pd.DataFrame:
     """Violations and multipliers of every network under a constraint, those that were not chosen among them."""
     tables = [pd.DataFrame(columns=["base", "method", "relus", "strength", "taken", "group", "measure", "value"])]
     for family in families:
-        of_run = {run.folder.resolve(): choices(run) for run in family.runs}
-        for (label, info, _), folder in _labelled(family):
-            run = Run(folder.parents[1])
-            taken = of_run.get(run.folder.resolve(), {}).get(folder.name, (1, ""))[1]
-            for strength, each in tried_of(run):
-                found = constraints(each)
-                found = found[found["network"] == folder.name].drop(columns="network")
+        of_run = {
+            run.folder.resolve(): [(strength, constraints(each)) for strength, each in tried_of(run)]
+            for run in family.runs
+        }
+        for label, info, folder, (_, taken) in _with_choices(family):
+            for strength, found in of_run.get(folder.parents[1].resolve(), ()):
+                own = found[found["network"] == folder.name].drop(columns="network")
                 about = {"method": label, "relus": info.budget, "strength": strength, "taken": strength == taken}
-                if len(found):
-                    tables.append(found.assign(base=str(family.base.folder), **about))
+                if len(own):
+                    tables.append(own.assign(base=str(family.base.folder), **about))
     return pd.concat(tables[1:] or tables, ignore_index=True)[list(tables[0])]
 
 

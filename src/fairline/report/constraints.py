@@ -32,9 +32,10 @@ def lacking(run: Run, frame: pd.DataFrame, people: list[str]) -> list[tuple[str,
     told = []
     for budget in budget_order(frame):
         own = table[table["relus"].map(budgets) == budget]
+        parts = [{"who": who, "rows": _rows(own[own["group"] == who])} for who in people]
         if len(own):
-            told.append((budget, [{"who": who, "rows": _rows(own[own["group"] == who])} for who in people]))
-    return [(budget, [part for part in parts if part["rows"]]) for budget, parts in told]
+            told.append((budget, [part for part in parts if part["rows"]]))
+    return told
 
 
 def _rows(own: pd.DataFrame) -> list[dict[str, str]]:
