@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -102,6 +102,7 @@ def test_reverse_orders_help():
 
 
 @given(layers=st.lists(st.tuples(st.floats(-1, 1), st.integers(1, 40)), min_size=1, max_size=6), share=st.floats(0, 1))
+@example(layers=[(0.0, 1), (5e-324, 1)], share=1.0)
 def test_budgets_are_exact_and_in_proportion(layers, share):
     need = {str(i): value for i, (value, _) in enumerate(layers)}
     sizes = {str(i): size for i, (_, size) in enumerate(layers)}

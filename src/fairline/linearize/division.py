@@ -6,6 +6,7 @@ Source: none.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 
 
@@ -30,7 +31,8 @@ def divided(need: Mapping[str, float], sizes: Mapping[str, int], budget: int) ->
         {'a': 10, 'b': 10, 'c': 2}
     """
     most = max(need.values(), default=0.0)
-    least = 1e-9 * most if most > 0 else 1.0
+    # Normal, since the share of a need that vanishes beside all others is divided by their sum.
+    least = max(1e-9 * most, sys.float_info.min) if most > 0 else 1.0
     floored = {name: max(need[name], least) for name in sizes}
     exact = dict.fromkeys(sizes, 0.0)
     free = set(sizes)
