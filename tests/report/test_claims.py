@@ -16,20 +16,16 @@ from scipy import stats
 from fairline.report.claims import (
     CLAIMS,
     CONTROL,
-    FAILS,
-    HOLDS,
     LOWEST,
     LOWEST_CONTROL,
     POINTS,
-    UNDECIDED,
-    Finding,
     findings,
-    judge,
     over_panels,
     summary,
 )
 from fairline.report.claims_page import write_claims
 from fairline.report.evidence import corrected
+from fairline.report.finding import FAILS, HOLDS, UNDECIDED, Finding, judge
 from tests.report.study_table import study_table
 
 #: Planted effects, by claim, for which it holds and for which it does not.

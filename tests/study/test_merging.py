@@ -14,12 +14,13 @@ from pandas.testing import assert_frame_equal
 
 from fairline.report.claims import findings
 from fairline.report.merging import merge_results
+from fairline.report.moved_prior import MOVED, SHIFTED
 from fairline.report.results import write_study_results
 from fairline.study.cells import cells_of
 from fairline.study.run import run_study
 from fairline.study.spec import load_spec
 from fairline.study.storage import Storage
-from fairline.study.store import finished_seeds, read_results
+from fairline.study.store import finished_seeds, read_by_seed, read_results
 
 SPEC = Path(__file__).parent / "digits.yaml"
 NAME = "digits_tiny"
@@ -73,7 +74,9 @@ def test_a_seed_at_a_time_gives_what_the_study_gives(shares, parts, tmp_path, ru
     own, expected = (read_results([folder]) for folder in (merged, whole))
     assert_frame_equal(own.drop(columns=WHEN_AND_WHERE), expected.drop(columns=WHEN_AND_WHERE))
     assert len(findings(own))
-    assert_frame_equal(findings(own), findings(expected))
+    told = [findings(table, read_by_seed([folder])) for table, folder in ((own, merged), (expected, whole))]
+    assert_frame_equal(*told)
+    assert {MOVED, SHIFTED} <= set(told[0]["variant"])
     table, compared = (pd.read_csv(folder / "digits.csv", keep_default_na=False) for folder in (merged, whole))
     assert list(table) == list(compared)
     numbers = ["value", "low", "high"]
@@ -87,6 +90,12 @@ def test_a_seed_at_a_time_gives_what_the_study_gives(shares, parts, tmp_path, ru
     about = json.loads((merged / "provenance.json").read_text())
     assert (about["seeds"], about["planned"]) == ([0, 1], [0, 1])
     assert about["spec_hash"] == load_spec(shares / "digits.yaml").digest
+
+
+def test_a_store_says_of_each_seed_what_its_results_say(shares):
+    own, kept = (read_by_seed([shares / name]) for name in ("out", "whole"))
+    assert set(own["seed"]) == {0, 1}
+    assert_frame_equal(own[kept.columns.drop("train_n")], kept.drop(columns="train_n"))
 
 
 def test_one_seed_is_a_result_of_its_own(shares):

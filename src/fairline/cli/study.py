@@ -246,9 +246,10 @@ def study_report(
     from fairline.report.claims import CLAIMS, findings, over_panels, summary
     from fairline.report.claims_page import write_claims
     from fairline.report.results import write_audits
+    from fairline.study.store import read_by_seed
 
     rows = _chosen_results(sources, study)
-    found = findings(rows)
+    found = findings(rows, read_by_seed(sources))
     for number, verdict in summary(found).items():
         line = Text.assemble(f"{number}. {CLAIMS[number].text} ", (verdict, "bold"))
         out_console.print(line, soft_wrap=True, highlight=False)

@@ -16,23 +16,23 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from fairline.audit.intervals import LEVEL, student_interval
+from fairline.audit.intervals import LEVEL
 from fairline.data.grouped import OVERALL
-from fairline.report.evidence import Pooled, corrected, pooled, seeds_needed, sign_test, student_p
-from fairline.report.panels import (
-    DR,
-    R18,
-    SNL,
-    VGG,
-    WRN,
-    Panel,
-    finetuned,
-    panels,
-    rows_of,
-    variants_of_mu,
+from fairline.report.evidence import Pooled, corrected, pooled, sign_test
+from fairline.report.finding import (
+    FAILS,
+    HOLDS,
+    UNDECIDED,
+    Extreme,
+    Finding,
+    extremes,
+    judge,
+    lowest,
+    tested_panels,
+    wide_of,
 )
-
-HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+from fairline.report.moved_prior import MOVED, SHIFTED, SHIFTED_CONTROL, moved_prior
+from fairline.report.panels import DR, R18, SNL, VGG, WRN, Panel, finetuned, rows_of, variants_of_mu
 
 #: Points of overall accuracy that "hardly moves" allows, and points that μ may make of a difference.
 HARDLY = 2.0
@@ -40,46 +40,6 @@ HARDLY = 2.0
 #: Variants of a claim's number, shown beside it.
 POINTS, CONTROL = "in points", "against the control"
 LOWEST, LOWEST_CONTROL = "in points, lowest budget", "in points, lowest budget, against the control"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One claim in one panel.
-
-    Attributes:
-        claim: Its number.
-        panel: Where it was tested, in words.
-        effect: Mean over seeds.
-        low: Lower 95 % limit, Student's.
-        high: Upper limit.
-        seeds: How many.
-        verdict: ``holds``, ``does not hold`` or ``undecided``.
-        note: Which groups and budgets it is about.
-        agrees: Whether the mean, whatever its interval, lies on the claim's side; None where there is none.
-        variant: Which other number of the claim this is; empty for the claim's own.
-        spread: Standard deviation over seeds; of a ratio, that of its logarithm.
-        p: Two-sided probability under Student's t that the mean is at the threshold; NaN of one seed.
-        p_holm: The same after Holm's correction for all tests of the table.
-        corrected: The verdict if that is below 5 %, else ``undecided``.
-        needed: Seeds with which an undecided panel would be decided in 80 %, were mean and spread the true ones;
-            infinite beyond 1,000, NaN of one seed and where it is decided.
-    """
-
-    claim: int
-    panel: str
-    effect: float
-    low: float
-    high: float
-    seeds: int
-    verdict: str
-    note: str = ""
-    agrees: bool | None = None
-    variant: str = ""
-    spread: float = math.nan
-    p: float = math.nan
-    p_holm: float = math.nan
-    corrected: str = UNDECIDED
-    needed: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -107,74 +67,6 @@ class Claim:
     variants: Mapping[str, str] = field(default_factory=dict)
 
 
-def judge(
-    claim: int,
-    panel: str,
-    values: Sequence[float] | pd.Series,
-    above: float = 0.0,
-    note: str = "",
-    sign: int = 1,
-    variant: str = "",
-) -> Finding:
-    """Test whether a mean lies above a threshold.
-
-    Args:
-        claim: Number of the claim.
-        panel: Where.
-        values: One number a seed; those that are not finite are left out.
-        above: The threshold.
-        note: What the numbers are about.
-        sign: −1 tests whether it lies below.
-        variant: Which of the claim's numbers they are.
-
-    Returns:
-        The finding, with the numbers as they were given.
-    """
-    own = np.asarray(values, float)
-    own = own[np.isfinite(own)]
-    mean = float(own.mean()) if len(own) else math.nan
-    agrees = None if math.isnan(mean) else sign * mean > sign * above
-    if len(own) < 2:
-        return Finding(claim, panel, mean, math.nan, math.nan, len(own), UNDECIDED, note, agrees, variant)
-    low, high = student_interval(own)
-    near, far = (low, high) if sign > 0 else (-high, -low)
-    verdict = HOLDS if near > sign * above else FAILS if far < sign * above else UNDECIDED
-    spread = float(own.std(ddof=1))
-    return Finding(
-        *(claim, panel, mean, low, high, len(own), verdict, note, agrees, variant, spread),
-        p=student_p(mean, spread, len(own), above),
-        needed=seeds_needed(mean, spread, above) if verdict == UNDECIDED else math.nan,
-    )
-
-
-@dataclass(frozen=True)
-class _Extreme:
-    """The group with the most or the fewest training images; or those, where several have as many to 1 %."""
-
-    groups: tuple[str, ...]
-    which: str
-
-    def __str__(self) -> str:
-        return self.groups[0] if len(self.groups) == 1 else f"the {len(self.groups)} {self.which} groups"
-
-    def of(self, wide: pd.DataFrame) -> pd.Series:
-        """Their mean in a table with a column a group."""
-        return wide.reindex(columns=list(self.groups)).mean(axis=1)
-
-
-def _extremes(rows: pd.DataFrame) -> tuple[_Extreme, _Extreme]:
-    """The largest and the smallest group."""
-    sizes = rows[rows["group"] != OVERALL].groupby("group", sort=False)["train_n"].mean()
-    largest, smallest = sizes.index[sizes >= 0.99 * sizes.max()], sizes.index[sizes <= 1.01 * sizes.min()]
-    return _Extreme(tuple(map(str, largest)), "largest"), _Extreme(tuple(map(str, smallest)), "smallest")
-
-
-def _wide(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Values of a measure, a row a seed and budget and a column a group."""
-    own = rows[rows["measure"] == measure]
-    return own.groupby(["seed", "percent", "group"], sort=False)["value"].mean().unstack("group")
-
-
 def _slopes(values: pd.Series) -> pd.Series:
     """Least-squares slope of each seed's values against halvings of the ReLUs."""
     slopes = {}
@@ -186,30 +78,15 @@ def _slopes(values: pd.Series) -> pd.Series:
     return pd.Series(slopes, dtype=float)
 
 
-def _lowest(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows["percent"] == rows["percent"].min()]
-
-
 def _disparity_slopes(rows: pd.DataFrame) -> tuple[pd.Series, str]:
-    largest, smallest = _extremes(rows)
-    wide = _wide(finetuned(rows), "relative_drop")
+    largest, smallest = extremes(rows)
+    wide = wide_of(finetuned(rows), "relative_drop")
     difference = smallest.of(wide) - largest.of(wide)
     note = f"{smallest} against {largest}"
     never = smallest.of(wide).isna().groupby(level="seed").all()
     if never.any():
         note += f"; the base network of {never.sum()} of {len(never)} seeds gets none of {smallest} right"
     return _slopes(difference), note
-
-
-def _tested(table: pd.DataFrame) -> list[Panel]:
-    """Panels that have groups to compare and plain finetunes of networks that lost ReLUs: what claims speak of."""
-    held = []
-    for panel in panels(table):
-        rows = rows_of(table, panel)
-        own = finetuned(rows)
-        if (own["relus"] < own["total_relus"]).any() and rows.loc[rows["group"] != OVERALL, "group"].nunique() > 1:
-            held.append(panel)
-    return held
 
 
 def _judged_slopes(claim: int, panel: Panel, table: pd.DataFrame, more: str = "") -> Iterator[Finding]:
@@ -222,18 +99,18 @@ def _judged_slopes(claim: int, panel: Panel, table: pd.DataFrame, more: str = ""
 
 def disparity_grows(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 1; in points, and beside the control, as well."""
-    for panel in _tested(table):
+    for panel in tested_panels(table):
         yield from _judged_slopes(1, panel, table)
         rows = rows_of(table, panel)
         own = finetuned(rows)
-        after = _wide(own, "accuracy")
-        base = _wide(rows[rows["stage"] == "base"], "accuracy")
+        after = wide_of(own, "accuracy")
+        base = wide_of(rows[rows["stage"] == "base"], "accuracy")
         if own["asked"].nunique() < 2 or base.empty:
             continue
-        largest, smallest = _extremes(rows)
+        largest, smallest = extremes(rows)
         note = f"{smallest} against {largest}"
 
-        def beyond(lost: pd.DataFrame, smallest: _Extreme = smallest, largest: _Extreme = largest) -> pd.Series:
+        def beyond(lost: pd.DataFrame, smallest: Extreme = smallest, largest: Extreme = largest) -> pd.Series:
             return smallest.of(lost) - largest.of(lost)
 
         in_points = beyond(_lost(after, base, relative=False))
@@ -268,21 +145,21 @@ def _control(table: pd.DataFrame, panel: Panel, own: pd.DataFrame) -> tuple[pd.D
         fits = panel.of(table) & (table["study"] == study) & (table["data_label"] == own["data_label"].iloc[0])
         rows = finetuned(table[fits & (table["relus"] == table["total_relus"])])
         whole = rows[rows["masks"] == rows["masks"].iloc[0]] if len(rows) else rows
-    return _wide(whole, "accuracy"), str(whole["masks"].iloc[0]) if len(whole) else ""
+    return wide_of(whole, "accuracy"), str(whole["masks"].iloc[0]) if len(whole) else ""
 
 
 def gradient_norms_higher(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 2."""
-    for panel in _tested(table):
+    for panel in tested_panels(table):
         rows = rows_of(table, panel)
-        own = _lowest(finetuned(rows))
+        own = lowest(finetuned(rows))
         yield from _ratio(2, panel, own, "gradient_norm", f"at {own['budget'].iloc[0]} of the ReLUs")
 
 
 def eigenvalues_higher(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 3; a base network that several methods share is tested once."""
     seen = set()
-    for panel in _tested(table):
+    for panel in tested_panels(table):
         rows = rows_of(table, panel)
         rows = rows[rows["stage"] == "base"]
         # Named by what they hold: studies share them.
@@ -298,8 +175,8 @@ def _ratio(claim: int, panel: Panel, rows: pd.DataFrame, measure: str, note: str
     """Test the logarithm of smallest over largest group; the ratio is what is told."""
     if measure not in set(rows["measure"]):
         return
-    largest, smallest = _extremes(rows)
-    wide = _wide(rows, measure)
+    largest, smallest = extremes(rows)
+    wide = wide_of(rows, measure)
     tested = judge(
         claim, panel.title, np.log(smallest.of(wide) / largest.of(wide)), note=f"{smallest} over {largest}, {note}"
     )
@@ -308,58 +185,58 @@ def _ratio(claim: int, panel: Panel, rows: pd.DataFrame, measure: str, note: str
 
 def margins_lower(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 4."""
-    for panel in _tested(table):
-        rows = _lowest(finetuned(rows_of(table, panel)))
+    for panel in tested_panels(table):
+        rows = lowest(finetuned(rows_of(table, panel)))
         if "margin" in set(rows["measure"]):
-            largest, smallest = _extremes(rows)
-            wide = _wide(rows, "margin")
+            largest, smallest = extremes(rows)
+            wide = wide_of(rows, "margin")
             note = f"{smallest} less {largest}, at {rows['budget'].iloc[0]} of the ReLUs"
             yield judge(4, panel.title, smallest.of(wide) - largest.of(wide), note=note, sign=-1)
 
 
 def distance_grows(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 5."""
-    for panel in _tested(table):
+    for panel in tested_panels(table):
         rows = finetuned(rows_of(table, panel))
         if "parameter_distance" in set(rows["measure"]):
-            slopes = _slopes(_wide(rows, "parameter_distance")[OVERALL])
+            slopes = _slopes(wide_of(rows, "parameter_distance")[OVERALL])
             if len(slopes):
                 yield judge(5, panel.title, slopes)
 
 
 def accuracy_hardly_moves(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 6."""
-    for panel in _tested(table):
+    for panel in tested_panels(table):
         rows = rows_of(table, panel)
         if not (rows["stage"] == "base").any():
             continue
-        own = _lowest(finetuned(rows))
-        base = _wide(rows[rows["stage"] == "base"], "accuracy")[OVERALL].droplevel("percent")
-        after = _wide(own, "accuracy")[OVERALL].droplevel("percent")
+        own = lowest(finetuned(rows))
+        base = wide_of(rows[rows["stage"] == "base"], "accuracy")[OVERALL].droplevel("percent")
+        after = wide_of(own, "accuracy")[OVERALL].droplevel("percent")
         note = f"{own['budget'].iloc[0]} of the ReLUs, finetuned, less all of them"
         yield judge(6, panel.title, 100 * (after - base).dropna(), -HARDLY, note)
 
 
 def deepreduce_is_worse(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 7."""
-    held = _tested(table)
+    held = tested_panels(table)
     for panel in held:
         other = _like(panel, held, method=DR)
         if panel.method != SNL or other is None:
             continue
-        rows, others = (_lowest(finetuned(rows_of(table, one))) for one in (panel, other))
-        _, smallest = _extremes(rows)
-        drops = [smallest.of(_wide(one, "relative_drop")).droplevel("percent") for one in (rows, others)]
+        rows, others = (lowest(finetuned(rows_of(table, one))) for one in (panel, other))
+        _, smallest = extremes(rows)
+        drops = [smallest.of(wide_of(one, "relative_drop")).droplevel("percent") for one in (rows, others)]
         note = f"{smallest}, SNL at {rows['budget'].iloc[0]}, DeepReDuce at {others['budget'].iloc[0]} of the ReLUs"
         where = replace(panel, method="DeepReDuce less SNL").title
         yield judge(7, where, (drops[1] - drops[0]).dropna(), note=note)
-        right = [smallest.of(_wide(one, "accuracy")).droplevel("percent") for one in (rows, others)]
+        right = [smallest.of(wide_of(one, "accuracy")).droplevel("percent") for one in (rows, others)]
         yield judge(7, where, 100 * (right[0] - right[1]).dropna(), note=note, variant=POINTS)
 
 
 def mitigation_helps_all(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 8: told of the group that gains least."""
-    for panel in _tested(table):
+    for panel in tested_panels(table):
         rows = rows_of(table, panel)
         if not len(finetuned(rows, "lagrangian")):
             continue
@@ -379,32 +256,32 @@ def mitigation_helps_all(table: pd.DataFrame) -> Iterator[Finding]:
 
 def mitigation_helps_the_smallest(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 11."""
-    for panel in _tested(table):
+    for panel in tested_panels(table):
         rows = rows_of(table, panel)
         if len(finetuned(rows, "lagrangian")):
-            _, smallest = _extremes(rows)
+            _, smallest = extremes(rows)
             yield judge(11, panel.title, smallest.of(_gains(rows)), note=f"{smallest}; mean over budgets")
 
 
 def _gains(rows: pd.DataFrame) -> pd.DataFrame:
     """Points of accuracy that Algorithm 1 gains, mean over budgets: a row a seed and a column a group."""
     cut = rows[rows["relus"] < rows["total_relus"]]
-    before, after = (_wide(finetuned(cut, name), "accuracy") for name in ("erm", "lagrangian"))
+    before, after = (wide_of(finetuned(cut, name), "accuracy") for name in ("erm", "lagrangian"))
     return (100 * (after - before)).dropna(how="all").groupby(level="seed").mean()
 
 
 def step_hardly_matters(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 9."""
-    for panel in _tested(table):
+    for panel in tested_panels(table):
         rows = rows_of(table, panel)
         variants = variants_of_mu(rows)
         if len(variants) < 2:
             continue
-        _, smallest = _extremes(rows)
+        _, smallest = extremes(rows)
         rows = rows[rows["relus"] < rows["total_relus"]]
         means = pd.DataFrame(
             {
-                mu: smallest.of(_wide(rows[rows["finetune"] == name], "accuracy")).groupby(level="seed").mean()
+                mu: smallest.of(wide_of(rows[rows["finetune"] == name], "accuracy")).groupby(level="seed").mean()
                 for mu, name in variants
             }
         ).dropna()
@@ -415,7 +292,7 @@ def step_hardly_matters(table: pd.DataFrame) -> Iterator[Finding]:
 
 def other_networks_alike(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 10: claim 1 in other networks; how far they differ from ResNet-18 is in the note."""
-    held = _tested(table)
+    held = tested_panels(table)
     for panel in held:
         if panel.model not in (VGG, WRN):
             continue
@@ -444,6 +321,11 @@ CLAIMS: dict[int, Claim] = {
             CONTROL: "as above, but drops are from the network that kept all its ReLUs and was trained on alike",
             LOWEST: "points that the smallest group loses beyond the largest at the lowest budget, from the base",
             LOWEST_CONTROL: "the same from the network that kept all its ReLUs and was trained on alike",
+            MOVED: "points of the smallest group's drop at the lowest budget that a shift of output biases gives back, "
+            "chosen on validation images, beyond what the same shift gives the base network",
+            SHIFTED: "points that the smallest group loses beyond the largest at the lowest budget, both shifted alike",
+            SHIFTED_CONTROL: "the same from the network that kept all its ReLUs and was trained on alike, each network "
+            "shifted by what was chosen for it",
         },
     ),
     2: Claim(
@@ -528,17 +410,21 @@ CLAIMS: dict[int, Claim] = {
 }
 
 
-def findings(table: pd.DataFrame) -> pd.DataFrame:
+def findings(table: pd.DataFrame, compared: pd.DataFrame | None = None) -> pd.DataFrame:
     """Test every claim.
 
     Args:
         table: The table of one or more studies (:mod:`fairline.study.store`).
+        compared: What their comparisons say of each seed (:func:`fairline.study.store.read_by_seed`), of which claim 1
+            tells how much of a drop is a moved prior; not told without.
 
     Returns:
         A row for each claim and panel, with the fields of :class:`Finding`. What several studies or masks hold is
         tested in each.
     """
     found = [asdict(finding) for claim in CLAIMS.values() for finding in claim.test(table)]
+    if compared is not None:
+        found += [asdict(finding) for finding in moved_prior(table, compared)]
     frame = pd.DataFrame(found, columns=list(Finding.__dataclass_fields__))
     frame["p_holm"] = corrected(frame["p"].to_numpy(float))
     frame["corrected"] = frame["verdict"].where(frame["p_holm"] < 1 - LEVEL, UNDECIDED)

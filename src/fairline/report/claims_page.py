@@ -12,8 +12,9 @@ import altair as alt
 import pandas as pd
 
 from fairline.charts import BASE, INK, themed
-from fairline.report.claims import CLAIMS, FAILS, HOLDS, UNDECIDED, Claim, over_panels, summary
+from fairline.report.claims import CLAIMS, Claim, over_panels, summary
 from fairline.report.evidence import MOST
+from fairline.report.finding import FAILS, HOLDS, UNDECIDED
 from fairline.report.page import write_page
 from fairline.report.paper_figures import FIGURES, draw, draw_others
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pandas as pd
 from fairline._io import read_json, write_table
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
-from fairline.jobs import choices, constraints
+from fairline.jobs import by_seed, choices, constraints
 from fairline.runs import Run
 from fairline.study.cells import Cell, cells_of
 from fairline.study.spec import StudySpec
@@ -175,23 +175,68 @@ def read_results(sources: Sequence[str | Path]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _tables(source: str) -> list[pd.DataFrame]:
+def read_by_seed(sources: Sequence[str | Path]) -> pd.DataFrame:
+    """Read what the comparisons of studies say of each seed.
+
+    Args:
+        sources: As of :func:`read_results`.
+
+    Returns:
+        Rows as of :func:`fairline.jobs.by_seed` with ``study`` and ``results``, the name of the data in it. Empty where
+        no study was compared, or by an earlier version alone.
+
+    Raises:
+        FairlineError: There is nothing, or a file is broken or of something else.
+    """
+    tables = [table for source in sources for table in _compared(str(source))]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _compared(source: str) -> Iterator[pd.DataFrame]:
+    if _is_store(source):
+        storage, specs = _studies(source)
+        for spec in specs:
+            for cell in cells_of(spec):
+                if cell.kind == "compare" and storage.finished(cell):
+                    run = Run.read(storage.fetch(cell), "compare")
+                    yield by_seed(run).assign(study=spec.name, results=cell.about["results"])
+        return
+    for file in _files(source):
+        beside = file.with_name("by_seed.parquet")
+        if beside.exists():
+            yield _read(beside).assign(study=_checked(file)["study"].iloc[0])
+
+
+def _is_store(source: str) -> bool:
+    return "://" in source or (Path(source) / "cells").is_dir()
+
+
+def _studies(source: str) -> tuple[Storage, list[StudySpec]]:
+    storage = Storage(source)
+    specs = [StudySpec.model_validate(storage.read_json(f"{name}/spec.json")) for name in storage.studies()]
+    if not specs:
+        raise FairlineError(f"{source} holds no study (there is no */spec.json).")
+    return storage, specs
+
+
+def _files(source: str) -> list[Path]:
     path = Path(source)
-    if "://" in source or (path / "cells").is_dir():
-        storage = Storage(source)
-        specs = [StudySpec.model_validate(storage.read_json(f"{name}/spec.json")) for name in storage.studies()]
-        if not specs:
-            raise FairlineError(f"{source} holds no study (there is no */spec.json).")
-        tables = [table for spec in specs if len(table := collect(spec, storage))]
-        if not tables:
-            raise FairlineError(f"{source}: no network of a study is measured yet.")
-        return tables
     files = (
         [path] if path.is_file() else [*sorted(path.glob("results.parquet")), *sorted(path.glob("*/results.parquet"))]
     )
     if not files:
         raise FairlineError(f"{source} holds no results of a study (no results.parquet, there or one folder down).")
-    return [_checked(file) for file in files]
+    return files
+
+
+def _tables(source: str) -> list[pd.DataFrame]:
+    if _is_store(source):
+        storage, specs = _studies(source)
+        tables = [table for spec in specs if len(table := collect(spec, storage))]
+        if not tables:
+            raise FairlineError(f"{source}: no network of a study is measured yet.")
+        return tables
+    return [_checked(file) for file in _files(source)]
 
 
 def _checked(file: Path) -> pd.DataFrame:
