@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fairline.report.claims import CLAIMS, findings
 from fairline.report.moved_prior import MOVED, SHIFTED, SHIFTED_CONTROL, moved_prior
+from fairline.report.paper_figures import draw_shifted
 from tests.report.study_table import study_table
+from tests.report.test_paper_figures import contents
 
 GROUPS = ["large", "middle", "small"]
 SEEDS = range(3)
@@ -36,7 +38,7 @@ def by_seed(levels: np.ndarray, *, method: str = "erm", control: bool = True, st
                     "undone_beyond_base": moved - plain - (before_moved - before),
                 }
                 about = {"study": study, "results": "utkface:race", "method": method, "class": "", "group": group}
-                about |= {"seed": seed, "percent": percent, "relus": round(100 * percent)}
+                about |= {"seed": seed, "percent": percent, "relus": round(100 * percent), "n": 50}
                 rows += [{**about, "measure": name, "value": value} for name, value in told.items()]
     table = pd.DataFrame(rows)
     return table if control else table[table["percent"] < 100]
@@ -46,6 +48,7 @@ def effects(table: pd.DataFrame, compared: pd.DataFrame) -> dict[str, float]:
     return {finding.variant: finding.effect for finding in moved_prior(table, compared)}
 
 
+@settings(max_examples=30)
 @given(accuracies)
 def test_the_numbers_are_those_of_accuracies_before_and_after(levels):
     base, _, cut, control = 100 * (levels / 100)
@@ -89,3 +92,16 @@ def test_another_linearizer_is_named_as_comparisons_name_it():
     table = study_table(method="deepreduce")
     assert list(effects(table, by_seed(levels, method="deepreduce: erm"))) == VARIANTS
     assert not effects(table, by_seed(levels))
+
+
+def test_each_groups_drop_is_drawn_before_and_after():
+    levels = np.random.default_rng(0).uniform(20, 90, (4, 2, len(SEEDS), len(GROUPS)))
+    (chart,) = draw_shifted(TABLE, by_seed(levels)).values()
+    found = {(row["measure"], row["budget"], row["group"]): row["value"] for row in contents(chart)}
+    expected = {}
+    for budget, network, base in (("2 %", 2, 0), ("100 %", 3, 1)):
+        lost = {"before": levels[0, 0] - levels[network, 0], "after": levels[base, 1] - levels[network, 1]}
+        for name, by_group in lost.items():
+            expected |= {(name, budget, group): by_group[:, place].mean() for place, group in enumerate(GROUPS)}
+    assert found == pytest.approx(expected)
+    assert draw_shifted(TABLE, pd.DataFrame()) == {}

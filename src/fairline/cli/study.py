@@ -202,7 +202,8 @@ def study_figures(
 ) -> None:
     """Draw what studies measured: the paper's empirical figures (1, 3–9, 11–15), and all that those do not show."""
     from fairline.charts import save_charts
-    from fairline.report.paper_figures import FIGURES, draw, draw_others
+    from fairline.report.paper_figures import FIGURES, draw, draw_others, draw_shifted
+    from fairline.study.store import read_by_seed
 
     wanted = parse_names(formats, "format")
     for name in wanted:
@@ -210,7 +211,7 @@ def study_figures(
             raise FairlineError(f"The format is png, svg or pdf, not '{name}'.")
     table = _chosen_results(sources, study)
     drawn = draw(table, None if only is None else parse_counts(only, "Figures"))
-    others = draw_others(table) if only is None else {}
+    others = draw_others(table) | draw_shifted(table, read_by_seed(sources)) if only is None else {}
     if not drawn and not others:
         raise FairlineError("No study here has finetuned networks whose measures could be drawn.")
     files = save_charts({f"figure_{number:02d}": chart for number, chart in drawn.items()} | others, to, wanted)
@@ -248,8 +249,8 @@ def study_report(
     from fairline.report.results import write_audits
     from fairline.study.store import read_by_seed
 
-    rows = _chosen_results(sources, study)
-    found = findings(rows, read_by_seed(sources))
+    rows, compared = _chosen_results(sources, study), read_by_seed(sources)
+    found = findings(rows, compared)
     for number, verdict in summary(found).items():
         line = Text.assemble(f"{number}. {CLAIMS[number].text} ", (verdict, "bold"))
         out_console.print(line, soft_wrap=True, highlight=False)
@@ -258,7 +259,7 @@ def study_report(
         beside = table.with_name(f"{table.stem}_panels{table.suffix}")
         write_text(beside, over_panels(found).to_csv(index=False, float_format="%.5g"))
         out_console.print(f"Findings: {table.resolve()}", soft_wrap=True)
-    out_console.print(f"Page: {write_claims(rows, found, out).resolve()}", soft_wrap=True)
+    out_console.print(f"Page: {write_claims(rows, found, out, compared).resolve()}", soft_wrap=True)
     if audits is not None:
         pages = write_audits(sources, list(rows["study"].unique()), audits)
         out_console.print(f"Reports: {len(pages)} pages in {audits.resolve()}", soft_wrap=True)

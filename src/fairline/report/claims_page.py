@@ -16,7 +16,7 @@ from fairline.report.claims import CLAIMS, Claim, over_panels, summary
 from fairline.report.evidence import MOST
 from fairline.report.finding import FAILS, HOLDS, UNDECIDED
 from fairline.report.page import write_page
-from fairline.report.paper_figures import FIGURES, draw, draw_others
+from fairline.report.paper_figures import FIGURES, draw, draw_others, draw_shifted
 
 #: What the page styles a verdict by, and its colour in a figure.
 _KINDS = {HOLDS: "yes", FAILS: "no", UNDECIDED: "open"}
@@ -29,13 +29,15 @@ _COLUMNS = {"holds": HOLDS, "fails": FAILS, "undecided": UNDECIDED}
 _STEP = 38
 
 
-def write_claims(table: pd.DataFrame, found: pd.DataFrame, target: Path) -> Path:
+def write_claims(table: pd.DataFrame, found: pd.DataFrame, target: Path, compared: pd.DataFrame | None = None) -> Path:
     """Write the page: each claim beside what was measured, then the figures.
 
     Args:
         table: The table of one or more studies.
         found: Its :func:`fairline.report.claims.findings`.
         target: The HTML file.
+        compared: What comparisons say of each seed (:func:`fairline.study.store.read_by_seed`), to draw what a shift
+            of biases gives back.
 
     Returns:
         The file.
@@ -45,6 +47,7 @@ def write_claims(table: pd.DataFrame, found: pd.DataFrame, target: Path) -> Path
     """
     papers = draw(table)
     figures = {f"figure_{number}": chart for number, chart in papers.items()} | draw_others(table)
+    figures |= {} if compared is None else draw_shifted(table, compared)
     words, summed = summary(found), over_panels(found)
     claims, forests = [], {}
     for number, claim in CLAIMS.items():

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+import numpy as np
 import pandas as pd
 
+from fairline.data.grouped import OVERALL
 from fairline.jobs import settings_told
+from fairline.report.figures import budget_labels
 from fairline.report.finding import Finding, extremes, judge, tested_panels, wide_of
-from fairline.report.panels import SNL, finetuned, rows_of
+from fairline.report.panels import SNL, Panel, finetuned, rows_of
 
 #: Variants of claim 1.
 MOVED = "moved prior"
@@ -32,15 +35,8 @@ def moved_prior(table: pd.DataFrame, compared: pd.DataFrame) -> Iterator[Finding
     Yields:
         The findings of each panel whose study has such a comparison.
     """
-    for panel in tested_panels(table) if len(compared) else []:
-        rows = rows_of(table, panel)
-        own = finetuned(rows)
-        one = own.iloc[0]
-        fits = (compared["study"] == one["study"]) & (compared["results"] == one["data_label"])
-        of_method = compared[fits & (compared["method"] == _label(one)) & (compared["class"] == "")]
+    for panel, rows, of_method in shifted_panels(table, compared):
         shifted = of_method[of_method["percent"] < 100]
-        if "undone" not in set(shifted["measure"]):
-            continue
         largest, smallest = extremes(rows)
         least = shifted[shifted["relus"] == shifted["relus"].min()]
         lost, back, beyond = (wide_of(least, name) for name in ("drop_points", "undone", "undone_beyond_base"))
@@ -56,6 +52,46 @@ def moved_prior(table: pd.DataFrame, compared: pd.DataFrame) -> Iterator[Finding
         control = (wide_of(whole, "drop_points") - wide_of(whole, "undone")).droplevel("percent")
         against = (lost - back).droplevel("percent") - control
         yield judge(1, panel.title, smallest.of(against) - largest.of(against), note=note, variant=SHIFTED_CONTROL)
+
+
+def shifted_panels(table: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tuple[Panel, pd.DataFrame, pd.DataFrame]]:
+    """Panels of which comparisons say what a shift gives back.
+
+    Args:
+        table: The table of one or more studies.
+        compared: What their comparisons say of each seed.
+
+    Yields:
+        The panel, its rows of the table, and what is said of plain distillation there.
+    """
+    for panel in tested_panels(table) if len(compared) else []:
+        rows = rows_of(table, panel)
+        one = finetuned(rows).iloc[0]
+        fits = (compared["study"] == one["study"]) & (compared["results"] == one["data_label"])
+        own = compared[fits & (compared["method"] == _label(one)) & (compared["class"] == "")]
+        if "undone" in set(own.loc[own["percent"] < 100, "measure"]):
+            yield panel, rows, own
+
+
+def drops(rows: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
+    """The drop of each group before and after the shift, in points.
+
+    Args:
+        rows: Of one panel.
+        own: What comparisons say of it, of :func:`shifted_panels`.
+
+    Returns:
+        A row for each budget, group and seed with the measures ``before`` and ``after``, as :func:`over_seeds
+        <fairline.report.panels.over_seeds>` takes them.
+    """
+    sizes = rows[rows["group"] != OVERALL].groupby("group")["train_n"].mean()
+    keys = ["percent", "group", "seed", "n"]
+    wide = own[own["group"].isin(sizes.index)].pivot(index=keys, columns="measure", values="value").reset_index()
+    labels = budget_labels(wide["percent"].unique())
+    about = wide[keys].assign(budget=wide["percent"].map(labels), train_n=wide["group"].map(sizes))
+    before, after = wide["drop_points"], wide["drop_points"] - wide["undone_beyond_base"]
+    told = [about.assign(measure=name, value=value) for name, value in (("before", before), ("after", after))]
+    return pd.concat(told, ignore_index=True).assign(low=np.nan, high=np.nan)
 
 
 def _label(network: pd.Series) -> str:

@@ -14,12 +14,14 @@ from functools import partial
 from typing import Any
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
 from fairline.charts import PALETTE, themed
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 from fairline.report.figures import bars, budget_order, group_order
+from fairline.report.moved_prior import drops, shifted_panels
 from fairline.report.panels import (
     AGE,
     CIFAR,
@@ -487,6 +489,37 @@ def draw_others(table: pd.DataFrame) -> dict[str, Any]:
     drawn = {name: kind(table, wanted) for name, kind in KINDS.items()}
     drawn |= _mitigations(table, wanted) | _explained(table, wanted)
     return {name: chart for name, chart in drawn.items() if chart is not None}
+
+
+def draw_shifted(table: pd.DataFrame, compared: pd.DataFrame) -> dict[str, Any]:
+    """Draw each group's drop before and after a free shift of the output biases, a row a panel.
+
+    Args:
+        table: The table of one or more studies.
+        compared: What their comparisons say of each seed (:func:`fairline.study.store.read_by_seed`).
+
+    Returns:
+        The chart by name; empty if no study was compared.
+    """
+    charts, used = [], []
+    for panel, rows, own in shifted_panels(table, compared):
+        means = over_seeds(drops(rows, own))
+        shown = _shown_groups(means, panel.data)
+        # One axis for both; above the bars stand numbers.
+        limits = shown[["value", "low", "high"]].to_numpy(float)
+        least, most = min(0.0, float(np.nanmin(limits))), max(0.0, float(np.nanmax(limits)))
+        scale = alt.Scale(domain=[least, most + 0.1 * (most - least)])
+        pair = [
+            _drawn(shown, name, "points of accuracy lost", f"{panel.title}: {said}").encode(y=alt.Y(scale=scale))
+            for name, said in (("before", "as finetuned"), ("after", "biases shifted"))
+        ]
+        charts += pair
+        used.append(rows)
+    if not charts:
+        return {}
+    note = "Both networks of a drop are shifted by what validation images chose for the linearized one."
+    title = "What each group lost, before and after a free shift of the output biases"
+    return {"moved_prior": _arranged(charts, 2, title, pd.concat(used), of_images=False, note=note)}
 
 
 def draw(table: pd.DataFrame, numbers: Sequence[int] | None = None) -> dict[int, Any]:
