@@ -187,11 +187,7 @@ def test_networks_whose_last_layer_was_retrained(runs, tmp_path):
     ok("linearize", tmp_path / "base", "--budgets", "0.2", "--max-epochs", "2", "--out", tmp_path / "snl")
     ok("last-layer", tmp_path / "snl", "--out", tmp_path / "retrained")
     ok("audit", tmp_path / "retrained", "--resamples", "50", "--out", tmp_path / "audit")
-    said = ok("compare", tmp_path / "snl", tmp_path / "retrained", "--resamples", "50", "--out", tmp_path / "compare")
-    assert "last layer" in said
-    before = pd.read_parquet(tmp_path / "compare" / "comparison.parquet")
-    gain = before[(before["measure"] == "gain") & (before["group"] == "overall")]
-    assert gain["value"].item() > 10
+    folders, labels = [tmp_path / "snl", tmp_path / "retrained"], {"not finetuned", "last layer"}
     for method, named in {"afr": "AFR", "self": "SELF"}.items():
         ok("last-layer", tmp_path / "snl", "--method", method, "--out", tmp_path / method)
         tried = pd.read_parquet(tmp_path / method / "metrics.parquet")
@@ -199,10 +195,13 @@ def test_networks_whose_last_layer_was_retrained(runs, tmp_path):
         assert best == tried["worst_group_accuracy"].max()
         ok("last-layer", tmp_path / "snl", "--method", method, "--strength", "7", "--out", tmp_path / f"{method}-7")
         assert pd.read_parquet(tmp_path / f"{method}-7" / "metrics.parquet")["strength"].tolist() == [7]
-        folders = [tmp_path / "snl", tmp_path / method, tmp_path / f"{method}-7"]
-        ok("compare", *folders, "--resamples", "50", "--out", tmp_path / f"compare-{method}")
-        methods = set(pd.read_parquet(tmp_path / f"compare-{method}" / "comparison.parquet")["method"])
-        assert methods == {"not finetuned", named, f"{named} strength=7"}
+        folders += [tmp_path / method, tmp_path / f"{method}-7"]
+        labels |= {named, f"{named} strength=7"}
+    assert "last layer" in ok("compare", *folders, "--resamples", "50", "--out", tmp_path / "compare")
+    table = pd.read_parquet(tmp_path / "compare" / "comparison.parquet")
+    assert set(table["method"]) == labels
+    gain = table[(table["measure"] == "gain") & (table["group"] == "overall") & (table["method"] == "last layer")]
+    assert gain["value"].item() > 10
     folders = ("snl", "retrained", "afr", "self")
     masks = [(tmp_path / n / "networks/budget-90/masks.safetensors").read_bytes() for n in folders]
     assert len(set(masks)) == 1

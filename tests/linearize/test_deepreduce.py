@@ -219,10 +219,9 @@ def test_a_broken_run_resumes_to_the_same_networks(parts, small, tmp_path):
     def method():
         return DeepReDuce(alphas="1,0.5", **FAST)
 
-    budgets = [0.5, 10, 5]
+    budgets = [0.5, 5]
     whole = list(method().linearize(small, parts[0], budgets))
     broken = method().linearize(small, parts[0], budgets, checkpoint=tmp_path)
-    next(broken)
     next(broken)
     broken.close()
     resumed = list(method().linearize(small, parts[0], budgets, checkpoint=tmp_path))

@@ -256,6 +256,7 @@ def test_commands_train_under_it_and_refuse_it_once_changed(made, mine, tmp_path
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_several_processes_train_under_it(made, mine, tmp_path):
     pytest.importorskip("lightning_fabric")
     own = ["--objective", f"{mine}:Tail", "--objective-option", "share=0.25", "--device", "cpu"]

@@ -186,7 +186,7 @@ def test_a_protocol_of_ones_own_needs_no_more_than_before():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("spu") is None, reason="SPU is not installed")
-@pytest.mark.parametrize("protocol", ["cheetah", "semi2k"])
+@pytest.mark.parametrize("protocol", ["cheetah", pytest.param("semi2k", marks=pytest.mark.slow)])
 def test_a_private_inference_gives_the_plain_logits_at_the_predicted_price(protocol):
     """At equal units and at equal signs, beside plain ReLUs."""
     from fairline.private import measure

@@ -93,6 +93,7 @@ def test_a_private_inference_gives_the_plain_logits_at_the_predicted_price(proto
 
 
 @spu
+@pytest.mark.slow
 def test_bytes_follow_the_relus_that_are_kept():
     """(bytes(r) − bytes(0)) / (bytes(1) − bytes(0)) ≤ r + 0.05 on both protocols."""
     graphs = {}
@@ -178,6 +179,7 @@ def test_killing_one_party_ends_the_other_with_a_clear_error(victim, temporary):
 
 
 @spu
+@pytest.mark.slow
 def test_nothing_is_left_when_whoever_started_the_parties_is_killed(temporary):
     code = """
 import sys, torch
@@ -412,6 +414,7 @@ def test_serve_and_query(tmp_path, late, timeout):
 
 
 @spu
+@pytest.mark.slow
 def test_a_slow_network_is_felt():
     """Rounds wait for each other: a hundred times the delay cannot take less long."""
     model, images = small(), IMAGES[:1]

@@ -132,7 +132,7 @@ def wait_for(condition, timeout: float = 120) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("victim", ["a rank", "the command"])
+@pytest.mark.parametrize("victim", [pytest.param("a rank", marks=pytest.mark.slow), "the command"])
 def test_a_killed_process_ends_the_others_and_another_number_of_devices_goes_on(tmp_path, victim):
     out, arguments = tmp_path / "base", [*TRAIN, "--epochs", "60", "--device", "cpu"]
     asked = command(*arguments, "--out", out, "--devices", "2")

@@ -57,7 +57,7 @@ names = st.one_of(st.sampled_from(NASTY), printable.filter(str.strip))
 three_names = st.lists(
     names.filter(lambda name: name not in (OVERALL, "worst group")), min_size=3, max_size=3, unique=True
 )
-few = settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=1, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
