@@ -533,6 +533,14 @@ def test_measures_by_name_and_their_options(runs, tmp_path):
     ok("report", tmp_path / "some")
 
 
+def test_what_a_run_warns_of_is_shown(runs, run_here, tmp_path):
+    barely = ["--epochs", "1", "--batch-size", "64", "--lr", "1e-9", "--objective", "drop"]
+    done = run_here("finetune", runs / "snl", *barely, "--out", tmp_path / "students")
+    said = [line for line in done.stderr.splitlines() if line.startswith("Warning: GroupDrop: after epoch 1")]
+    assert said
+    assert said[0].removeprefix("Warning: ") in (tmp_path / "students" / "log.txt").read_text()
+
+
 def test_theory_draws_the_figures(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(toy, "run", partial(toy.run, steps=100))
     done = in_process(monkeypatch, capfd, "theory", "--seeds", "2", "--out", str(tmp_path / "theory"))

@@ -48,5 +48,5 @@ def test_large_losses_do_not_overflow():
 
 @pytest.mark.parametrize("options", [{"step": 0.0}, {"adjustment": -1.0}])
 def test_bad_settings(options):
-    with pytest.raises(FairlineError, match="GroupDRO needs step > 0 and adjustment ≥ 0"):
+    with pytest.raises(FairlineError, match="GroupDRO needs finite step > 0 and adjustment ≥ 0"):
         GroupDRO(**options)

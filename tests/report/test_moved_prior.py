@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fairline.report.claims import CLAIMS, findings
-from fairline.report.moved_prior import MOVED, SHIFTED, SHIFTED_CONTROL, moved_prior
+from fairline.report.moved_prior import MOVED, MOVED_CONTROL, SHIFTED, SHIFTED_CONTROL, moved_prior
 from fairline.report.paper_figures import draw_shifted
 from tests.report.study_table import study_table
 from tests.report.test_paper_figures import contents
@@ -18,7 +18,7 @@ from tests.report.test_paper_figures import contents
 GROUPS = ["large", "middle", "small"]
 SEEDS = range(3)
 TABLE = study_table(seeds=SEEDS)
-VARIANTS = [MOVED, SHIFTED, SHIFTED_CONTROL]
+VARIANTS = [MOVED, SHIFTED, MOVED_CONTROL, SHIFTED_CONTROL]
 
 #: (network, shifted, seed, group): the base network under the shifts of the cut one and of the control, and those two.
 accuracies = hnp.arrays(float, (4, 2, len(SEEDS), len(GROUPS)), elements=st.floats(0, 100).map(lambda x: round(x, 3)))
@@ -58,6 +58,7 @@ def test_the_numbers_are_those_of_accuracies_before_and_after(levels):
     expected = {
         MOVED: (before - after)[:, smallest].mean(),
         SHIFTED: (after[:, smallest] - after[:, largest]).mean(),
+        MOVED_CONTROL: ((cut_moved - cut[0]) - (control_moved - control[0]))[:, smallest].mean(),
         SHIFTED_CONTROL: ((control_moved - cut_moved)[:, smallest] - (control_moved - cut_moved)[:, largest]).mean(),
     }
     assert effects(TABLE, by_seed(levels)) == pytest.approx(expected, abs=1e-9)

@@ -74,7 +74,7 @@ def test_a_seed_at_a_time_gives_what_the_study_gives(shares, parts, tmp_path, ru
     own, expected = (read_results([folder]) for folder in (merged, whole))
     assert_frame_equal(own.drop(columns=WHEN_AND_WHERE), expected.drop(columns=WHEN_AND_WHERE))
     assert len(findings(own))
-    told = [findings(table, read_by_seed([folder])) for table, folder in ((own, merged), (expected, whole))]
+    told = [findings(table, read_by_seed([folder], [NAME])) for table, folder in ((own, merged), (expected, whole))]
     assert_frame_equal(*told)
     assert {MOVED, SHIFTED} <= set(told[0]["variant"])
     table, compared = (pd.read_csv(folder / "digits.csv", keep_default_na=False) for folder in (merged, whole))
@@ -93,9 +93,29 @@ def test_a_seed_at_a_time_gives_what_the_study_gives(shares, parts, tmp_path, ru
 
 
 def test_a_store_says_of_each_seed_what_its_results_say(shares):
-    own, kept = (read_by_seed([shares / name]) for name in ("out", "whole"))
+    own, kept = (read_by_seed([shares / name], [NAME]) for name in ("out", "whole"))
     assert set(own["seed"]) == {0, 1}
     assert_frame_equal(own[kept.columns.drop("train_n")], kept.drop(columns="train_n"))
+
+
+def test_of_two_sources_a_seed_counts_once_and_of_one_seed_there_is_a_comparison(shares, tmp_path):
+    kept = read_by_seed([shares / "whole"], [NAME])
+    assert_frame_equal(read_by_seed([shares / "whole", shares / "0", shares / "out"], [NAME]), kept)
+    assert read_by_seed([shares / "whole", shares / "out"], ["another"]).empty
+    # A store in which the second seed is under way.
+    store = tmp_path / "out"
+    shutil.copytree(shares / "out", store)
+    spec, storage = load_spec(shares / "digits.yaml"), Storage(str(store))
+    wholes = [cell for cell in cells_of(spec) if cell.kind == "compare"]
+    for cell in wholes + [cell for cell in cells_of(spec, [1]) if cell.kind == "audit"]:
+        shutil.rmtree(store / "cells" / cell.key)
+    assert finished_seeds(spec, storage) == [0]
+    part = read_by_seed([store], [NAME])
+    assert set(part["seed"]) == {0}
+    (cell,) = (cell for cell in cells_of(spec, [0]) if cell.kind == "compare")
+    # One that an earlier version made.
+    (store / "cells" / cell.key / "null_front.parquet").unlink()
+    assert read_by_seed([store], [NAME]).empty
 
 
 def test_one_seed_is_a_result_of_its_own(shares):

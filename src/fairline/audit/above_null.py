@@ -17,8 +17,9 @@ The null front of a budget is that of the baseline's network (plain distillation
 - ``drop_points``, ``undone``, ``undone_beyond_base`` (each group, ``overall``, ``worst group``): the base network's
   accuracy less the method's; what shifting the method's biases by τ̂ gives back, acc(τ̂) − acc(0), with τ̂ as
   :func:`fairline.adjust` chooses it on the validation part; and that less what the *same* shift gives the base network.
-  What a shift gives both was in the data; what it gives the linearized network beyond that, linearization had taken by
-  moving the prior. ``tau`` (``overall``) is τ̂.
+  What a shift gives both was in the data; what it gives the linearized network beyond that was moved by linearization
+  and by the further training, which the same numbers of the control at 100 % of the ReLUs tell apart. ``tau``
+  (``overall``) is τ̂.
 
 One base network: limits are percentiles over draws of the images, the same for all networks in a number. Several: each
 gives one number, and limits are Student's over these.

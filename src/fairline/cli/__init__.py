@@ -10,7 +10,7 @@ import typer
 
 from fairline import __version__
 from fairline.cli import board, pipeline, private, publish, study
-from fairline.cli.console import err_console, out_console
+from fairline.cli.console import err_console, out_console, warnings_shown
 from fairline.errors import FairlineError
 
 app = typer.Typer(
@@ -57,7 +57,8 @@ def main() -> None:
     """Run the command line; bad input is one sentence and exit code 2."""
     try:
         _require_values(sys.argv[1:])
-        app()
+        with warnings_shown():
+            app()
     except FairlineError as error:
         _stop(str(error))
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import re
 import sys
@@ -171,6 +172,26 @@ def say_best(run: Run) -> None:
         f"worst group {best['val_worst_group_accuracy']:.1%}. Written to {run.folder}",
         soft_wrap=True,
     )
+
+
+class _Shown(logging.Handler):
+    """What a library warns of, as a line of the terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it."""
+        sentence = Text(f"Warning: {visible(record.getMessage())}", style="yellow")
+        err_console.print(sentence, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def warnings_shown() -> Iterator[None]:
+    """Show what fairline warns of, which a run's log alone would hold."""
+    package, handler = logging.getLogger("fairline"), _Shown(logging.WARNING)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
 
 
 def say_strengths(run: Run) -> None:

@@ -211,7 +211,9 @@ def study_figures(
             raise FairlineError(f"The format is png, svg or pdf, not '{name}'.")
     table = _chosen_results(sources, study)
     drawn = draw(table, None if only is None else parse_counts(only, "Figures"))
-    others = draw_others(table) | draw_shifted(table, read_by_seed(sources)) if only is None else {}
+    others = {}
+    if only is None:
+        others = draw_others(table) | draw_shifted(table, read_by_seed(sources, list(table["study"].unique())))
     if not drawn and not others:
         raise FairlineError("No study here has finetuned networks whose measures could be drawn.")
     files = save_charts({f"figure_{number:02d}": chart for number, chart in drawn.items()} | others, to, wanted)
@@ -249,7 +251,8 @@ def study_report(
     from fairline.report.results import write_audits
     from fairline.study.store import read_by_seed
 
-    rows, compared = _chosen_results(sources, study), read_by_seed(sources)
+    rows = _chosen_results(sources, study)
+    compared = read_by_seed(sources, list(rows["study"].unique()))
     found = findings(rows, compared)
     for number, verdict in summary(found).items():
         line = Text.assemble(f"{number}. {CLAIMS[number].text} ", (verdict, "bold"))

@@ -4,7 +4,7 @@ from fairline.jobs._common import LAST_LAYERS, settings_told
 from fairline.jobs.adjust import adjust_job
 from fairline.jobs.audit import audit_job
 from fairline.jobs.choose import choices, choose_job
-from fairline.jobs.compare import by_seed, compare_job
+from fairline.jobs.compare import by_seed, compare_job, told_by_seed
 from fairline.jobs.compiled import compile_job
 from fairline.jobs.constraints import constraints
 from fairline.jobs.demo import run_demo
@@ -37,5 +37,6 @@ __all__ = [
     "run_demo",
     "settings_told",
     "theory_job",
+    "told_by_seed",
     "train_job",
 ]

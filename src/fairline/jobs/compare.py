@@ -170,6 +170,13 @@ def _write(
     write_table(run.folder / "comparison.parquet", table)
 
 
+def told_by_seed(run: Run) -> bool:
+    """Whether a comparison kept enough for :func:`by_seed`; those of earlier versions did not."""
+    predictions, whole = run.table("predictions.parquet"), run.table("comparison.parquet")
+    told_all = {"label", "right_from", "kept"} <= set(predictions) and "tried" in whole
+    return told_all and (run.folder / "null_front.parquet").exists()
+
+
 def by_seed(run: Run) -> pd.DataFrame:
     """What a comparison is the mean of: its numbers for each base network alone.
 
@@ -183,10 +190,9 @@ def by_seed(run: Run) -> pd.DataFrame:
     Raises:
         FairlineError: The run is of an earlier version, which kept too little.
     """
-    predictions, whole = run.table("predictions.parquet"), run.table("comparison.parquet")
-    told_all = {"label", "right_from", "kept"} <= set(predictions) and "tried" in whole
-    if not told_all or not (run.folder / "null_front.parquet").exists():
+    if not told_by_seed(run):
         raise FairlineError(f"{run.folder} is of an earlier version; remove it to compare again.")
+    predictions, whole = run.table("predictions.parquet"), run.table("comparison.parquet")
     shifts, baseline = run.table("null_front.parquet"), str(whole["baseline"].iloc[0])
     bases = list(dict.fromkeys(predictions["base"]))
     # What is of several strengths at once, a front of them, took none.
@@ -275,6 +281,11 @@ def _seen(
     """Every network of a family on every image: a row an image, a layer, a training group and a shift."""
     parts = load_parts(family.base, root, groups)
     shares = torch.bincount(parts["train"].labels.cpu(), minlength=parts["train"].num_classes) / len(parts["train"])
+    if not bool(shares.all()):
+        empty = parts["train"].class_names[int(shares.argmin())]
+        raise FairlineError(
+            f"{family.base.folder}: class “{empty}” has no training image, so no bias can be shifted by its share."
+        )
     data = parts[split]
     classes = np.asarray(data.class_names)[data.labels.cpu().numpy()]
     images, layers, shifts = [], [], []

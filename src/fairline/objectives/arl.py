@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,8 +45,8 @@ class ARL(Objective):
 
     def __init__(self, lr: float = 0.01, pixels: int = 8, **options: float) -> None:
         super().__init__(**options)
-        if not lr > 0 or not pixels >= 1:
-            raise FairlineError(f"ARL needs lr > 0 and pixels ≥ 1, not {lr} and {pixels}.")
+        if not (lr > 0 and math.isfinite(lr)) or not pixels >= 1:
+            raise FairlineError(f"ARL needs a finite lr > 0 and pixels ≥ 1, not {lr} and {pixels}.")
         self.lr = lr
         self.pixels = pixels
 

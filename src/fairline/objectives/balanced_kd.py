@@ -61,8 +61,8 @@ class BalancedKD(Objective):
         """Count."""
         _, sizes = self.cells(train_data, self.by)
         n = sizes.double()
-        self.kd_weights = with_mean_one(n**-self.strength, n)
-        self.ce_weights = with_mean_one(n**-self.ce_strength, n)
+        self.kd_weights = with_mean_one(_power(n, -self.strength), n)
+        self.ce_weights = with_mean_one(_power(n, -self.ce_strength), n)
 
     def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
         """w·CE, (B,)."""
@@ -76,3 +76,9 @@ class BalancedKD(Objective):
 
     def _of(self, weights: Tensor, batch: Batch) -> Tensor:
         return weights[batch.groups if self.by == "group" else batch.labels]
+
+
+def _power(n: Tensor, exponent: float) -> Tensor:
+    """N to a power up to a factor, which is cancelled: the largest is 1, so no exponent overflows all."""
+    logs = exponent * n.double().log()
+    return (logs - logs.max()).exp()

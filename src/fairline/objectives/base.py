@@ -5,6 +5,7 @@ The loss of a sample is that of knowledge distillation (Hinton, Vinyals and Dean
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,17 +110,19 @@ class Objective:
         needs_teacher: Whether it cannot do without a teacher's logits.
 
     Raises:
-        FairlineError: The temperature is not positive, or a weight is negative.
+        FairlineError: The temperature is not positive, a weight is negative, or one of them is not finite.
     """
 
     total_epochs: int | None = None
     needs_teacher = False
 
     def __init__(self, temperature: float = 4.0, ce_weight: float = 1.0, kd_weight: float = 1.0) -> None:
-        if not temperature > 0:
-            raise FairlineError(f"The distillation temperature must be positive, not {temperature}.")
-        if ce_weight < 0 or kd_weight < 0:
-            raise FairlineError(f"Loss weights must not be negative: ce_weight={ce_weight}, kd_weight={kd_weight}.")
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise FairlineError(f"The distillation temperature must be positive and finite, not {temperature}.")
+        if not all(weight >= 0 and math.isfinite(weight) for weight in (ce_weight, kd_weight)):
+            raise FairlineError(
+                f"Loss weights must be finite and not negative: ce_weight={ce_weight}, kd_weight={kd_weight}."
+            )
         self.temperature = temperature
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,8 +39,8 @@ class Constrained(Objective):
 
     def __init__(self, cap: float | None, samples: int | None, on: str, **options: float) -> None:
         super().__init__(**options)
-        if cap is not None and not cap > 0:
-            raise FairlineError(f"The cap of the multipliers must be positive: cap={cap}.")
+        if cap is not None and not (cap > 0 and math.isfinite(cap)):
+            raise FairlineError(f"The cap of the multipliers must be positive and finite: cap={cap}.")
         if samples is not None and samples < 1:
             raise FairlineError(f"λ needs one image of each group at least: samples={samples}.")
         if on not in PARTS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,8 +45,8 @@ class GroupDRO(Objective):
 
     def __init__(self, step: float = 0.01, adjustment: float = 0.0, **options: float) -> None:
         super().__init__(**options)
-        if not step > 0 or not adjustment >= 0:
-            raise FairlineError(f"GroupDRO needs step > 0 and adjustment ≥ 0, not {step} and {adjustment}.")
+        if not (step > 0 and adjustment >= 0 and math.isfinite(step + adjustment)):
+            raise FairlineError(f"GroupDRO needs finite step > 0 and adjustment ≥ 0, not {step} and {adjustment}.")
         self.step = step
         self.adjustment = adjustment
         self.weights = torch.zeros(0)

@@ -31,7 +31,7 @@ from fairline.report.finding import (
     tested_panels,
     wide_of,
 )
-from fairline.report.moved_prior import MOVED, SHIFTED, SHIFTED_CONTROL, moved_prior
+from fairline.report.moved_prior import MOVED, MOVED_CONTROL, SHIFTED, SHIFTED_CONTROL, moved_prior
 from fairline.report.panels import DR, R18, SNL, VGG, WRN, Panel, finetuned, rows_of, variants_of_mu
 
 #: Points of overall accuracy that "hardly moves" allows, and points that μ may make of a difference.
@@ -323,6 +323,8 @@ CLAIMS: dict[int, Claim] = {
             LOWEST_CONTROL: "the same from the network that kept all its ReLUs and was trained on alike",
             MOVED: "points of the smallest group's drop at the lowest budget that a shift of output biases gives back, "
             "chosen on validation images, beyond what the same shift gives the base network",
+            MOVED_CONTROL: "the same beyond what a shift chosen for it gives the network that kept all its ReLUs and "
+            "was trained on alike",
             SHIFTED: "points that the smallest group loses beyond the largest at the lowest budget, both shifted alike",
             SHIFTED_CONTROL: "the same from the network that kept all its ReLUs and was trained on alike, each network "
             "shifted by what was chosen for it",

@@ -15,6 +15,7 @@ from fairline.charts import BASE, INK, themed
 from fairline.report.claims import CLAIMS, Claim, over_panels, summary
 from fairline.report.evidence import MOST
 from fairline.report.finding import FAILS, HOLDS, UNDECIDED
+from fairline.report.moved_prior import MOVED, MOVED_CONTROL
 from fairline.report.page import write_page
 from fairline.report.paper_figures import FIGURES, draw, draw_others, draw_shifted
 
@@ -111,8 +112,10 @@ def _pills(row: Mapping[str, Any], suffix: str) -> list[dict[str, str]]:
     """How many panels have each verdict, in words and colours; none of a verdict that no panel has."""
     of = row["panels"]
     counts = {name: row[f"{column}{suffix}"] for column, name in _COLUMNS.items()}
+    # A shift that gives something back speaks neither for the claim nor against it.
+    words = {HOLDS: "above 0", FAILS: "below 0"} if row["variant"] in (MOVED, MOVED_CONTROL) else {}
     return [
-        {"kind": _KINDS[name], "words": name if count == of else f"{name} in {count} of {of}"}
+        {"kind": _KINDS[name], "words": words.get(name, name) + ("" if count == of else f" in {count} of {of}")}
         for name, count in counts.items()
         if count
     ]
@@ -141,9 +144,10 @@ def _signs(row: Mapping[str, Any]) -> str:
     """How many means lie on the claim's side."""
     if not row["signed"]:
         return ""
+    side = "above 0" if row["variant"] in (MOVED, MOVED_CONTROL) else "on the claim’s side"
     p = _probability(row["p_sign"])
     p = p if p.startswith("<") else f"= {p}"
-    return f"{row['on_side']} of {row['signed']} means lie on the claim’s side (sign test: p {p})."
+    return f"{row['on_side']} of {row['signed']} means lie {side} (sign test: p {p})."
 
 
 def _power(rows: pd.DataFrame) -> str:

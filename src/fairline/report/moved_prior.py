@@ -15,7 +15,7 @@ from fairline.report.finding import Finding, extremes, judge, tested_panels, wid
 from fairline.report.panels import SNL, Panel, finetuned, rows_of
 
 #: Variants of claim 1.
-MOVED = "moved prior"
+MOVED, MOVED_CONTROL = "moved prior", "moved prior, against the control"
 SHIFTED = "in points, lowest budget, biases shifted"
 SHIFTED_CONTROL = "in points, lowest budget, against the control, biases shifted"
 
@@ -23,10 +23,11 @@ SHIFTED_CONTROL = "in points, lowest budget, against the control, biases shifted
 def moved_prior(table: pd.DataFrame, compared: pd.DataFrame) -> Iterator[Finding]:
     """What a shift by τ·log π gives back at the lowest budget, τ chosen on validation images.
 
-    With a(τ) the accuracy of the linearized network, b(τ) that of its base network and τ̂ what the validation images
-    chose for the linearized one, a group's drop is b(0) − a(0) before and b(τ̂) − a(τ̂) after the shift; the difference
-    is what linearization took by moving the prior (``undone_beyond_base`` of :mod:`fairline.audit.above_null`). The
-    control, which kept all its ReLUs, is shifted by the τ̂ of its own.
+    With a(τ) the accuracy of the linearized network, b(τ) that of its base network, c(τ) that of the control, which
+    kept all its ReLUs and had the same further training, and τ̂ what the validation images chose for a network, a
+    group's drop is b(0) − a(0) before and b(τ̂ₐ) − a(τ̂ₐ) after the shift; the difference is the moved prior
+    (``undone_beyond_base`` of :mod:`fairline.audit.above_null`). Further training moves the prior, too: what
+    linearization alone did is a(τ̂ₐ) − a(0) − (c(τ̂_c) − c(0)), each network under its own shift.
 
     Args:
         table: The table of one or more studies.
@@ -48,6 +49,9 @@ def moved_prior(table: pd.DataFrame, compared: pd.DataFrame) -> Iterator[Finding
         whole = of_method[of_method["percent"] == 100]
         if whole.empty:
             continue
+        given = back.droplevel("percent") - wide_of(whole, "undone").droplevel("percent")
+        told = f"{smallest}, with {least['percent'].iloc[0]:.3g} % of the ReLUs"
+        yield judge(1, panel.title, smallest.of(given), note=told, variant=MOVED_CONTROL)
         # Both drops are from one base network, which cancels.
         control = (wide_of(whole, "drop_points") - wide_of(whole, "undone")).droplevel("percent")
         against = (lost - back).droplevel("percent") - control

@@ -86,9 +86,9 @@ class Adjust(_Strict):
     """A rebalancing of classes after the finetune; see :func:`fairline.adjust`."""
 
     method: Method = "logit_adjust"
-    tau: float | None = None
+    tau: float | None = Field(default=None, allow_inf_nan=False)
     rule: Rule = "worst_group"
-    within: float = 1.0
+    within: float = Field(default=1.0, ge=0, allow_inf_nan=False)
 
     @property
     def label(self) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 from fairline._io import read_json, write_table
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
-from fairline.jobs import by_seed, choices, constraints
+from fairline.jobs import by_seed, choices, constraints, told_by_seed
 from fairline.runs import Run
 from fairline.study.cells import Cell, cells_of
 from fairline.study.spec import StudySpec
@@ -175,36 +175,51 @@ def read_results(sources: Sequence[str | Path]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def read_by_seed(sources: Sequence[str | Path]) -> pd.DataFrame:
+def read_by_seed(sources: Sequence[str | Path], studies: Sequence[str]) -> pd.DataFrame:
     """Read what the comparisons of studies say of each seed.
 
     Args:
         sources: As of :func:`read_results`.
+        studies: Names of those that are asked for.
 
     Returns:
-        Rows as of :func:`fairline.jobs.by_seed` with ``study`` and ``results``, the name of the data in it. Empty where
-        no study was compared, or by an earlier version alone.
+        Rows as of :func:`fairline.jobs.by_seed` with ``study`` and ``results``, the name of the data in it; each once,
+        whatever sources hold it. Empty where no study was compared, or by an earlier version alone.
 
     Raises:
         FairlineError: There is nothing, or a file is broken or of something else.
     """
-    tables = [table for source in sources for table in _compared(str(source))]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    tables = [table for source in sources for table in _compared(str(source), studies)]
+    if not tables:
+        return pd.DataFrame()
+    names = ["study", "results", "seed", "relus", "method", "group", "class", "measure"]
+    return pd.concat(tables, ignore_index=True).drop_duplicates(names, ignore_index=True)
 
 
-def _compared(source: str) -> Iterator[pd.DataFrame]:
+def _compared(source: str, studies: Sequence[str]) -> Iterator[pd.DataFrame]:
     if _is_store(source):
         storage, specs = _studies(source)
         for spec in specs:
-            for cell in cells_of(spec):
-                if cell.kind == "compare" and storage.finished(cell):
-                    run = Run.read(storage.fetch(cell), "compare")
-                    yield by_seed(run).assign(study=spec.name, results=cell.about["results"])
+            if spec.name in studies:
+                yield from _comparisons(spec, storage)
         return
     for file in _files(source):
-        beside = file.with_name("by_seed.parquet")
-        if beside.exists():
-            yield _read(beside).assign(study=_checked(file)["study"].iloc[0])
+        beside, study = file.with_name("by_seed.parquet"), _checked(file)["study"].iloc[0]
+        if study in studies and beside.exists():
+            yield _read(beside).assign(study=study)
+
+
+def _comparisons(spec: StudySpec, storage: Storage) -> Iterator[pd.DataFrame]:
+    """Of all seeds, else of those that are finished, as ``study results`` compares them."""
+    for seeds in filter(None, (spec.seeds, finished_seeds(spec, storage))):
+        # Beside each stands one of all strengths, which says nothing else of plain distillation.
+        cells = [each for each in cells_of(spec, seeds) if each.kind == "compare"]
+        own = [each for each in cells if each.about["results"] == each.about["data_label"] and storage.finished(each)]
+        runs = [Run.read(storage.fetch(cell), "compare") for cell in own]
+        if told := [(cell, run) for cell, run in zip(own, runs, strict=True) if told_by_seed(run)]:
+            for cell, run in told:
+                yield by_seed(run).assign(study=spec.name, results=cell.about["results"])
+            return
 
 
 def _is_store(source: str) -> bool:
