@@ -22,6 +22,7 @@ KINDS = {
     "layers": "ReLUs kept by layer",
     "beyond_control": "gain beyond that of the control",
     "above_null": "above the free line",
+    "moved_prior": "drops before and after a free shift",
     "cost_frontier": "accuracy against cost",
     "cost_groups": "each group's accuracy against cost",
     "cost_parts": "parts of the cost",

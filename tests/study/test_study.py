@@ -51,7 +51,8 @@ def test_results_hold_every_method_and_where_they_come_from(study):
     assert provenance["commits"] != ["None"]
     assert "CPU" in provenance["devices"][0]
     assert provenance["packages"]["torch"]
-    assert (results / "digits_gain.png").stat().st_size > 5000
+    for figure in ("digits_gain", "moved_prior"):
+        assert (results / f"{figure}.png").stat().st_size > 5000
 
 
 def test_it_goes_on_where_it_was_and_one_process_gives_the_same(study, tmp_path):

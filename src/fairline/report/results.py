@@ -18,6 +18,7 @@ from fairline.errors import FairlineError
 from fairline.report import costs
 from fairline.report.comparison import write_comparison_figures
 from fairline.report.html import write_report
+from fairline.report.paper_figures import draw_shifted
 from fairline.runs import Run, provenance
 from fairline.study.cells import cells_of
 from fairline.study.spec import StudySpec
@@ -63,7 +64,9 @@ def write_study_results(
                 file.replace(folder / f"{name}_{file.name}")
             else:
                 file.unlink()
-    write_table(folder / "by_seed.parquet", pd.concat(told, ignore_index=True))
+    compared = pd.concat(told, ignore_index=True)
+    save_charts(draw_shifted(table, compared.assign(study=spec.name)), folder, ["png"])
+    write_table(folder / "by_seed.parquet", compared)
     write_table(folder / "results.parquet", table)
     machines: list[dict[str, Any]] = [read_json(storage.fetch(cell) / "environment.json") for cell in cells]
     content = {
