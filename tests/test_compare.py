@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import shutil
 
@@ -197,9 +198,18 @@ def test_networks_whose_last_layer_was_retrained(runs, tmp_path):
         assert pd.read_parquet(tmp_path / f"{method}-7" / "metrics.parquet")["strength"].tolist() == [7]
         folders += [tmp_path / method, tmp_path / f"{method}-7"]
         labels |= {named, f"{named} strength=7"}
+    class_on_train, within = ["--balance", "class", "--part", "train"], ["--within", "0"]
+    for named, given in {"by class on train": class_on_train, "within=0": within}.items():
+        ok("last-layer", tmp_path / "snl", *given, "--out", tmp_path / named)
+        folders += [tmp_path / named]
+        labels |= {f"last layer {named}"}
     assert "last layer" in ok("compare", *folders, "--resamples", "50", "--out", tmp_path / "compare")
     table = pd.read_parquet(tmp_path / "compare" / "comparison.parquet")
     assert set(table["method"]) == labels
+    ruled = table[table["method"] == "last layer within=0"]
+    assert set(ruled["tried"]) == {5}
+    chosen = pd.read_parquet(tmp_path / "within=0" / "metrics.parquet").query("chosen")["strength"].item()
+    assert set(ruled["strength"]) == {"none" if math.isnan(chosen) else f"strength={chosen:g}"}
     gain = table[(table["measure"] == "gain") & (table["group"] == "overall") & (table["method"] == "last layer")]
     assert gain["value"].item() > 10
     folders = ("snl", "retrained", "afr", "self")

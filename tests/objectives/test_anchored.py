@@ -13,8 +13,10 @@ from torch import nn
 
 import fairline as fl
 from fairline.errors import FairlineError
+from fairline.inference import predict
+from fairline.objectives import anchored, last_layer
 from fairline.objectives.anchored import anchored_fit, class_balanced
-from fairline.objectives.last_layer import output_layer
+from fairline.objectives.last_layer import half_of_each_group, output_layer
 from tests.conftest import make_data
 
 
@@ -77,7 +79,7 @@ def test_afr_weighs_by_class_and_by_the_probability_of_the_label(parts, trained)
     )
     weight, bias = refitted(trained, val, weights, 0.05)
     said = fl.reweight_last_layer(trained, val, gamma=3.0, ridge=0.05)
-    assert said == {"strength": 3.0, "worst_group_accuracy": {}}
+    assert said == {"strength": 3.0, "worst_group_accuracy": {}, "accuracy": {}}
     layer = output_layer(trained, val)[0]
     torch.testing.assert_close(layer.weight.double(), weight, atol=1e-4, rtol=0)
     torch.testing.assert_close(layer.bias.double(), bias, atol=1e-4, rtol=0)
@@ -160,6 +162,49 @@ def test_the_strength_is_that_of_the_best_worst_group(parts, trained):
     assert fl.finetune_last_layer(first, parts[1])["strength"] in (20, 100, 500)
     alone = make_data(200, classes=3, groups=1)
     assert fl.reweight_last_layer(second, alone)["worst_group_accuracy"]
+
+
+WAYS = {
+    "dfr": lambda network, val, **given: fl.retrain_last_layer(network, val, repeats=1, **given),
+    "afr": fl.reweight_last_layer,
+    "self": fl.finetune_last_layer,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("within", [None, 0.0, 1.0, 5.0, 30.0])
+def test_a_strength_costs_no_more_overall_than_it_may(parts, trained, way, within):
+    val = parts[1]
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    groups = val.groups.numpy()
+    second = ~half_of_each_group(groups, np.random.default_rng(0))
+    right = (predict(trained, val).argmax(1) == val.labels).numpy()[second].mean()
+    said = WAYS[way](trained, val, within=within)
+    worst, overall = said["worst_group_accuracy"], said["accuracy"]
+    allowed = [s for s in worst if within is None or 100 * (right - overall[s]) <= within + 1e-9]
+    assert set(worst) == set(overall)
+    if not allowed:
+        assert said["strength"] is None
+        assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    else:
+        best = [s for s in allowed if worst[s] == max(worst[s] for s in allowed)]
+        assert said["strength"] == (min(best) if way == "dfr" else best[0])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_where_no_strength_is_within_the_layer_stays(parts, trained, way, monkeypatch):
+    """Every fit names the first class."""
+    first = np.zeros((3, output_layer(trained, parts[1])[0].in_features)), np.array([1.0, 0.0, 0.0])
+    monkeypatch.setattr(last_layer, "_fit", lambda *given: first)
+    monkeypatch.setattr(anchored, "anchored_fit", lambda *given: tuple(map(torch.from_numpy, first)))
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    said = WAYS[way](trained, parts[1], within=0)
+    assert said["strength"] is None
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    with pytest.raises(FairlineError, match="percentage points, 0 or more, not -1"):
+        WAYS[way](trained, parts[1], within=-1)
+    assert WAYS[way](trained, parts[1])["strength"] is not None
+    assert not output_layer(trained, parts[1])[0].weight.any()
 
 
 def test_what_cannot_be_refitted(parts, trained):

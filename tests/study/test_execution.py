@@ -201,6 +201,9 @@ def test_the_hash_is_of_all_that_determines_a_cell():
         ("dfr", {}, "last layer"),
         ("afr", {"method": "afr"}, "AFR"),
         ("self", {"method": "self"}, "SELF"),
+        ("{within: 1}", {"within": 1.0}, "last layer within=1"),
+        ("[{method: afr, within: 0.5}]", {"method": "afr", "within": 0.5}, "AFR within=0.5"),
+        ("{balance: class, part: train}", {"balance": "class", "part": "train"}, "last layer by class on train"),
     ],
 )
 def test_a_way_to_the_last_layer_is_part_of_its_cell(said, more, named, tmp_path):
@@ -213,10 +216,31 @@ def test_a_way_to_the_last_layer_is_part_of_its_cell(said, more, named, tmp_path
 
 def test_several_ways_to_the_last_layer_are_a_cell_each(tmp_path):
     path = tmp_path / "last.yaml"
-    path.write_text(SPEC.read_text().replace("{objective: erm,", "{objective: erm, last_layer: [self, dfr],"))
+    path.write_text(
+        SPEC.read_text().replace(
+            "{objective: erm,", "{objective: erm, last_layer: [self, dfr, {method: dfr}, {within: 1}],"
+        )
+    )
     cells = [cell for cell in cells_of(load_spec(path)) if cell.kind == "last-layer"]
-    assert {cell.about["finetune"] for cell in cells} == {"erm, SELF", "erm, last layer"}
+    assert {cell.about["finetune"] for cell in cells} == {"erm, SELF", "erm, last layer", "erm, last layer within=1"}
     assert len({cell.where for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("{method: afr, balance: class}", "images are balanced by class under dfr only"),
+        ("{within: -1}", "greater than or equal to 0"),
+        ("{within: .inf}", "finite"),
+        ("false, adjust: [{tau: .nan}]", "finite"),
+        ("false, adjust: [{within: -5}]", "greater than or equal to 0"),
+    ],
+)
+def test_settings_of_a_last_layer_out_of_range_are_refused_in_the_spec(said, words, tmp_path):
+    path = tmp_path / "last.yaml"
+    path.write_text(SPEC.read_text().replace("{objective: erm,", f"{{objective: erm, last_layer: {said},"))
+    with pytest.raises(FairlineError, match=words):
+        load_spec(path)
 
 
 @pytest.mark.slow

@@ -426,6 +426,10 @@ def last_layer(
         float | None,
         typer.Option(help="C (dfr), γ (afr) or number of images (self); for each network chosen on halves by default."),
     ] = None,
+    within: Annotated[
+        float | None,
+        typer.Option(help="Choose among strengths that cost no more overall accuracy, in percentage points. Any."),
+    ] = None,
     root: Root = None,
     seed: Seed = 0,
 ) -> None:
@@ -441,6 +445,7 @@ def last_layer(
             part=part,
             repeats=repeats,
             strength=strength,
+            within=within,
             root=None if root is None else str(root),
             seed=seed,
             progress=progress,

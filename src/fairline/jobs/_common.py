@@ -78,10 +78,14 @@ def built_on(parent: Run) -> dict[str, Any]:
 
 
 def last_layer_told(run: Run) -> str:
-    """How a last-layer run went about it, in words: ``"AFR strength=4"``."""
-    told = LAST_LAYERS[run.config.get("method", "dfr")]
-    strength = run.config.get("strength")
-    return told if strength is None else f"{told} strength={strength:g}"
+    """How a last-layer run went about it, in words: ``"AFR strength=4"``, ``"last layer by class on train"``."""
+    config = run.config
+    told = [LAST_LAYERS[config.get("method", "dfr")]]
+    balance = config.get("balance", "group")
+    told += [] if balance == "group" else [f"by {balance.replace('_', ' ')}"]
+    told += [f"on {config['part']}"] if "part" in config else []
+    told += [f"{name}={config[name]:g}" for name in ("strength", "within") if name in config]
+    return " ".join(told)
 
 
 def lineage_of(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:

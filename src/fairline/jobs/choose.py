@@ -240,7 +240,7 @@ def _of_step(run: Run) -> dict[str, tuple[int, str]]:
     found = {}
     for name, own in table.groupby("network", sort=False):
         value = own.loc[own["chosen"].astype(bool), column].iloc[0]
-        told = value if isinstance(value, str) else strength(column, float(value))
-        tried = sum(step.get(name, (1, ""))[0] for step in beside) if beside else len(own)
+        told = value if isinstance(value, str) else NONE if pd.isna(value) else strength(column, float(value))
+        tried = sum(step.get(name, (1, ""))[0] for step in beside) if beside else int(own[column].notna().sum())
         found[str(name)] = tried, told
     return found

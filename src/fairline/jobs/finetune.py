@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -142,6 +143,7 @@ def last_layer_job(
     part: str = "val",
     repeats: int = 10,
     strength: float | None = None,
+    within: float | None = None,
     root: str | None = None,
     seed: int = 0,
     progress: ProgressCallback | None = None,
@@ -160,6 +162,7 @@ def last_layer_job(
         part: Of which part: ``"val"``, or ``"train"``, which the network has seen.
         repeats: Under ``"dfr"``, balanced subsets to average over.
         strength: C of ``"dfr"``, γ of ``"afr"``, points of ``"self"``; for each network chosen on halves by default.
+        within: Overall accuracy that a strength may cost to be chosen, in percentage points; any by default.
         root: Where the data are now, if they have moved.
         seed: Of halves and subsets.
         progress: Told of every network.
@@ -172,7 +175,7 @@ def last_layer_job(
             range.
     """
     parent = Run.read(source, *STUDENTS)
-    said = _known_as(method, balance, part, repeats, strength)
+    said = _known_as(method, balance, part, repeats, strength, within)
     config = {**built_on(parent), **said, "seed": seed}
 
     def work(run: Run) -> None:
@@ -181,7 +184,9 @@ def last_layer_job(
         count = len(parent.networks())
 
         def change(position: int, name: str, network: nn.Module, info: NetworkInfo) -> tuple[NetworkInfo, Rows]:
-            given = {"balance": balance, "repeats": repeats} if method == "dfr" else {"reference": base}
+            given: dict[str, Any] = {"within": within}
+            given |= {"balance": balance, "repeats": repeats} if method == "dfr" else {}
+            given |= {"reference": base} if method == "self" else {}
             done = _retrained(network, images, method, strength, seed, given)
             if progress is not None:
                 progress(Progress("retraining last layers", position, count, name))
@@ -194,7 +199,9 @@ def last_layer_job(
     return do_once(out, "last-layer", config, torch.device("cpu"), work)
 
 
-def _known_as(method: str, balance: str, part: str, repeats: int, strength: float | None) -> dict[str, Any]:
+def _known_as(
+    method: str, balance: str, part: str, repeats: int, strength: float | None, within: float | None
+) -> dict[str, Any]:
     """What a last-layer run is known by beside its parent and seed."""
     if method not in LAST_LAYERS:
         raise FairlineError(f"Last layers are retrained by {', '.join(LAST_LAYERS)}, not '{method}'.")
@@ -202,10 +209,13 @@ def _known_as(method: str, balance: str, part: str, repeats: int, strength: floa
         raise FairlineError(f"Images are balanced by {balance} under dfr only; {method} weighs classes alike.")
     if part not in ("val", "train"):
         raise FairlineError(f"Last layers are retrained on val or train, not '{part}'.")
+    if strength is not None and within is not None:
+        raise FairlineError("A strength is given, or chosen within some points of overall accuracy, not both.")
     # What is not said is no part of the identity, so that older runs keep theirs.
     said: dict[str, Any] = {"method": method} if method != "dfr" else {"balance": balance, "repeats": repeats}
     said |= {} if part == "val" else {"part": part}
     said |= {} if strength is None else {"strength": strength}
+    said |= {} if within is None else {"within": within}
     return said
 
 
@@ -222,7 +232,7 @@ def _retrained(
         strengths: dict[str, Any] = {} if strength is None else {"strengths": [strength]}
         return objectives.retrain_last_layer(network, images, seed=seed, **strengths, **given)
     if method == "afr":
-        return objectives.reweight_last_layer(network, images, gamma=strength, seed=seed)
+        return objectives.reweight_last_layer(network, images, gamma=strength, seed=seed, **given)
     if strength is not None and strength != int(strength):
         raise FairlineError(f"SELF takes a number of points, not {strength}.")
     points = None if strength is None else int(strength)
@@ -230,12 +240,20 @@ def _retrained(
 
 
 def _tried(done: Mapping[str, Any]) -> Rows:
-    """A row for each strength that was tried, or for the one that was given."""
+    """A row for each strength that was tried, or for the one given; one without a strength where none was within."""
     about = {"per_cell": done["per_cell"]} if "per_cell" in done else {}
     tried = [
-        {"strength": each, "worst_group_accuracy": worst, "chosen": each == done["strength"], **about}
+        {
+            "strength": each,
+            "worst_group_accuracy": worst,
+            "accuracy": done["accuracy"][each],
+            "chosen": each == done["strength"],
+            **about,
+        }
         for each, worst in done["worst_group_accuracy"].items()
     ]
+    if done["strength"] is None:
+        tried.append({"strength": math.nan, "chosen": True, **about})
     return tried or [{"strength": float(done["strength"]), "chosen": True}]
 
 

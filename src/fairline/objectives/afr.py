@@ -17,7 +17,13 @@ GAMMAS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
 
 
 def reweight_last_layer(
-    model: nn.Module, held_out: GroupedData, *, gamma: float | None = None, ridge: float = 0.01, seed: int = 0
+    model: nn.Module,
+    held_out: GroupedData,
+    *,
+    gamma: float | None = None,
+    ridge: float = 0.01,
+    within: float | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Refit the last layer on held-out samples, those on which the network errs weighted up; no group is named.
 
@@ -31,10 +37,13 @@ def reweight_last_layer(
         gamma: γ ≥ 0; 0 weights by class alone. By default chosen on halves by the worst group's accuracy, as they do:
             groups serve this choice only, and where there is one group the worst class's does.
         ridge: λ.
+        within: Choose only among strengths that cost no more overall accuracy on the other half, in percentage points;
+            where none is left the network stays as it is. As published there is no such limit.
         seed: Of the halves.
 
     Returns:
-        The ``strength`` γ, and ``worst_group_accuracy`` on the second half for each γ that was tried.
+        The ``strength`` γ, None if none was within, and ``worst_group_accuracy`` and ``accuracy`` on the second half
+        for each γ that was tried.
 
     Raises:
         FairlineError: There is no last linear layer, a group cannot be halved, or a setting is out of range.
@@ -47,4 +56,4 @@ def reweight_last_layer(
         right = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
         return lambda strength, rows: torch.exp(-strength * right[rows]) * class_balanced(labels[rows])
 
-    return refit(model, held_out, prepared, GAMMAS if gamma is None else (gamma,), ridge, seed)
+    return refit(model, held_out, prepared, GAMMAS if gamma is None else (gamma,), ridge, within, seed)

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy, linear
 
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
-from fairline.objectives.last_layer import half_of_each_group, output_layer, require_halves
+from fairline.objectives.choice import require_rule
+from fairline.objectives.last_layer import best_within, half_of_each_group, output_layer, require_halves
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def refit(
     prepared: Callable[[Tensor], Weigh],
     strengths: Sequence[float],
     ridge: float,
+    within: float | None,
     seed: int,
 ) -> dict[str, Any]:
     """Refit a network's last layer in place.
@@ -79,16 +81,21 @@ def refit(
         prepared: From the network's logits, (N, K), how samples are weighted.
         strengths: What to choose from; one is not tried, and needs no groups.
         ridge: λ.
+        within: Choose only among strengths that cost no more overall accuracy on the other half, in percentage points
+            against the network as it is; where none is left it stays as it is. None for any.
         seed: Of the halves.
 
     Returns:
-        The ``strength``, and ``worst_group_accuracy`` for each that was tried.
+        The ``strength``, None if none was within, and ``worst_group_accuracy`` and ``accuracy`` for each that was
+        tried.
 
     Raises:
         FairlineError: λ is out of range, there is no last linear layer, or a group cannot be halved.
     """
     if not (ridge > 0 and math.isfinite(ridge)):
         raise FairlineError(f"The ridge to the original weights must be positive and finite, not {ridge}.")
+    if within is not None:
+        require_rule("worst_group", within)
     by_class = held_out.num_groups < 2
     if len(strengths) > 1 and not by_class:
         require_halves(held_out)
@@ -101,7 +108,9 @@ def refit(
         weights = weigh(strength, rows)
         return anchored_fit(features[rows], labels[rows], weights / weights.sum(), *start, ridge)
 
-    strength, scores = strengths[0], {}
+    strength: float | None = strengths[0]
+    scores: dict[float, float] = {}
+    overall: dict[float, float] = {}
     if len(strengths) > 1:
         cells = labels if by_class else held_out.groups.cpu()
         half = torch.from_numpy(half_of_each_group(cells.numpy(), np.random.default_rng(seed)))
@@ -110,14 +119,19 @@ def refit(
             weight, bias = fitted(tried, torch.nonzero(half).flatten())
             right = (linear(features, weight, bias).argmax(1) == labels).double()
             scores[float(tried)] = min(float(right[own].mean()) for own in second if own.any())
-        strength = max(scores, key=lambda s: scores[s])
+            overall[float(tried)] = float(right[~half].mean())
+        before = float((logits.argmax(1).cpu() == labels)[~half].double().mean())
+        strength = best_within(scores, overall, within, before)
+    logger.info("last layer: strength %s, worst group by strength: %s", strength, scores)
+    found = {"strength": strength, "worst_group_accuracy": scores, "accuracy": overall}
+    if strength is None:
+        return found
     with torch.no_grad():
         for parameter, value in zip(
             (layer.weight, layer.bias), fitted(strength, torch.arange(len(labels))), strict=True
         ):
             parameter.copy_(value.to(parameter))
-    logger.info("last layer: strength %g, worst group by strength: %s", strength, scores)
-    return {"strength": strength, "worst_group_accuracy": scores}
+    return found
 
 
 def class_balanced(labels: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
+from fairline.objectives.choice import is_within, require_rule
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ def retrain_last_layer(
     balance: str = "group",
     strengths: Sequence[float] = (1.0, 0.3, 0.1, 0.03, 0.01),
     repeats: int = 10,
+    within: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Replace the last linear layer by a logistic regression on balanced held-out features.
@@ -44,45 +46,71 @@ def retrain_last_layer(
             as a regression in place of some epochs.
         strengths: Inverse penalties C to choose from.
         repeats: Balanced subsets to average over.
+        within: Choose only among penalties that cost no more overall accuracy on the second half, in percentage points
+            against the network as it is; where none is left it stays as it is. As published there is no such limit.
         seed: Of halves and subsets.
 
     Returns:
-        ``strength`` that was chosen, ``per_cell`` images in a balanced subset, and ``worst_group_accuracy`` on the
-        second half, for each strength.
+        ``strength`` that was chosen, None if none was within; ``per_cell`` images in a balanced subset; and
+        ``worst_group_accuracy`` and ``accuracy`` on the second half, for each strength.
 
     Raises:
         FairlineError: There is no last linear layer, a group has fewer than two held-out images, or a setting is out of
             range.
     """
-    _require_possible(held_out, balance, strengths, repeats)
-    layer, features, _ = output_layer(model, held_out)
+    _require_possible(held_out, balance, strengths, repeats, within)
+    layer, features, logits = output_layer(model, held_out)
     labels, groups = held_out.labels.cpu().numpy(), held_out.groups.cpu().numpy()
     cells = {"group": groups, "class": labels}.get(balance, groups * held_out.num_classes + labels)
     rng = np.random.default_rng(seed)
 
     half = half_of_each_group(groups, rng)
     second = [~half & (groups == group) for group in range(held_out.num_groups)]
-    scores = {}
+    scores, overall = {}, {}
     for strength in strengths:
         chosen = _balanced(cells, half, rng=np.random.default_rng(seed))
         weight, bias = _fit(features, labels, chosen, strength, held_out.num_classes)
         right = (features @ weight.T + bias).argmax(1) == labels
         scores[float(strength)] = min(float(right[own].mean()) for own in second)
+        overall[float(strength)] = float(right[~half].mean())
+    per_cell = int(np.unique(cells, return_counts=True)[1].min())
+    found = {"per_cell": per_cell, "worst_group_accuracy": scores, "accuracy": overall}
+    before = float((logits.argmax(1).cpu().numpy() == labels)[~half].mean())
     # Of equals the stronger penalty.
-    strength = min(s for s in scores if scores[s] == max(scores.values()))
+    penalty = best_within(dict(sorted(scores.items())), overall, within, before)
+    logger.info("last layer: C = %s, %d images of each cell, worst group by C: %s", penalty, per_cell, scores)
+    if penalty is None:
+        return {"strength": None, **found}
 
     everything = np.ones_like(half)
     fits = [
-        _fit(features, labels, _balanced(cells, everything, rng), strength, held_out.num_classes)
-        for _ in range(repeats)
+        _fit(features, labels, _balanced(cells, everything, rng), penalty, held_out.num_classes) for _ in range(repeats)
     ]
     _replace(layer, np.mean([w for w, _ in fits], axis=0), np.mean([b for _, b in fits], axis=0))
-    per_cell = int(np.unique(cells, return_counts=True)[1].min())
-    logger.info("last layer: C = %g, %d images of each cell, worst group by C: %s", strength, per_cell, scores)
-    return {"strength": strength, "per_cell": per_cell, "worst_group_accuracy": scores}
+    return {"strength": penalty, **found}
 
 
-def _require_possible(held_out: GroupedData, balance: str, strengths: Sequence[float], repeats: int) -> None:
+def best_within(
+    worst: Mapping[float, float], overall: Mapping[float, float], within: float | None, before: float
+) -> float | None:
+    """The strength with the highest worst-group accuracy, of equals the first.
+
+    Args:
+        worst: Worst-group accuracy of each strength, in [0, 1].
+        overall: Overall accuracy of each.
+        within: Points that it may be below ``before``; None for any.
+        before: Overall accuracy of the network as it is.
+
+    Returns:
+        The strength; None where none is within.
+    """
+    allowed = [each for each in worst if within is None or is_within(overall[each], within, before)]
+    return max(allowed, key=lambda each: worst[each], default=None)
+
+
+def _require_possible(
+    held_out: GroupedData, balance: str, strengths: Sequence[float], repeats: int, within: float | None
+) -> None:
     """Refuse settings out of range, and groups that cannot be halved."""
     if balance not in ("group", "class", "group_and_class"):
         raise FairlineError(f"Held-out data are balanced by group, class or group_and_class, not '{balance}'.")
@@ -90,6 +118,8 @@ def _require_possible(held_out: GroupedData, balance: str, strengths: Sequence[f
         raise FairlineError(
             f"Retraining needs repeats ≥ 1 and positive strengths, not {repeats} and {list(strengths)}."
         )
+    if within is not None:
+        require_rule("worst_group", within)
     require_halves(held_out)
 
 

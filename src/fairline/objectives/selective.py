@@ -24,6 +24,7 @@ def finetune_last_layer(
     reference: nn.Module | None = None,
     points: int | None = None,
     ridge: float = 0.01,
+    within: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Finetune the last layer on the held-out points that the network is wrong about, or two disagree on.
@@ -42,11 +43,13 @@ def finetune_last_layer(
         points: How many, or all where there are fewer. By default chosen on halves by the worst group's accuracy, as
             they do: groups serve this choice only, and where there is one group the worst class's does.
         ridge: λ.
+        within: Choose only among strengths that cost no more overall accuracy on the other half, in percentage points;
+            where none is left the network stays as it is. As published there is no such limit.
         seed: Of the halves.
 
     Returns:
-        The ``strength``, which is the number of points, and ``worst_group_accuracy`` on the second half for each number
-        that was tried.
+        The ``strength``, which is the number of points, None if none was within, and ``worst_group_accuracy`` and
+        ``accuracy`` on the second half for each number that was tried.
 
     Raises:
         FairlineError: There is no last linear layer, a group cannot be halved, the networks have unlike outputs, or a
@@ -75,4 +78,4 @@ def finetune_last_layer(
 
         return weigh
 
-    return refit(model, held_out, prepared, POINTS if points is None else (points,), ridge, seed)
+    return refit(model, held_out, prepared, POINTS if points is None else (points,), ridge, within, seed)

@@ -273,11 +273,9 @@ def _after(method: Finetune, made: Cell) -> list[Cell]:
     """Last layers retrained, or classes rebalanced, if the method says so."""
     cells = []
     for way in method.last_layers:
-        # Deep feature reweighting is what was done before there were others, so it is not named.
-        named = {} if way == "dfr" else {"method": way}
-        retrained = {**made.about, "finetune": f"{method.folder}, {jobs.LAST_LAYERS[way]}"}
-        folder = f"{made.where}-{'last-layer' if way == 'dfr' else way}"
-        cells.append(Cell("last-layer", {"seed": made.about["seed"], **named}, (made,), folder, retrained))
+        retrained = {**made.about, "finetune": f"{method.folder}, {way.label}"}
+        arguments = {"seed": made.about["seed"], **way.arguments}
+        cells.append(Cell("last-layer", arguments, (made,), f"{made.where}-{way.folder}", retrained))
     for adjusted in method.adjust:
         moved = {**made.about, "finetune": f"{method.folder}, {adjusted.label}"}
         folder = f"{made.where}-{adjusted.label.replace(' ', '-')}"

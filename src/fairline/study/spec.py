@@ -11,8 +11,10 @@ import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     ValidationError,
     model_serializer,
     model_validator,
@@ -21,6 +23,7 @@ from pydantic import (
 from fairline._io import json_digest
 from fairline._own import files, is_own, located
 from fairline.errors import FairlineError
+from fairline.jobs import LAST_LAYERS
 from fairline.jobs.choose import strength
 from fairline.objectives.choice import Rule
 from fairline.objectives.post_hoc import Method
@@ -99,6 +102,61 @@ class Adjust(_Strict):
         return told if self.rule == "worst_group" else f"{told} {self.rule.replace('_', ' ')}"
 
 
+class LastLayer(_Strict):
+    """A retrained last layer; see :func:`fairline.jobs.last_layer_job`."""
+
+    method: Way = "dfr"
+    balance: Literal["group", "class", "group_and_class"] = "group"
+    part: Literal["val", "train"] = "val"
+    within: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _balances(self) -> LastLayer:
+        if self.method != "dfr" and self.balance != "group":
+            raise ValueError(f"images are balanced by {self.balance} under dfr only")
+        return self
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What is said of it, beyond deep feature reweighting by group."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    @property
+    def label(self) -> str:
+        """What it is called beside its finetune; as comparisons have it."""
+        told = [
+            LAST_LAYERS[self.method],
+            *([] if self.balance == "group" else [f"by {self.balance.replace('_', ' ')}"]),
+        ]
+        told += [] if self.part == "val" else [f"on {self.part}"]
+        return " ".join([*told, *([] if self.within is None else [f"within={self.within:g}"])])
+
+    @property
+    def folder(self) -> str:
+        """The end of its cells' names."""
+        # Deep feature reweighting is what was done before there were others, so it is not named.
+        first = "last-layer" if self.method == "dfr" else self.method
+        rest = self.label.removeprefix(LAST_LAYERS[self.method]).replace("=", "-").split()
+        return "-".join([first, *rest])
+
+
+def _said(value: object) -> str:
+    """As what a last layer is given, so that a mistake is told of that alone."""
+    if isinstance(value, (bool, list)):
+        return type(value).__name__
+    return "mapping" if isinstance(value, (dict, LastLayer)) else "name"
+
+
+OneWay = Annotated[Annotated[Way, Tag("name")] | Annotated[LastLayer, Tag("mapping")], Discriminator(_said)]
+LastLayers = Annotated[
+    Annotated[bool, Tag("bool")]
+    | Annotated[Way, Tag("name")]
+    | Annotated[LastLayer, Tag("mapping")]
+    | Annotated[list[OneWay], Field(min_length=1), Tag("list")],
+    Discriminator(_said),
+]
+
+
 class Finetune(_Strict):
     """One finetune of the networks of some masks; with ``sweep`` one a value, of which validation data choose."""
 
@@ -107,7 +165,7 @@ class Finetune(_Strict):
     options: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     masks: list[str] = Field(min_length=1)
-    last_layer: bool | Way | Annotated[list[Way], Field(min_length=1)] = False
+    last_layer: LastLayers = False
     adjust: list[Adjust] = Field(default_factory=list)
 
     @model_serializer(mode="wrap")
@@ -142,12 +200,13 @@ class Finetune(_Strict):
         return [(strength(option, value), {**self.options, option: value}) for value in values]
 
     @property
-    def last_layers(self) -> list[Way]:
+    def last_layers(self) -> list[LastLayer]:
         """The ways in which the last layer is retrained, each for itself."""
-        if isinstance(self.last_layer, list):
-            return list(dict.fromkeys(self.last_layer))
+        said = self.last_layer if isinstance(self.last_layer, list) else [self.last_layer]
         # Deep feature reweighting is what was done before there were others.
-        return ["dfr"] if self.last_layer is True else [self.last_layer] if self.last_layer else []
+        named = ["dfr" if way is True else way for way in said if way is not False]
+        found = [way if isinstance(way, LastLayer) else LastLayer(method=way) for way in named]
+        return list({way.label: way for way in found}.values())
 
     @property
     def folder(self) -> str:
