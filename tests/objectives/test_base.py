@@ -57,7 +57,7 @@ def test_erm_is_the_mean_of_both_terms():
         ("magic", {}, "no objective 'magic'; choose one of erm"),
         ("erm", {"mu": 1}, "Objective 'erm'.*mu"),
         ("erm", {"temperature": 0}, "must be positive"),
-        ("erm", {"kd_weight": -1}, "must not be negative"),
+        ("erm", {"kd_weight": -1}, "finite and not negative"),
     ],
 )
 def test_bad_requests(name, options, message):

@@ -317,7 +317,8 @@ def test_bad_settings(make, message):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: LogitAdjust(teacher="adjusted"),
+        LogitAdjust,
+        lambda: fl.Reweighting(by="class"),
         lambda: BalancedKD(by="class"),
         lambda: AdaAlpha(by="class"),
         lambda: AdaMargin(by="class"),

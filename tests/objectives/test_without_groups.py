@@ -137,7 +137,7 @@ def test_arl_resumes(parts, trained, tmp_path):
     [
         (lambda: Chi2DRO(alpha_min=0.0), "alpha_min=0"),
         (lambda: Chi2DRO(alpha_min=1.5), r"\(0, 1\]"),
-        (lambda: ARL(lr=0.0), "ARL needs lr > 0"),
+        (lambda: ARL(lr=0.0), "ARL needs a finite lr > 0"),
         (lambda: ARL(pixels=0), "pixels ≥ 1"),
     ],
 )

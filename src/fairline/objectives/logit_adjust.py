@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from fairline.data.grouped import GroupedData
@@ -30,9 +29,9 @@ class LogitAdjust(Objective):
         options: ``temperature``, ``ce_weight``, ``kd_weight``.
 
     Raises:
-        FairlineError: τ is negative or not finite, ``teacher`` is neither, or a class that the teacher would be raised
-            for has no image.
+        FairlineError: τ is negative or not finite, ``teacher`` is neither, or a class has no training image.
 
+    >>> import torch
     >>> index = torch.tensor([0, 0, 1])
     >>> data = GroupedData(torch.zeros(3, 1, 1, 1, dtype=torch.uint8), index, index, ("a", "b"), ("many", "few"))
     >>> batch = Batch(data.normalized(), data.labels, data.groups, torch.arange(3))
@@ -60,11 +59,9 @@ class LogitAdjust(Objective):
 
     def start(self, train_data: GroupedData) -> None:
         """Take the class shares."""
-        if self.teacher == "adjusted":
-            self.require_classes(train_data)
-        sizes = torch.bincount(train_data.labels, minlength=train_data.num_classes)
         # A class without samples would shift its logit by −∞.
-        self.shift = self.tau * (sizes.clamp_min(1) / len(train_data)).log()
+        _, sizes = self.cells(train_data, "class")
+        self.shift = self.tau * (sizes / len(train_data)).log()
 
     def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
         """CE of the shifted logits, (B,)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fairline.data.grouped import GroupedData
@@ -20,6 +19,7 @@ def effective_number(sizes: Tensor, beta: float | None) -> Tensor:
     Returns:
         ``(1 − β^n)/(1 − β)``, 1 at least, float64, (C,).
 
+    >>> import torch
     >>> effective_number(torch.tensor([1, 2, 1000]), 0.9)
     tensor([ 1.0000,  1.9000, 10.0000], dtype=torch.float64)
     """
@@ -42,6 +42,7 @@ class Reweighting(Objective):
     Raises:
         FairlineError: β or ``by`` is out of range.
 
+    >>> import torch
     >>> index = torch.tensor([0, 0, 1])
     >>> data = GroupedData(torch.zeros(3, 1, 1, 1, dtype=torch.uint8), index, index, ("a", "b"), ("many", "few"))
     >>> batch = Batch(data.normalized(), data.labels, data.groups, torch.arange(3))
@@ -64,12 +65,8 @@ class Reweighting(Objective):
 
     def start(self, train_data: GroupedData) -> None:
         """Count."""
-        if self.by == "group":
-            self.require_groups(train_data)
-            index, count = train_data.groups, train_data.num_groups
-        else:
-            index, count = train_data.labels, train_data.num_classes
-        sizes = torch.bincount(index, minlength=count).double()
+        _, counts = self.cells(train_data, self.by)
+        sizes = counts.double()
         self.weights = with_mean_one(1 / effective_number(sizes, self.beta), sizes)
 
     def reduce(self, losses: Tensor, batch: Batch) -> Tensor:
