@@ -150,14 +150,11 @@ def last_layer_job(
 ) -> Run:
     """Retrain the last layer of every network of a linearize or finetune run, into ``out``.
 
-    See :func:`fairline.retrain_last_layer`, :func:`fairline.reweight_last_layer` and
-    :func:`fairline.finetune_last_layer`.
-
     Args:
         source: A linearize or finetune run.
         out: The run folder.
-        method: ``"dfr"``, on balanced images; ``"afr"``, those that the network errs on weighted up; or ``"self"``, on
-            those that it and the base network disagree on.
+        method: ``"dfr"`` (:func:`fairline.retrain_last_layer`), ``"afr"`` (:func:`fairline.reweight_last_layer`) or
+            ``"self"`` (:func:`fairline.finetune_last_layer`, against the base network).
         balance: Under ``"dfr"``, as many images of each: ``"group"``, ``"class"`` or ``"group_and_class"``.
         part: Of which part: ``"val"``, or ``"train"``, which the network has seen.
         repeats: Under ``"dfr"``, balanced subsets to average over.

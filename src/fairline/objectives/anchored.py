@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, linear
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.objectives.choice import require_rule
-from fairline.objectives.last_layer import best_within, half_of_each_group, output_layer, require_halves
+from fairline.objectives.last_layer import Halves, half_of_each_group, output_layer, require_halves
 
 logger = logging.getLogger(__name__)
 
@@ -86,16 +86,14 @@ def refit(
         seed: Of the halves.
 
     Returns:
-        The ``strength``, None if none was within, and ``worst_group_accuracy`` and ``accuracy`` for each that was
-        tried.
+        ``strength``, None if none was within; ``worst_group_accuracy`` and ``accuracy`` of each that was tried.
 
     Raises:
         FairlineError: λ is out of range, there is no last linear layer, or a group cannot be halved.
     """
     if not (ridge > 0 and math.isfinite(ridge)):
         raise FairlineError(f"The ridge to the original weights must be positive and finite, not {ridge}.")
-    if within is not None:
-        require_rule("worst_group", within)
+    require_rule("worst_group", within or 0.0)
     by_class = held_out.num_groups < 2
     if len(strengths) > 1 and not by_class:
         require_halves(held_out)
@@ -108,28 +106,19 @@ def refit(
         weights = weigh(strength, rows)
         return anchored_fit(features[rows], labels[rows], weights / weights.sum(), *start, ridge)
 
-    strength: float | None = strengths[0]
-    scores: dict[float, float] = {}
-    overall: dict[float, float] = {}
+    found: dict[str, Any] = {"strength": strengths[0], "worst_group_accuracy": {}, "accuracy": {}}
     if len(strengths) > 1:
-        cells = labels if by_class else held_out.groups.cpu()
-        half = torch.from_numpy(half_of_each_group(cells.numpy(), np.random.default_rng(seed)))
-        second = [~half & (cells == cell) for cell in cells.unique()]
-        for tried in strengths:
-            weight, bias = fitted(tried, torch.nonzero(half).flatten())
-            right = (linear(features, weight, bias).argmax(1) == labels).double()
-            scores[float(tried)] = min(float(right[own].mean()) for own in second if own.any())
-            overall[float(tried)] = float(right[~half].mean())
-        before = float((logits.argmax(1).cpu() == labels)[~half].double().mean())
-        strength = best_within(scores, overall, within, before)
-    logger.info("last layer: strength %s, worst group by strength: %s", strength, scores)
-    found = {"strength": strength, "worst_group_accuracy": scores, "accuracy": overall}
-    if strength is None:
+        cells = (labels if by_class else held_out.groups.cpu()).numpy()
+        halves = Halves(half_of_each_group(cells, np.random.default_rng(seed)), cells)
+        rows = torch.from_numpy(halves.first).nonzero().flatten()
+        right = {float(s): (linear(features, *fitted(s, rows)).argmax(1) == labels).numpy() for s in strengths}
+        found = halves.chosen(right, within, (logits.argmax(1).cpu() == labels).numpy())
+    logger.info("last layer: %s", found)
+    if found["strength"] is None:
         return found
     with torch.no_grad():
-        for parameter, value in zip(
-            (layer.weight, layer.bias), fitted(strength, torch.arange(len(labels))), strict=True
-        ):
+        last = fitted(found["strength"], torch.arange(len(labels)))
+        for parameter, value in zip((layer.weight, layer.bias), last, strict=True):
             parameter.copy_(value.to(parameter))
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -55,57 +56,69 @@ def retrain_last_layer(
         ``worst_group_accuracy`` and ``accuracy`` on the second half, for each strength.
 
     Raises:
-        FairlineError: There is no last linear layer, a group has fewer than two held-out images, or a setting is out of
-            range.
+        FairlineError: There is no last linear layer, a group has one held-out image, or a setting is out of range.
     """
     _require_possible(held_out, balance, strengths, repeats, within)
     layer, features, logits = output_layer(model, held_out)
     labels, groups = held_out.labels.cpu().numpy(), held_out.groups.cpu().numpy()
     cells = {"group": groups, "class": labels}.get(balance, groups * held_out.num_classes + labels)
     rng = np.random.default_rng(seed)
-
-    half = half_of_each_group(groups, rng)
-    second = [~half & (groups == group) for group in range(held_out.num_groups)]
-    scores, overall = {}, {}
-    for strength in strengths:
-        chosen = _balanced(cells, half, rng=np.random.default_rng(seed))
+    halves = Halves(half_of_each_group(groups, rng), groups)
+    right = {}
+    for strength in sorted(strengths):
+        chosen = _balanced(cells, halves.first, rng=np.random.default_rng(seed))
         weight, bias = _fit(features, labels, chosen, strength, held_out.num_classes)
-        right = (features @ weight.T + bias).argmax(1) == labels
-        scores[float(strength)] = min(float(right[own].mean()) for own in second)
-        overall[float(strength)] = float(right[~half].mean())
-    per_cell = int(np.unique(cells, return_counts=True)[1].min())
-    found = {"per_cell": per_cell, "worst_group_accuracy": scores, "accuracy": overall}
-    before = float((logits.argmax(1).cpu().numpy() == labels)[~half].mean())
+        right[float(strength)] = (features @ weight.T + bias).argmax(1) == labels
     # Of equals the stronger penalty.
-    penalty = best_within(dict(sorted(scores.items())), overall, within, before)
-    logger.info("last layer: C = %s, %d images of each cell, worst group by C: %s", penalty, per_cell, scores)
-    if penalty is None:
-        return {"strength": None, **found}
+    found = halves.chosen(right, within, logits.argmax(1).cpu().numpy() == labels)
+    found["per_cell"] = int(np.unique(cells, return_counts=True)[1].min())
+    logger.info("last layer: %s", found)
+    if (penalty := found["strength"]) is None:
+        return found
 
-    everything = np.ones_like(half)
+    everything = np.ones_like(halves.first)
     fits = [
         _fit(features, labels, _balanced(cells, everything, rng), penalty, held_out.num_classes) for _ in range(repeats)
     ]
     _replace(layer, np.mean([w for w, _ in fits], axis=0), np.mean([b for _, b in fits], axis=0))
-    return {"strength": penalty, **found}
+    return found
 
 
-def best_within(
-    worst: Mapping[float, float], overall: Mapping[float, float], within: float | None, before: float
-) -> float | None:
-    """The strength with the highest worst-group accuracy, of equals the first.
+@dataclass(frozen=True)
+class Halves:
+    """Held-out samples, one half of each cell to fit on and the other to choose on.
 
-    Args:
-        worst: Worst-group accuracy of each strength, in [0, 1].
-        overall: Overall accuracy of each.
-        within: Points that it may be below ``before``; None for any.
-        before: Overall accuracy of the network as it is.
-
-    Returns:
-        The strength; None where none is within.
+    Attributes:
+        first: Which are in the first half, (n,).
+        cells: Group, or class, of each, (n,).
     """
-    allowed = [each for each in worst if within is None or is_within(overall[each], within, before)]
-    return max(allowed, key=lambda each: worst[each], default=None)
+
+    first: NDArray[np.bool_]
+    cells: NDArray[np.int64]
+
+    def judged(self, right: NDArray[np.bool_]) -> tuple[float, float]:
+        """Of what is right, (n,), the worst cell's share and that of all, on the second half."""
+        parts = [right[~self.first & (self.cells == cell)] for cell in np.unique(self.cells)]
+        return min(float(part.mean()) for part in parts if len(part)), float(right[~self.first].mean())
+
+    def chosen(
+        self, right: Mapping[float, NDArray[np.bool_]], within: float | None, before: NDArray[np.bool_]
+    ) -> dict[str, Any]:
+        """The strength whose worst cell is best, of equals the first.
+
+        Args:
+            right: What is right under each strength, (n,).
+            within: Points of overall accuracy that it may cost; None for any.
+            before: What is right in the network as it is, (n,).
+
+        Returns:
+            ``strength``, None where none is within, and ``worst_group_accuracy`` and ``accuracy`` of each.
+        """
+        worst, overall = ({each: self.judged(own)[which] for each, own in right.items()} for which in (0, 1))
+        limit = self.judged(before)[1]
+        allowed = [each for each in worst if within is None or is_within(overall[each], within, limit)]
+        best = max(allowed, key=lambda each: worst[each], default=None)
+        return {"strength": best, "worst_group_accuracy": worst, "accuracy": overall}
 
 
 def _require_possible(
@@ -118,8 +131,7 @@ def _require_possible(
         raise FairlineError(
             f"Retraining needs repeats ≥ 1 and positive strengths, not {repeats} and {list(strengths)}."
         )
-    if within is not None:
-        require_rule("worst_group", within)
+    require_rule("worst_group", within or 0.0)
     require_halves(held_out)
 
 

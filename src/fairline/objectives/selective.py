@@ -43,13 +43,11 @@ def finetune_last_layer(
         points: How many, or all where there are fewer. By default chosen on halves by the worst group's accuracy, as
             they do: groups serve this choice only, and where there is one group the worst class's does.
         ridge: λ.
-        within: Choose only among strengths that cost no more overall accuracy on the other half, in percentage points;
-            where none is left the network stays as it is. As published there is no such limit.
+        within: Choose only among numbers that cost no more overall accuracy, in percentage points.
         seed: Of the halves.
 
     Returns:
-        The ``strength``, which is the number of points, None if none was within, and ``worst_group_accuracy`` and
-        ``accuracy`` on the second half for each number that was tried.
+        ``strength``, the number of points, None if none was within; ``worst_group_accuracy`` and ``accuracy`` of each.
 
     Raises:
         FairlineError: There is no last linear layer, a group cannot be halved, the networks have unlike outputs, or a
