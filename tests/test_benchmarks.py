@@ -56,7 +56,7 @@ def test_the_cost_model_is_put_beside_measurements(arguments, within, tmp_path):
         ("snl_epoch.py", ["--images", "256", "--rounds", "1"], 3),
         ("mask_learning.py", ["--images", "256", "--rounds", "1"], 4),
         ("coordinate_descent.py", ["--images", "64", "--rounds", "1"], 1),
-        ("objectives.py", ["--images", "256", "--rounds", "1"], 9),
+        ("objectives.py", ["--images", "256", "--rounds", "1"], 22),
         ("compile.py", ["--shares", "0.002", "--protocols", "semi2k", "--rounds", "1"], 7),
     ],
 )
