@@ -393,7 +393,7 @@ def test_outputs_that_do_not_fit(parts, trained):
 #: Objectives that need every group or class of the training part, and those that need them of the validation part too.
 NEED = {
     "groups": {"lagrangian", "drop", "group_dro", "reweighting", "balanced_kd", "ada_alpha", "ada_margin"},
-    "labels": {"long_tail_kd", "ldam"},
+    "labels": {"long_tail_kd", "ldam", "logit_adjust"},
 }
 JUDGE = {"drop", "ada_alpha", "ada_margin"}
 
