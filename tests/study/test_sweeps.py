@@ -224,7 +224,7 @@ def test_studies_without_sweeps_keep_their_names(tmp_path, file, more, digest, k
     assert (spec.digest, json_digest([cell.key for cell in cells_of(spec)])) == (digest, keys)
 
 
-@pytest.mark.parametrize("groups", ["race", "age", "gender_by_race"])
+@pytest.mark.parametrize("groups", ["race", "age", "gender_by_race", "gender_by_age", "age_by_race"])
 def test_the_studies_of_repairs_are_fair(groups):
     """Three strengths each, at one scale of every repair; race and age go on from base networks that are there."""
     path = PAPERS / f"repairs_utkface_{groups}.yaml"
