@@ -1,6 +1,6 @@
 """The jobs of the command line, each from run folder to run folder, each resumable after a kill. One file a verb."""
 
-from fairline.jobs._common import LAST_LAYERS, settings_told
+from fairline.jobs._common import LAST_LAYERS, last_layer_told, settings_told
 from fairline.jobs.adjust import adjust_job
 from fairline.jobs.audit import audit_job
 from fairline.jobs.choose import choices, choose_job
@@ -32,6 +32,7 @@ __all__ = [
     "finetune_job",
     "import_job",
     "last_layer_job",
+    "last_layer_told",
     "linearize_job",
     "quick_settings",
     "run_demo",

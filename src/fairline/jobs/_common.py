@@ -77,9 +77,15 @@ def built_on(parent: Run) -> dict[str, Any]:
     return {"parent": parent.parent_entry(), "data": parent.config["data"]}
 
 
-def last_layer_told(run: Run) -> str:
-    """How a last-layer run went about it, in words: ``"AFR strength=4"``, ``"last layer by class on train"``."""
-    config = run.config
+def last_layer_told(config: Mapping[str, Any]) -> str:
+    """How a last layer is retrained, in words: ``"AFR strength=4"``, ``"last layer by class on train"``.
+
+    Args:
+        config: Of its run, or those settings of it that are not the default.
+
+    Returns:
+        The words.
+    """
     told = [LAST_LAYERS[config.get("method", "dfr")]]
     balance = config.get("balance", "group")
     told += [] if balance == "group" else [f"by {balance.replace('_', ' ')}"]

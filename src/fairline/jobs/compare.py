@@ -74,7 +74,7 @@ def _steps(run: Run, varied: str = "") -> list[str]:
         text = settings_told(run.config["objective"], options)
         return [text if run.config.get("distill", True) else f"{text}, labels only"]
     if run.command == "last-layer":
-        return [last_layer_told(run)]
+        return [last_layer_told(run.config)]
     if run.command == "adjust":
         tau = None if varied == "tau" else run.config["tau"]
         return [run.config["method"].replace("_", " ") + ("" if tau is None else f" tau={tau:g}")]

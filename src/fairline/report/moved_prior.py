@@ -41,17 +41,16 @@ def moved_prior(table: pd.DataFrame, compared: pd.DataFrame) -> Iterator[Finding
         largest, smallest = extremes(rows)
         least = shifted[shifted["relus"] == shifted["relus"].min()]
         lost, back, beyond = (wide_of(least, name) for name in ("drop_points", "undone", "undone_beyond_base"))
-        note = f"{smallest}, with {least['percent'].iloc[0]:.3g} % of the ReLUs"
-        yield judge(1, panel.title, smallest.of(beyond), note=note, variant=MOVED)
+        budget = f"with {least['percent'].iloc[0]:.3g} % of the ReLUs"
+        alone, note = f"{smallest}, {budget}", f"{smallest} against {largest}, {budget}"
+        yield judge(1, panel.title, smallest.of(beyond), note=alone, variant=MOVED)
         after = lost - beyond
-        note = f"{smallest} against {largest}, with {least['percent'].iloc[0]:.3g} % of the ReLUs"
         yield judge(1, panel.title, smallest.of(after) - largest.of(after), note=note, variant=SHIFTED)
         whole = of_method[of_method["percent"] == 100]
         if whole.empty:
             continue
         given = back.droplevel("percent") - wide_of(whole, "undone").droplevel("percent")
-        told = f"{smallest}, with {least['percent'].iloc[0]:.3g} % of the ReLUs"
-        yield judge(1, panel.title, smallest.of(given), note=told, variant=MOVED_CONTROL)
+        yield judge(1, panel.title, smallest.of(given), note=alone, variant=MOVED_CONTROL)
         # Both drops are from one base network, which cancels.
         control = (wide_of(whole, "drop_points") - wide_of(whole, "undone")).droplevel("percent")
         against = (lost - back).droplevel("percent") - control

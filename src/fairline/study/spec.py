@@ -23,7 +23,7 @@ from pydantic import (
 from fairline._io import json_digest
 from fairline._own import files, is_own, located
 from fairline.errors import FairlineError
-from fairline.jobs import LAST_LAYERS
+from fairline.jobs import LAST_LAYERS, last_layer_told
 from fairline.jobs.choose import strength
 from fairline.objectives.choice import Rule
 from fairline.objectives.post_hoc import Method
@@ -124,12 +124,7 @@ class LastLayer(_Strict):
     @property
     def label(self) -> str:
         """What it is called beside its finetune; as comparisons have it."""
-        told = [
-            LAST_LAYERS[self.method],
-            *([] if self.balance == "group" else [f"by {self.balance.replace('_', ' ')}"]),
-        ]
-        told += [] if self.part == "val" else [f"on {self.part}"]
-        return " ".join([*told, *([] if self.within is None else [f"within={self.within:g}"])])
+        return last_layer_told(self.arguments)
 
     @property
     def folder(self) -> str:
