@@ -172,7 +172,10 @@ def _write(
 
 def told_by_seed(run: Run) -> bool:
     """Whether a comparison kept enough for :func:`by_seed`; those of earlier versions did not."""
-    predictions, whole = run.table("predictions.parquet"), run.table("comparison.parquet")
+    return _told_by_seed(run, run.table("predictions.parquet"), run.table("comparison.parquet"))
+
+
+def _told_by_seed(run: Run, predictions: pd.DataFrame, whole: pd.DataFrame) -> bool:
     told_all = {"label", "right_from", "kept"} <= set(predictions) and "tried" in whole
     return told_all and (run.folder / "null_front.parquet").exists()
 
@@ -190,9 +193,9 @@ def by_seed(run: Run) -> pd.DataFrame:
     Raises:
         FairlineError: The run is of an earlier version, which kept too little.
     """
-    if not told_by_seed(run):
-        raise FairlineError(f"{run.folder} is of an earlier version; remove it to compare again.")
     predictions, whole = run.table("predictions.parquet"), run.table("comparison.parquet")
+    if not _told_by_seed(run, predictions, whole):
+        raise FairlineError(f"{run.folder} is of an earlier version; remove it to compare again.")
     shifts, baseline = run.table("null_front.parquet"), str(whole["baseline"].iloc[0])
     bases = list(dict.fromkeys(predictions["base"]))
     # What is of several strengths at once, a front of them, took none.
