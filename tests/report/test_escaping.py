@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rich.cells import cell_len
 
 from fairline import jobs
 from fairline.cli import console
@@ -225,6 +226,25 @@ def test_a_long_name_is_folded_and_not_cut():
     said = shown(lambda: print_frame(pd.DataFrame({"n": [1]}, index=["[x]" * 30]), "t"), width=40)
     assert said.count("[") == 30
     assert "…" not in said
+
+
+@few
+@given(
+    shares=st.lists(st.tuples(*[st.floats(-100, 100)] * 3), min_size=1, max_size=9),
+    words=st.lists(st.text("abcτλ=.5", min_size=1, max_size=12), min_size=1, max_size=4),
+    width=st.integers(60, 200),
+)
+def test_a_table_fits_the_terminal_and_keeps_intervals_and_words_whole(shares, words, width):
+    limits = [f"[{low:+.1f}, {high:+.1f}]" for _, low, high in shares]
+    columns = {
+        f"column {place} [95 %]": [f"{value:+.1f} {limit}"]
+        for place, ((value, _, _), limit) in enumerate(zip(shares, limits, strict=True))
+    }
+    columns |= {f"word {place}": [word] for place, word in enumerate(words)}
+    said = shown(lambda: print_frame(pd.DataFrame(columns, index=["method"]), "t"), width)
+    assert max(map(cell_len, said.splitlines())) <= width
+    for whole in [*limits, *words, *(f"{value:+.1f}" for value, _, _ in shares)]:
+        assert whole in said
 
 
 @pytest.mark.parametrize("name", NASTY)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -135,20 +136,48 @@ def _text_column(form: str, **room: Any) -> TextColumn:
 
 
 def print_frame(frame: pd.DataFrame, title: str, formats: dict[str, str] | None = None) -> None:
-    """Draw a table."""
-    table = Table(title=title, title_justify="left")
-    # Names stay whole, up to a point; numbers need little room.
-    widest = min(16, max(map(len, map(str, frame.index)), default=0))
-    table.add_column(str(frame.index.name or ""), min_width=widest, overflow="fold")
-    for column in frame.columns:
-        table.add_column(str(column), justify="right", overflow="fold")
-    for index, row in frame.iterrows():
-        cells = [
-            "" if value != value else format(value, (formats or {}).get(str(column), ""))
-            for column, value in row.items()
-        ]
-        table.add_row(str(index), *cells)
-    out_console.print(table)
+    """Draw a table; columns that do not fit beside the others stand in a second one below."""
+    columns = {
+        str(name): ["" if cell != cell else visible(format(cell, (formats or {}).get(str(name), ""))) for cell in cells]
+        for name, cells in frame.items()
+    }
+    head, names = str(frame.index.name or ""), [visible(str(name)) for name in frame.index]
+    # Names stay whole, up to a point.
+    first = min(max(16, out_console.width * 3 // 10), max(map(cell_len, [head, *names])))
+    for block in _fitting(columns, out_console.width - first - 4):
+        table = Table(title=title, title_justify="left")
+        table.add_column(head, width=first, overflow="fold")
+        for column, width in block.items():
+            table.add_column(column, justify="right", overflow="fold", width=width)
+        for index, *cells in zip(names, *(columns[column] for column in block), strict=True):
+            whole = zip(cells, block.values(), strict=True)
+            table.add_row(
+                index, *(cell if cell_len(cell) <= width else cell.replace(" [", "\n[") for cell, width in whole)
+            )
+        out_console.print(table)
+        title = ""
+
+
+def _fitting(columns: dict[str, list[str]], room: int) -> list[dict[str, int]]:
+    """Columns in blocks that each fit into ``room`` cells, and their widths: intervals and words stay whole."""
+    frame_of_column = 3  # a line and two spaces
+    piece = re.compile(r"\[[^\]]*\]|\S+")
+    least = {
+        name: max(cell_len(found) for text in [visible(name), "-", *cells] for found in piece.findall(text))
+        for name, cells in columns.items()
+    }
+    blocks: list[dict[str, int]] = [{}]
+    for name, width in least.items():
+        if blocks[-1] and sum(blocks[-1].values()) + width + frame_of_column * (len(blocks[-1]) + 1) > room:
+            blocks.append({})
+        blocks[-1][name] = min(width, max(room - frame_of_column, 4))
+    for block in blocks:
+        spare = room - sum(block.values()) - frame_of_column * len(block)
+        for name, width in block.items():
+            given = min(max(spare, 0), max(map(cell_len, [visible(name), *columns[name]])) - width)
+            block[name] += max(given, 0)
+            spare -= max(given, 0)
+    return blocks
 
 
 def duration(seconds: float) -> str:
@@ -380,21 +409,17 @@ def _print_verdicts(found: Sequence[Candidate]) -> None:
     from fairline.report.verdict import limits_told, named, signed
 
     table = Table(title=f"within {found[0].verdict.within:g} points of the base network", title_justify="left")
-    for title, justify in (
-        ("network", "left"),
-        ("verdict", "left"),
-        ("decided by", "left"),
-        ("points [95 %]", "right"),
-    ):
-        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    points = [f"{signed(each.verdict.decisive['change'])}{limits_told(each.verdict.decisive)}" for each in found]
+    table.add_column("network", overflow="fold")
+    table.add_column("verdict", width=max(len(each.answer) for each in found))
+    table.add_column("decided by", overflow="fold")
+    table.add_column("points [95 %]", justify="right", width=max(map(len, [*points, "points [95 %]"])))
     known = any(each.costs for each in found)
     if known:
         table.add_column("WAN s saved", justify="right", overflow="fold")
-    for each in found:
-        cell = each.verdict.decisive
+    for each, change in zip(found, points, strict=True):
         saved = each.saved("seconds", "wan")
-        points = f"{signed(cell['change'])}{limits_told(cell)}"
-        cells = [each.name, each.answer, named(cell), points]
+        cells = [each.name, each.answer, named(each.verdict.decisive), change]
         table.add_row(*cells, *([f"{saved:.0f} %" if saved == saved else ""] if known else []))
     out_console.print(table)
 
