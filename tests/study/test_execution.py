@@ -21,7 +21,8 @@ from pandas.testing import assert_frame_equal
 
 from fairline._cores import quota
 from fairline.errors import FairlineError
-from fairline.study.cells import Cell, cells_of, require_known
+from fairline.study.cell import Cell
+from fairline.study.cells import cells_of, require_known
 from fairline.study.estimate import estimate
 from fairline.study.executors import Local, RayCluster, WorkerLost
 from fairline.study.run import run_study, status

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,21 +63,41 @@ def method_label(run: Run, info: NetworkInfo) -> str:
     return label if info.method == "snl" else f"{info.method}: {label}"
 
 
-def _steps(run: Run, varied: str = "") -> list[str]:
-    """What was done in one run, in words; ``varied`` names an option whose value is not told."""
-    if run.command == "choose":
-        rule = "" if run.config["rule"] == "worst_group" else f" by {run.config['rule'].replace('_', ' ')}"
-        first = run.candidates()[1]
-        return [*_steps(first, run.config["option"]), f"{run.config['option']} chosen{rule}"]
-    if run.command == "finetune":
-        options = {key: value for key, value in run.config["objective_options"].items() if key != varied}
-        text = settings_told(run.config["objective"], options)
-        return [text if run.config.get("distill", True) else f"{text}, labels only"]
-    if run.command == "last-layer":
-        return [last_layer_told(run.config)]
-    if run.command == "adjust":
-        tau = None if varied == "tau" else run.config["tau"]
-        return [run.config["method"].replace("_", " ") + ("" if tau is None else f" tau={tau:g}")]
+def _steps(run: Run) -> list[str]:
+    """What was done in one run, in words."""
+    # What a choice was compared with comes first.
+    return steps_told(run.config, run.candidates()[1].config if run.command == "choose" else {})
+
+
+def steps_told(config: Mapping[str, Any], chosen_from: Mapping[str, Any], varied: str = "") -> list[str]:
+    """What a job does to networks, in the words that a comparison calls them by.
+
+    >>> steps_told({"command": "finetune", "objective": "lagrangian", "objective_options": {"mu": 0.005}}, {})
+    ['lagrangian mu=0.005']
+    >>> steps_told({"command": "adjust", "method": "logit_adjust", "tau": None}, {})
+    ['logit adjust']
+
+    Args:
+        config: Its run's.
+        chosen_from: The config of one of the runs that ``choose`` chooses from; of other jobs empty.
+        varied: An option whose value is not told.
+
+    Returns:
+        The words; none of a job that changes no network.
+    """
+    command = config["command"]
+    if command == "choose":
+        rule = "" if config["rule"] == "worst_group" else f" by {config['rule'].replace('_', ' ')}"
+        return [*steps_told(chosen_from, {}, config["option"]), f"{config['option']} chosen{rule}"]
+    if command == "finetune":
+        options = {key: value for key, value in config["objective_options"].items() if key != varied}
+        text = settings_told(config["objective"], options)
+        return [text if config.get("distill", True) else f"{text}, labels only"]
+    if command == "last-layer":
+        return [last_layer_told(config)]
+    if command == "adjust":
+        tau = None if varied == "tau" else config["tau"]
+        return [config["method"].replace("_", " ") + ("" if tau is None else f" tau={tau:g}")]
     return []
 
 

@@ -12,59 +12,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from fairline import data, jobs, models, objectives
-from fairline._io import json_digest
 from fairline._own import files, identity, is_own, located
 from fairline.audit import REGISTRY as MEASURES
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.ranks import launch
 from fairline.runs import DataSpec, Run
+from fairline.study.cell import Cell
+from fairline.study.naming import baseline_among, require_baseline
 from fairline.study.spec import Finetune, StudySpec
 from fairline.training import DEFAULTS, ProgressCallback, finetune, train
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run.
-
-    Attributes:
-        kind: The job: ``train``, ``linearize``, ``finetune``, ``choose``, ``last-layer``, ``adjust``, ``audit``
-            or ``compare``.
-        arguments: What determines the result beside the parents; plain JSON.
-        parents: The cells that it is built on.
-        where: Its name for people, ``DATA-SEED/NAME``; not part of the hash.
-        about: What a table says of its networks: data, model, seed, masks, finetune; not part of the hash.
-    """
-
-    kind: str
-    arguments: Mapping[str, Any]
-    parents: tuple[Cell, ...] = ()
-    where: str = field(default="", compare=False)
-    about: Mapping[str, Any] = field(default_factory=dict, compare=False)
-
-    @cached_property
-    def key(self) -> str:
-        """Kind and hash: the name of its folder."""
-        return f"{self.kind}-{json_digest(self.content)}"
-
-    @property
-    def content(self) -> dict[str, Any]:
-        """What the hash is of."""
-        return {"kind": self.kind, "arguments": self.arguments, "parents": [parent.key for parent in self.parents]}
-
-    def ancestors(self) -> list[Cell]:
-        """Every cell that this one is built on, directly or not, each before its children."""
-        found: dict[str, Cell] = {}
-        for parent in self.parents:
-            for cell in (*parent.ancestors(), parent):
-                found.setdefault(cell.key, cell)
-        return list(found.values())
 
 
 def require_known(spec: StudySpec) -> None:
@@ -108,6 +70,8 @@ def require_known(spec: StudySpec) -> None:
         for setting in settings:
             if setting not in known:
                 raise FairlineError(f"Study '{spec.name}', {where}: there is no setting '{setting}'.")
+    compared = [cell for name in spec.data for cell in _of_one(spec, name, spec.seeds[0])[1]]
+    checks.append(("baseline", partial(require_baseline, compared, spec.baseline)))
     for where, check in checks:
         try:
             check()
@@ -174,7 +138,8 @@ def cells_of(spec: StudySpec, seeds: Sequence[int] | None = None) -> list[Cell]:
         for name, parents in compared.items():
             if parents:
                 about = {"data_label": name, "results": name if what == "compare" else f"{name}_curves"}
-                cells.append(Cell("compare", {"baseline": spec.baseline}, tuple(parents), f"{what}-{name}", about))
+                arguments = {"baseline": baseline_among(parents, spec.baseline)}
+                cells.append(Cell("compare", arguments, tuple(parents), f"{what}-{name}", about))
     return list({cell.key: cell for cell in cells}.values())
 
 

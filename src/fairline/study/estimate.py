@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from fairline import linearize, models
 from fairline._io import json_digest, read_table, resolve_device
 from fairline.runs import DataSpec
-from fairline.study.cells import Cell, cells_of, require_known
+from fairline.study.cell import Cell
+from fairline.study.cells import cells_of, require_known
 from fairline.study.spec import StudySpec
 from fairline.study.storage import Storage
 from fairline.training import DEFAULTS, finetune, train

@@ -20,7 +20,8 @@ from fairline._io import read_json, write_json
 from fairline.errors import FairlineError
 from fairline.ranks import RankLost
 from fairline.runs import FolderInUse, Run, difference
-from fairline.study.cells import Cell, cells_of, compute, require_known, try_objectives
+from fairline.study.cell import Cell
+from fairline.study.cells import cells_of, compute, require_known, try_objectives
 from fairline.study.executors import Executor, Local, WorkerLost
 from fairline.study.spec import StudySpec
 from fairline.study.storage import Storage

@@ -248,7 +248,8 @@ class StudySpec(_Strict):
         finetune: Settings of :func:`fairline.finetune`, the same for all masks that name none of their own.
         methods: The finetunes.
         choose: How one value of a method's sweep is chosen.
-        baseline: Method that the others are compared with, as the comparison names it.
+        baseline: Method that the others are compared with, as the comparison names it. A comparison without it, as one
+            without plain distillation under the default, is against the first method.
         audit: What is measured of every network.
         code: Digests of the code of the user's own model and objectives, by the name that the study gives them; noted
             as the file is read, so that a study is known, and its table found, wherever those files are now.

@@ -26,7 +26,7 @@ from typing import Any
 from fairline._io import alone, read_json, write_json, write_text
 from fairline.errors import FairlineError
 from fairline.runs import Run
-from fairline.study.cells import Cell
+from fairline.study.cell import Cell
 
 #: Folder of local copies of cells that are kept elsewhere.
 SCRATCH = "FAIRLINE_SCRATCH"

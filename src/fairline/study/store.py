@@ -14,7 +14,8 @@ from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
 from fairline.jobs import by_seed, choices, constraints, told_by_seed
 from fairline.runs import Run
-from fairline.study.cells import Cell, cells_of
+from fairline.study.cell import Cell
+from fairline.study.cells import cells_of
 from fairline.study.spec import StudySpec
 from fairline.study.storage import Storage
 
