@@ -173,6 +173,17 @@ def test_repairs_for_different_groups_are_judged_in_those_that_are_named(shop, r
     assert not (tmp_path / "bad").exists()
 
 
+def test_an_ablation_by_other_groups_of_masks_by_another_method(shop, tmp_path):
+    options = ["--epochs", "1", "--select", "last", "--vary", "mu=0.5", *GROUPS]
+    ok("ablate", shop / "half", *options, "--out", tmp_path / "ablation")
+    table = pd.read_parquet(tmp_path / "ablation" / "compare" / "comparison.parquet")
+    assert set(table["method"]) == {"random: erm", "random: lagrangian mu=0.5"}
+    assert set(table["baseline"]) == {"random: erm"}
+    assert set(table["group"]) == {*CROSSED, "overall", "worst group"}
+    metrics = pd.read_parquet(tmp_path / "ablation" / "mu-0.5" / "metrics.parquet")
+    assert {name for name in metrics if name.startswith("lambda[")} == {f"lambda[{group}]" for group in CROSSED}
+
+
 @pytest.mark.parametrize(
     ("groups", "message"),
     [

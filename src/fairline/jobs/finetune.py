@@ -262,6 +262,7 @@ def ablate_job(
     objective: str = "lagrangian",
     objective_options: Mapping[str, Any] | None = None,
     *,
+    groups: Groups | None = None,
     root: str | None = None,
     seed: int = 0,
     device: str | None = None,
@@ -277,6 +278,7 @@ def ablate_job(
         values: What it takes.
         objective: The objective.
         objective_options: Its other options.
+        groups: Other groups to finetune and compare for than the data's; as for :func:`finetune_job`.
         root: Where the data are now, if they have moved.
         seed: Of every random choice.
         device: The accelerator if there is one, by default.
@@ -296,13 +298,14 @@ def ablate_job(
         options = {**(objective_options or {}), vary: value}
         objectives.build(objective, **options)
         variants[f"{vary}-{value:g}" if isinstance(value, float) else f"{vary}-{value}"] = objective, options
-    common: dict[str, Any] = {"root": root, "seed": seed, "device": device}
+    common: dict[str, Any] = {"root": root, "seed": seed, "device": device, "groups": groups}
     runs = []
     for name, (chosen, options) in variants.items():
         told = progress if progress is None else _prefixed(progress, name)
         runs.append(finetune_job(source, Path(out) / name, chosen, options, progress=told, **common, **settings))
     folders = [run.folder for run in runs]
-    return compare_job(folders, Path(out) / "compare", baseline="erm", progress=progress, **common)
+    # The first is plain distillation, whatever the masks are called.
+    return compare_job(folders, Path(out) / "compare", progress=progress, **common)
 
 
 def _prefixed(progress: ProgressCallback, name: str) -> ProgressCallback:

@@ -149,7 +149,7 @@ def undoing(frame: pd.DataFrame) -> list[str]:
         tau = frame[(frame["measure"] == "tau") & (frame["budget"] == budget) & (frame["method"] == baseline)]
         told.append(
             f"With {budget} of the ReLUs “{group}” loses {drop['value']:.1f} points under “{baseline}”{_limits(drop)}. "
-            f"A shift by τ = {tau['value'].iloc[0]:.2g}, chosen on validation images, gives it {signed(back['value'])} "
+            f"A shift by τ = {tau['value'].iloc[0]:.3g}, chosen on validation images, gives it {signed(back['value'])} "
             f"points{_limits(back)}; {signed(beyond['value'])} beyond what it gives the base network{_limits(beyond)}."
         )
     return told
