@@ -33,7 +33,15 @@ SECTIONS = {
     ),
     "topics": (
         "Topics",
-        ["docs/linearize", "docs/mitigate", "docs/explain", "docs/private", "docs/compile", "docs/studies"],
+        [
+            "docs/linearize",
+            "docs/mitigate",
+            "docs/explain",
+            "docs/private",
+            "docs/compile",
+            "docs/studies",
+            "docs/numbers",
+        ],
     ),
     "api/index": ("Reference", [f"api/{page}" for page in reference.PAGES]),
     "results": ("Results", []),
