@@ -44,7 +44,7 @@ REGISTRY: dict[str, type[Linearizer]] = {
 }
 
 
-def build(name: str, **options: Any) -> Linearizer:
+def build(name: str, /, **options: Any) -> Linearizer:
     """Build a linearizer by name.
 
     Args:

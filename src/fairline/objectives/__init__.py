@@ -46,7 +46,7 @@ REGISTRY: dict[str, type[Objective]] = {
 }
 
 
-def build(name: str, **options: Any) -> Objective:
+def build(name: str, /, **options: Any) -> Objective:
     """Build an objective by name.
 
     Args:
