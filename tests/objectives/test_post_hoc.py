@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -137,6 +137,39 @@ def test_it_gives_a_rare_class_back(parts, trained):
     assert after > before
 
 
+@pytest.mark.parametrize("method", METHODS)
+@given(
+    tau=st.one_of(st.floats(-40, 40), st.floats(-1e5, 1e5), st.floats(allow_nan=False, allow_infinity=False)),
+    scale=st.sampled_from([1e-4, 1.0, 1e4]),
+)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_strength_is_refused_or_does_what_it_says(parts, trained, method, tau, scale):
+    """No network is handed on that overflows, or whose logits are all gone."""
+    model = fl.masking.copy_model(trained)
+    with torch.no_grad():
+        output_rows(model).weight *= scale
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    said = ""
+    try:
+        adjust_in_place(model, parts[0], method=method, tau=tau)
+    except FairlineError as error:
+        said = str(error)
+    if said:
+        assert said.endswith("beyond what float32 can hold; take a τ nearer to 0.")
+        assert scale != 1 or abs(tau) > 5
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        return
+    after = fl.predict(model, parts[1]).double()
+    original = fl.masking.copy_model(model)
+    original.load_state_dict(before)
+    expected = moved(original, parts, method, tau)
+    assert torch.isfinite(after).all()
+    assert after.any()
+    # Terms of either sign may be far above their sum.
+    size = float(expected.abs().max())
+    torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4 * size)
+
+
 def headless() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.Softmax(dim=1))
 
@@ -146,6 +179,7 @@ def headless() -> nn.Module:
     [
         ({"tau": math.nan}, "τ must be finite, not nan"),
         ({"tau": math.inf}, "τ must be finite, not inf"),
+        ({"tau": "1"}, "τ must be finite, not 1"),
         ({"method": "magic"}, "not 'magic'"),
         ({"rule": "coin"}, "not 'coin'"),
         ({"within": -1.0}, "0 or more, not -1"),

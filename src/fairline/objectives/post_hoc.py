@@ -15,7 +15,6 @@ As a scale and a shift of each class's row they change no shape, so a private in
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fairline._registry import is_number
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
@@ -70,7 +70,7 @@ def adjust(
 
     Raises:
         FairlineError: There is no last linear layer with a bias, a class has no training image, a group no validation
-            image, or a setting is out of range.
+            image, a setting is out of range, or τ so large that the layer would overflow or vanish.
 
     >>> from fairline.models import build
     >>> labels = torch.tensor([0, 0, 0, 1])
@@ -116,10 +116,24 @@ def adjust_in_place(
     scale, shift = transform(tau)
     with torch.no_grad():
         rows = slice(0, len(scale))
-        layer.weight[rows] = (layer.weight[rows].double() * scale[:, None]).to(layer.weight)
-        layer.bias[rows] = (layer.bias[rows].double() * scale + shift).to(layer.bias)
+        weight = (layer.weight[rows].double() * scale[:, None]).to(layer.weight)
+        bias = (layer.bias[rows].double() * scale + shift).to(layer.bias)
+        if _is_usable(layer.weight[rows], layer.bias[rows]) and not _is_usable(weight, bias):
+            raise FairlineError(
+                f"With τ = {tau:g} {method} leaves a last layer beyond what {str(weight.dtype).removeprefix('torch.')} "
+                "can hold; take a τ nearer to 0."
+            )
+        layer.weight[rows], layer.bias[rows] = weight, bias
     logger.info("%s: τ = %g, factors %s, shifts %s", method, tau, scale.tolist(), shift.tolist())
     return {"tau": tau, "tried": tried}
+
+
+def _is_usable(weight: Tensor, bias: Tensor) -> bool:
+    """Whether outputs can be computed in the layer's own numbers: none overflows, and not every weight underflows."""
+    held = torch.finfo(weight.dtype)
+    largest = float(weight.abs().max())
+    # Below the root of the largest number a product with an input still is one.
+    return held.tiny <= largest <= held.max**0.5 and float(bias.abs().max()) <= held.max**0.5
 
 
 def require_settings(method: str, tau: float | None, rule: str, within: float) -> None:
@@ -130,7 +144,7 @@ def require_settings(method: str, tau: float | None, rule: str, within: float) -
     """
     if method not in get_args(Method):
         raise FairlineError(f"Classes are rebalanced by {', '.join(get_args(Method))}, not '{method}'.")
-    if tau is not None and not math.isfinite(tau):
+    if tau is not None and not is_number(tau):
         raise FairlineError(f"τ must be finite, not {tau}.")
     require_rule(rule, within)
 
