@@ -213,6 +213,11 @@ def test_what_cannot_be_refitted(parts, trained):
         fl.reweight_last_layer(trained, val, gamma=math.nan)
     with pytest.raises(FairlineError, match="must be positive and finite, not 0"):
         fl.reweight_last_layer(trained, val, gamma=1.0, ridge=0)
+    for points in (math.nan, math.inf, 1.5, "many", True):
+        with pytest.raises(FairlineError, match=f"SELF takes a number of points, not {points}"):
+            fl.finetune_last_layer(trained, val, points=points)
+    with pytest.raises(FairlineError, match="γ finite and not negative, not some"):
+        fl.reweight_last_layer(trained, val, gamma="some")
     with pytest.raises(FairlineError, match="one point at least, not 0"):
         fl.finetune_last_layer(trained, val, points=0)
     with pytest.raises(FairlineError, match="3 and 4 outputs"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -161,8 +162,12 @@ def test_what_cannot_be_retrained(parts, trained):
         retrain_last_layer(nn.Sequential(nn.Flatten(), nn.Linear(64, 3, bias=False)), val)
     with pytest.raises(FairlineError, match="group, class or group_and_class"):
         retrain_last_layer(trained, val, balance="age")
-    with pytest.raises(FairlineError, match="positive strengths"):
-        retrain_last_layer(trained, val, strengths=[])
+    for strengths in ([], [0.0], [1.0, math.nan], [math.inf], ["strong"]):
+        with pytest.raises(FairlineError, match="finite, positive strengths"):
+            retrain_last_layer(trained, val, strengths=strengths)
+    for repeats in (0, 1.5, math.nan, "often"):
+        with pytest.raises(FairlineError, match=f"one subset at least, a whole number: repeats={repeats}"):
+            retrain_last_layer(trained, val, repeats=repeats)
     small = val.select(torch.cat([torch.nonzero(val.groups != 2).flatten(), torch.nonzero(val.groups == 2)[0]]))
     with pytest.raises(FairlineError, match="“class 2” has one held-out image"):
         retrain_last_layer(trained, small)

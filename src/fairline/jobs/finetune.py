@@ -35,6 +35,9 @@ from fairline.jobs.compare import compare_job
 from fairline.runs import NetworkInfo, Run
 from fairline.training import Progress, ProgressCallback, finetune, named_stage
 
+#: Balanced subsets that a last layer is averaged over unless another number is asked for.
+REPEATS = 10
+
 
 def finetune_job(
     source: str | Path,
@@ -141,17 +144,17 @@ def last_layer_job(
     method: str = "dfr",
     balance: str = "group",
     part: str = "val",
-    repeats: int = 10,
+    repeats: int = REPEATS,
     strength: float | None = None,
     within: float | None = None,
     root: str | None = None,
     seed: int = 0,
     progress: ProgressCallback | None = None,
 ) -> Run:
-    """Retrain the last layer of every network of a linearize or finetune run, into ``out``.
+    """Retrain the last layer of every network of a run, into ``out``.
 
     Args:
-        source: A linearize or finetune run.
+        source: A linearize, finetune, last-layer, adjust or choose run.
         out: The run folder.
         method: ``"dfr"`` (:func:`fairline.retrain_last_layer`), ``"afr"`` (:func:`fairline.reweight_last_layer`) or
             ``"self"`` (:func:`fairline.finetune_last_layer`, against the base network).
@@ -204,6 +207,8 @@ def _known_as(
         raise FairlineError(f"Last layers are retrained by {', '.join(LAST_LAYERS)}, not '{method}'.")
     if method != "dfr" and balance != "group":
         raise FairlineError(f"Images are balanced by {balance} under dfr only; {method} weighs classes alike.")
+    if method != "dfr" and repeats != REPEATS:
+        raise FairlineError(f"Fits are averaged over {repeats} subsets under dfr only; {method} fits to all images.")
     if part not in ("val", "train"):
         raise FairlineError(f"Last layers are retrained on val or train, not '{part}'.")
     if strength is not None and within is not None:
@@ -230,9 +235,8 @@ def _retrained(
         return objectives.retrain_last_layer(network, images, seed=seed, **strengths, **given)
     if method == "afr":
         return objectives.reweight_last_layer(network, images, gamma=strength, seed=seed, **given)
-    if strength is not None and strength != int(strength):
-        raise FairlineError(f"SELF takes a number of points, not {strength}.")
-    points = None if strength is None else int(strength)
+    # A command line has one option for all strengths, a float.
+    points: Any = strength
     return objectives.finetune_last_layer(network, images, points=points, seed=seed, **given)
 
 

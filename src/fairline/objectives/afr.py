@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fairline._registry import is_number
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.objectives.anchored import Weigh, class_balanced, refit
@@ -48,7 +48,7 @@ def reweight_last_layer(
     Raises:
         FairlineError: There is no last linear layer, a group cannot be halved, or a setting is out of range.
     """
-    if gamma is not None and not (gamma >= 0 and math.isfinite(gamma)):
+    if gamma is not None and not (is_number(gamma) and gamma >= 0):
         raise FairlineError(f"AFR needs γ finite and not negative, not {gamma}.")
     labels = held_out.labels.cpu()
 

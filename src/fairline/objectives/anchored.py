@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
+from fairline._registry import is_number
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.objectives.choice import require_rule
@@ -91,7 +91,7 @@ def refit(
     Raises:
         FairlineError: λ is out of range, there is no last linear layer, or a group cannot be halved.
     """
-    if not (ridge > 0 and math.isfinite(ridge)):
+    if not (is_number(ridge) and ridge > 0):
         raise FairlineError(f"The ridge to the original weights must be positive and finite, not {ridge}.")
     require_rule("worst_group", within or 0.0)
     by_class = held_out.num_groups < 2

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from fairline._registry import is_number
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 
@@ -58,7 +58,7 @@ def require_rule(rule: str, within: float, what: str = "τ") -> None:
     """
     if rule not in get_args(Rule):
         raise FairlineError(f"{what} is chosen by {' or '.join(get_args(Rule))}, not '{rule}'.")
-    if not (within >= 0 and math.isfinite(within)):
+    if not (is_number(within) and within >= 0):
         raise FairlineError(f"The overall accuracy that may go is in percentage points, 0 or more, not {within}.")
 
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fairline._registry import is_number, is_whole
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
@@ -77,9 +78,8 @@ def retrain_last_layer(
         return found
 
     everything = np.ones_like(halves.first)
-    fits = [
-        _fit(features, labels, _balanced(cells, everything, rng), penalty, held_out.num_classes) for _ in range(repeats)
-    ]
+    subsets = (_balanced(cells, everything, rng) for _ in range(int(repeats)))
+    fits = [_fit(features, labels, subset, penalty, held_out.num_classes) for subset in subsets]
     _replace(layer, np.mean([w for w, _ in fits], axis=0), np.mean([b for _, b in fits], axis=0))
     return found
 
@@ -127,10 +127,10 @@ def _require_possible(
     """Refuse settings out of range, and groups that cannot be halved."""
     if balance not in ("group", "class", "group_and_class"):
         raise FairlineError(f"Held-out data are balanced by group, class or group_and_class, not '{balance}'.")
-    if repeats < 1 or not strengths or min(strengths) <= 0:
-        raise FairlineError(
-            f"Retraining needs repeats ≥ 1 and positive strengths, not {repeats} and {list(strengths)}."
-        )
+    if not (is_whole(repeats) and repeats >= 1):
+        raise FairlineError(f"Retraining averages over one subset at least, a whole number: repeats={repeats}.")
+    if not strengths or not all(is_number(strength) and strength > 0 for strength in strengths):
+        raise FairlineError(f"Retraining needs finite, positive strengths, not {list(strengths)}.")
     require_rule("worst_group", within or 0.0)
     require_halves(held_out)
 

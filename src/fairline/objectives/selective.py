@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fairline._registry import is_whole
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
@@ -53,8 +54,7 @@ def finetune_last_layer(
         FairlineError: There is no last linear layer, a group cannot be halved, the networks have unlike outputs, or a
             setting is out of range.
     """
-    if points is not None and points < 1:
-        raise FairlineError(f"SELF needs one point at least, not {points}.")
+    _require_points(points)
     labels = held_out.labels.cpu()
     other = None if reference is None else predict(reference, held_out).double().cpu().log_softmax(1)
 
@@ -76,4 +76,12 @@ def finetune_last_layer(
 
         return weigh
 
-    return refit(model, held_out, prepared, POINTS if points is None else (points,), ridge, within, seed)
+    return refit(model, held_out, prepared, POINTS if points is None else (int(points),), ridge, within, seed)
+
+
+def _require_points(points: int | None) -> None:
+    """Refuse what is no number of points."""
+    if points is not None and not is_whole(points):
+        raise FairlineError(f"SELF takes a number of points, not {points}.")
+    if points is not None and points < 1:
+        raise FairlineError(f"SELF needs one point at least, not {points}.")
