@@ -22,8 +22,17 @@ from fairline._io import load_tensors, save_tensors
 from fairline.audit import EXPLAIN as EXPLAINING_MEASURES
 from fairline.audit import REGISTRY
 from fairline.cli import app, main
-from fairline.cli.options import AUDIT_MEASURES, LINEARIZERS, NORMALIZATIONS, OBJECTIVES, parse_budgets, parse_options
+from fairline.cli.options import (
+    AUDIT_MEASURES,
+    LINEARIZERS,
+    NORMALIZATIONS,
+    OBJECTIVES,
+    STUDENTS,
+    parse_budgets,
+    parse_options,
+)
 from fairline.errors import FairlineError
+from fairline.jobs import _common as jobs_common
 from fairline.runs import Run
 from fairline.runs.environment import environment
 from fairline.theory import toy
@@ -308,6 +317,35 @@ BAD = {
         ["last-layer", "RUNS/students", "--method", "afr", "--balance", "class", "--out", "x"],
         "balanced by class under dfr only",
     ),
+    "averaged and refitted": (
+        ["last-layer", "RUNS/students", "--method", "afr", "--repeats", "3", "--out", "x"],
+        "averaged over 3 subsets under dfr only; afr fits to all images",
+    ),
+    "points without end": (
+        ["last-layer", "RUNS/students", "--method", "self", "--strength", "inf", "--out", "x"],
+        "a number of points, not inf",
+    ),
+    "no points": (
+        ["last-layer", "RUNS/students", "--method", "self", "--strength", "nan", "--out", "x"],
+        "a number of points, not nan",
+    ),
+    "penalised without end": (
+        ["last-layer", "RUNS/students", "--strength", "nan", "--out", "x"],
+        "finite, positive strengths, not .nan.",
+    ),
+    "half an image": (
+        ["finetune", "RUNS/snl", "--objective", "drop", "--objective-option", "samples=1.5", "--out", "x"],
+        "'samples' is a whole number or none, not 1.5",
+    ),
+    "no cap": (
+        ["finetune", "RUNS/snl", "--objective", "lagrangian", "--objective-option", "cap=abc", "--out", "x"],
+        "'cap' is a number or none, not 'abc'",
+    ),
+    "an option called name": (["linearize", "RUNS/base", "--option", "name=odd", "--out", "x"], "argument 'name'"),
+    "adjusted beyond all numbers": (
+        ["adjust", "RUNS/students", "--tau", "1e308", "--out", "x"],
+        "beyond what float32 can hold; take a τ nearer to 0",
+    ),
     "half a point": (
         ["last-layer", "RUNS/students", "--method", "self", "--strength", "0.5", "--out", "x"],
         "a number of points, not 0.5",
@@ -506,6 +544,7 @@ def test_measures_named_in_the_help_are_those_that_exist():
     assert set(EXPLAINING_MEASURES) <= set(REGISTRY)
     assert tuple(objectives.REGISTRY) == OBJECTIVES
     assert tuple(linearize.REGISTRY) == LINEARIZERS
+    assert jobs_common.STUDENTS == STUDENTS
     assert data.NORMALIZATIONS == NORMALIZATIONS
 
 

@@ -273,11 +273,7 @@ def test_a_sweep_that_compares_nothing_fairly_is_refused(tmp_path, before, after
     ("sources", "reference", "words"),
     [
         (["plain-erm", "plain-lagrangian-mu-30"], "plain-erm", "differ in objective, objective_options.mu"),
-        (
-            ["plain-lagrangian-mu-30"],
-            "plain-erm",
-            "A choice is among runs that differ in one setting; they are the same.",
-        ),
+        (["plain-lagrangian-mu-30"], "plain-erm", "A choice needs two runs at least, which differ in one setting."),
         (["plain-lagrangian-mu-30"] * 2, "plain-erm", "differ in one setting; they are the same."),
         (["plain-lagrangian-mu-30", "plain-lagrangian-logit-adjust"], "plain-erm", "runs of one job"),
         (["masks-plain"], "plain-erm", "'linearize' run; 'finetune' or 'last-layer' or 'adjust' is needed."),

@@ -142,6 +142,8 @@ Log = Annotated[
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; the accelerator by default.")]
 
 #: Kept here so that help need not load torch; a test compares it with the registry.
+#: Commands whose runs hold linearized networks that can be trained on.
+STUDENTS = ("linearize", "finetune", "last-layer", "adjust", "choose")
 LINEARIZERS = (
     "snl",
     "deepreduce",
@@ -202,6 +204,10 @@ PrecisionOption = Annotated[
         help="fp32, bf16, or auto: bf16 where the processor has units for it and a trial says it is faster (as the "
         "base network; for that, the variable FAIRLINE_PRECISION, else auto).",
     ),
+]
+Students = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help=f"Folder of a {', '.join(STUDENTS[:-1])} or {STUDENTS[-1]} run."),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Run folder to write, or to resume.")]
 Budgets = Annotated[

@@ -29,6 +29,7 @@ from fairline.cli.options import (
     COST_MEASURES,
     COST_MODELS,
     LINEARIZERS,
+    STUDENTS,
     Baseline,
     BatchSize,
     Budgets,
@@ -58,6 +59,7 @@ from fairline.cli.options import (
     Select,
     Std,
     Strategy,
+    Students,
     Unbalanced,
     Width,
     Wire,
@@ -408,7 +410,7 @@ def finetune(
 
 @app.command("last-layer")
 def last_layer(
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a linearize or finetune run.")],
+    source: Students,
     out: Out,
     method: Annotated[
         str,
@@ -455,7 +457,7 @@ def last_layer(
 
 @app.command()
 def adjust(
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a linearize, finetune or last-layer run.")],
+    source: Students,
     out: Out,
     method: Annotated[
         str, typer.Option(help="logit_adjust (class shares), tau_norm (weights' norms) or weight_scale (learned).")
@@ -498,7 +500,7 @@ def audit(
     told: dict[str, Any],
     sources: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RUN...", help="Folders of train, linearize, finetune or compile runs."),
+        typer.Argument(metavar="RUN...", help=f"Folders of train, {', '.join(STUDENTS)} or compile runs."),
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Also take every measure that explains who pays; takes minutes a network.")
@@ -570,7 +572,8 @@ def _audit_predictions(
 @app.command()
 def compare(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of linearize, finetune or last-layer runs.")
+        list[Path],
+        typer.Argument(metavar="RUN...", help=f"Folders of {', '.join(STUDENTS[:-1])} or {STUDENTS[-1]} runs."),
     ],
     out: Out,
     baseline: Baseline = None,
@@ -698,7 +701,7 @@ def choose(
 
 @app.command("compile")
 def compile_networks(
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a linearize, finetune or last-layer run.")],
+    source: Students,
     out: Out,
     networks: Annotated[
         str, typer.Option(help="Which of its networks, comma-separated, such as budget-500; all by default.")

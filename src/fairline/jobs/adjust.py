@@ -28,7 +28,7 @@ def adjust_job(
     """Raise the logits of rare classes in every network of a run, into ``out``; see :func:`fairline.adjust`.
 
     Args:
-        source: A linearize, finetune or last-layer run.
+        source: A linearize, finetune, last-layer, adjust or choose run.
         out: The run folder.
         method: ``"logit_adjust"``, ``"tau_norm"`` or ``"weight_scale"``.
         tau: The strength; chosen for each network on the validation part by default.

@@ -58,7 +58,7 @@ def audit_job(
     Each network's numbers are kept as soon as they are known, so an interrupted audit resumes at the next network.
 
     Args:
-        sources: Folders of train, linearize, finetune or compile runs with one base network.
+        sources: Folders of train, linearize, finetune, last-layer, adjust, choose or compile runs of one base network.
         out: The run folder.
         measures: Which; see ``fairline.audit.REGISTRY``. The base network is left out where a reference is needed.
         options: Settings of measures, by name.

@@ -111,8 +111,11 @@ def varied(runs: Sequence[Run]) -> tuple[str, list[Any]]:
         Its name, and its value in each.
 
     Raises:
-        FairlineError: They have several parents, are not of one job, or differ in nothing or in more.
+        FairlineError: There is one alone, or they have several parents, are not of one job, or differ in nothing or in
+            more.
     """
+    if len(runs) < 2:
+        raise FairlineError("A choice needs two runs at least, which differ in one setting.")
     parents = {run.lineage()[-2].folder.resolve() for run in runs}
     if len(parents) > 1 or len({run.command for run in runs}) > 1:
         raise FairlineError("A choice is among runs of one job that were made of the same run.")

@@ -125,7 +125,7 @@ def compare_job(
     A budget is what was asked for; of one that cannot be met fewer are ``kept``. An interrupted comparison goes on.
 
     Args:
-        sources: Folders of linearize, finetune or last-layer runs.
+        sources: Folders of linearize, finetune, last-layer, adjust or choose runs.
         out: The run folder.
         baseline: Method to compare with, as the table names it; plain distillation by default, else the first.
         split: Part to measure on.

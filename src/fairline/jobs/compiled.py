@@ -54,7 +54,7 @@ def compile_job(
     network that is done is kept, so an interrupted job resumes at the next.
 
     Args:
-        source: A linearize, finetune or last-layer run.
+        source: A linearize, finetune, last-layer, adjust or choose run.
         out: The run folder.
         networks: Names of those to compile; all by default.
         protocol: This and what follows: see :func:`fairline.compiler.compile`.
