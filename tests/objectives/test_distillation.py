@@ -13,7 +13,7 @@ from hypothesis import given, settings
 
 import fairline as fl
 from fairline.errors import FairlineError
-from fairline.objectives import AdaAlpha, AdaMargin, BalancedKD, Batch, LogitAdjust, LongTailKD, Objective
+from fairline.objectives import AdaAlpha, AdaMargin, BalancedKD, Batch, LogitAdjust, LongTailKD, Objective, Reweighting
 from fairline.objectives.long_tail_kd import split_divergence
 from tests.conftest import make_data
 from tests.reference import objectives as slow
@@ -81,6 +81,11 @@ def logit_adjust(data, batch, temperature):
     return objective, lambda z, t, i: slow.shifted_loss(z, t, int(batch.labels[i]), COUNTS, 1.3, temperature)
 
 
+def logit_adjust_alone(data, batch, temperature):
+    objective = started(LogitAdjust(tau=0.7, temperature=temperature), data)
+    return objective, lambda z, t, i: slow.adjusted_loss(z, t, int(batch.labels[i]), COUNTS, 0.7, temperature)
+
+
 def balanced_kd(data, batch, temperature):
     objective = started(BalancedKD(strength=0.7, ce_strength=0.4, temperature=temperature), data)
     counts = torch.bincount(data.groups).tolist()
@@ -93,33 +98,76 @@ def balanced_kd(data, batch, temperature):
     return objective, loss
 
 
-def ada_alpha(data, batch, temperature):
+def cells_of(images, by):
+    """The class or group of each image or of a batch's."""
+    return images.labels if by == "class" else images.groups
+
+
+def ada_alpha(data, batch, temperature, by="class"):
     seen = torch.randn(len(data), 4, generator=rng(3)) + 2 * F.one_hot(data.labels, 4)
-    objective = started(AdaAlpha(strength=1.5, by="class", temperature=temperature), data, seen)
-    margins = slow.mean_margins(seen, data.labels, data.labels, 4)
+    objective = started(AdaAlpha(strength=1.5, by=by, temperature=temperature), data, seen)
+    cells = cells_of(data, by)
+    margins = slow.mean_margins(seen, data.labels, cells, int(cells.max()) + 1)
 
     def loss(z, t, i):
-        y = int(batch.labels[i])
-        alpha = max(0.0, margins[y]) ** 1.5 / 2
-        return slow.weighted_loss(z, t, y, 2 * (1 - alpha), 2 * alpha, temperature)
+        alpha = max(0.0, margins[int(cells_of(batch, by)[i])]) ** 1.5 / 2
+        return slow.weighted_loss(z, t, int(batch.labels[i]), 2 * (1 - alpha), 2 * alpha, temperature)
 
     return objective, loss
 
 
-def ada_margin(data, batch, temperature):
+def ada_alpha_by_group(data, batch, temperature):
+    return ada_alpha(data, batch, temperature, by="group")
+
+
+def ada_margin(data, batch, temperature, by="group"):
     seen = torch.randn(len(data), 4, generator=rng(4))
-    objective = started(AdaMargin(strength=2.0, temperature=temperature), data, seen)
-    margins = slow.mean_margins(seen, data.labels, data.groups, data.num_groups)
+    objective = started(AdaMargin(strength=2.0, by=by, temperature=temperature), data, seen)
+    cells = cells_of(data, by)
+    margins = slow.mean_margins(seen, data.labels, cells, int(cells.max()) + 1)
 
     def loss(z, t, i):
-        margin = 2.0 * (1 - margins[int(batch.groups[i])])
+        margin = 2.0 * (1 - margins[int(cells_of(batch, by)[i])])
         return slow.lowered_loss(z, t, int(batch.labels[i]), margin, temperature)
 
     return objective, loss
 
 
+def ada_margin_by_class(data, batch, temperature):
+    return ada_margin(data, batch, temperature, by="class")
+
+
+def reweighted(by, beta):
+    """Reweighting, whose weights stand before each sample's whole loss."""
+
+    def make(data, batch, temperature):
+        objective = started(Reweighting(beta=beta, by=by, temperature=temperature), data)
+        weights = slow.effective_weights(torch.bincount(cells_of(data, by)).tolist(), beta)
+
+        def loss(z, t, i):
+            weight = weights[int(cells_of(batch, by)[i])]
+            return weight * slow.sample_loss(z, t, int(batch.labels[i]), temperature)
+
+        return objective, loss
+
+    make.__name__ = f"reweighted by {by}, {beta}"
+    return make
+
+
+FORMULAS = [
+    logit_adjust,
+    logit_adjust_alone,
+    balanced_kd,
+    ada_alpha,
+    ada_alpha_by_group,
+    ada_margin,
+    ada_margin_by_class,
+    *(reweighted(by, beta) for by in ("group", "class") for beta in (None, 0.0, 0.9)),
+]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-@pytest.mark.parametrize("make", [logit_adjust, balanced_kd, ada_alpha, ada_margin])
+@pytest.mark.parametrize("make", FORMULAS, ids=lambda make: make.__name__)
 def test_value_and_gradient_are_those_of_the_formula(make, temperature):
     data = crossed()
     student, teacher, batch = sample(data)
@@ -127,8 +175,11 @@ def test_value_and_gradient_are_those_of_the_formula(make, temperature):
     mine = objective.losses(student, teacher, batch)
     theirs = torch.stack([formula(z, t, i) for i, (z, t) in enumerate(zip(student, teacher, strict=True))])
     # Shares, weights and margins are kept in float32.
-    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
-    (gradient,) = torch.autograd.grad(objective.reduce(mine, batch), student)
+    value = objective.reduce(mine, batch)
+    torch.testing.assert_close(value, theirs.mean(), rtol=1e-5, atol=1e-6)
+    if not isinstance(objective, Reweighting):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(value, student)
     (expected,) = torch.autograd.grad(theirs.mean(), student)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
     assert torch.autograd.gradcheck(lambda z: objective.reduce(objective.losses(z, teacher, batch), batch), student)

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fairline.errors import FairlineError
 from fairline.objectives import Batch, GroupDRO
 from tests.conftest import make_data
 from tests.objectives.problems import solve
+from tests.reference import objectives as slow
 
 
 def test_it_ends_where_the_worst_group_is_best_off():
@@ -36,6 +39,39 @@ def test_one_step_written_out():
     other.start(data)
     other.load_state_dict(objective.state_dict())
     assert torch.equal(other.weights, objective.weights)
+
+
+@given(
+    step=st.sampled_from([0.01, 0.5]),
+    adjustment=st.sampled_from([0.0, 2.0]),
+    n=st.integers(1, 12),
+    temperature=st.sampled_from([1.0, 4.0]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=25)
+def test_value_and_gradient_are_those_of_the_formula_batch_after_batch(step, adjustment, n, temperature, seed):
+    data = make_data(300, classes=3)
+    objective = GroupDRO(step=step, adjustment=adjustment, temperature=temperature)
+    objective.start(data)
+    generator = torch.Generator().manual_seed(seed)
+    batches, mine = [], []
+    for _ in range(3):
+        index = torch.randperm(len(data), generator=generator)[:n]
+        student, teacher = 2 * torch.randn(2, n, 3, generator=generator, dtype=torch.float64)
+        batch = Batch(data.images[index].float(), data.labels[index], data.groups[index], index)
+        batches.append((student.requires_grad_(), teacher, batch.labels.tolist(), batch.groups.tolist()))
+        value = objective.reduce(objective.losses(student, teacher, batch), batch)
+        mine.append((value, objective.weights.double()))
+    sizes = data.counts()["n"].tolist()
+    for (value, q), theirs, weights, (student, *_) in zip(
+        mine, *slow.group_dro(batches, sizes, step, adjustment, temperature), batches, strict=True
+    ):
+        # q and the margins are kept in float32.
+        torch.testing.assert_close(value.double(), theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(q, torch.tensor(weights, dtype=torch.float64), rtol=1e-4, atol=1e-6)
+        (gradient,) = torch.autograd.grad(value, student)
+        (expected,) = torch.autograd.grad(theirs, student)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_large_losses_do_not_overflow():

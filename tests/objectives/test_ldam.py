@@ -15,10 +15,15 @@ from tests.objectives.problems import SHARE, N, two_groups
 from tests.reference.objectives import sample_loss
 
 
-def test_value_and_gradient_written_out():
+@pytest.mark.parametrize(
+    ("defer", "epoch", "weighted"), [(0.0, 0, True), (0.5, 0, False), (0.5, 1, False), (0.5, 2, True), (1.0, 3, False)]
+)
+def test_value_and_gradient_written_out_before_and_after_the_weights_come(defer, epoch, weighted):
     data = make_data(300, classes=3)
-    objective = LDAM(margin=2.0, defer=0)
+    objective = LDAM(margin=2.0, defer=defer)
+    objective.total_epochs = 4
     objective.start(data)
+    objective.load_state_dict({"seen": epoch * len(data)})
     n = torch.bincount(data.labels).double()
     assert objective.margins.tolist() == pytest.approx([2.0 * float((n.min() / k) ** 0.25) for k in n], rel=1e-6)
     index = torch.arange(9)
@@ -26,7 +31,7 @@ def test_value_and_gradient_written_out():
     student.requires_grad_()
     batch = Batch(data.images[index].float(), data.labels[index], data.groups[index], index)
     effective = (1 - 0.9999**n) / (1 - 0.9999)
-    weights = 1 / effective / (n / effective).sum() * n.sum()
+    weights = 1 / effective / (n / effective).sum() * n.sum() if weighted else torch.ones(3)
     losses = []
     for z, t, y in zip(student, teacher, batch.labels.tolist(), strict=True):
         margin = 2.0 * float((n.min() / n[y]) ** 0.25)

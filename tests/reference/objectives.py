@@ -86,6 +86,42 @@ def shifted_loss(logits, teacher_logits, label, counts, tau, temperature):
     return -(logits + shift).softmax(0)[label].log() + temperature**2 * (p * (p / q).log()).sum()
 
 
+def adjusted_loss(logits, teacher_logits, label, counts, tau, temperature):
+    """CE on ``z + τ·log π`` plus T²·KL to the teacher as it is, of one sample."""
+    shift = tau * torch.tensor([np.log(n / sum(counts)) for n in counts], dtype=logits.dtype)
+    p = (teacher_logits / temperature).softmax(0)
+    q = (logits / temperature).softmax(0)
+    return -(logits + shift).softmax(0)[label].log() + temperature**2 * (p * (p / q).log()).sum()
+
+
+def effective_weights(counts, beta):
+    """``1/n``, or ``(1 − β)/(1 − βⁿ)``, of each class or group, scaled so that their mean over samples is 1."""
+    raw = [1 / n if beta is None else (1 - beta) / (1 - beta**n) for n in counts]
+    mean = sum(n * w for n, w in zip(counts, raw, strict=True)) / sum(counts)
+    return [w / mean for w in raw]
+
+
+def group_dro(batches, sizes, step, adjustment, temperature=4.0):
+    """``Σₐ qₐ·(Lₐ(B) + C/√nₐ)`` of each of some batches in turn, and q after each, a group at a time.
+
+    A batch is logits, teacher's logits, labels and groups; q takes its step before the loss, and is a constant in it.
+    """
+    q = [1 / len(sizes)] * len(sizes)
+    values, weights = [], []
+    for logits, teacher_logits, labels, groups in batches:
+        losses = [sample_loss(z, t, y, temperature) for z, t, y in zip(logits, teacher_logits, labels, strict=True)]
+        adjusted = {}
+        for group, n in enumerate(sizes):
+            own = [loss for loss, g in zip(losses, groups, strict=True) if g == group]
+            if own:
+                adjusted[group] = sum(own) / len(own) + adjustment / n**0.5
+        q = [w * np.exp(step * float(adjusted[g].detach())) if g in adjusted else w for g, w in enumerate(q)]
+        q = [w / sum(q) for w in q]
+        values.append(sum(q[g] * loss for g, loss in adjusted.items()))
+        weights.append(q)
+    return values, weights
+
+
 def power_weights(counts, exponent):
     """``n^−exponent`` of each class or group, scaled so that their mean over samples is 1."""
     raw = [n**-exponent for n in counts]
