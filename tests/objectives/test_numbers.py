@@ -1,4 +1,4 @@
-"""No objective takes a number that is not finite, whatever the option."""
+"""No objective takes a number that is not finite, whatever the option, nor half of what comes in wholes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fairline.errors import FairlineError
 from fairline.objectives import REGISTRY, build
 
 
-def numbers() -> list[tuple[str, str]]:
-    """Every objective with each of its options whose default, or only other kind, is a number."""
+def numbers(*kinds: str) -> list[tuple[str, str]]:
+    """Every objective with each of its options whose default, or only other kind, is a number of one of these kinds."""
     found = []
     for name, kind in REGISTRY.items():
         seen = {}
@@ -22,13 +22,20 @@ def numbers() -> list[tuple[str, str]]:
         for option, parameter in seen.items():
             if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
                 annotation = str(parameter.annotation)
-                if "float" in annotation or "int" in annotation:
+                if any(kind in annotation for kind in kinds):
                     found.append((name, option))
     return found
 
 
-@pytest.mark.parametrize(("name", "option"), numbers())
+@pytest.mark.parametrize(("name", "option"), numbers("float", "int"))
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
 def test_a_number_that_is_not_finite_is_refused(name, option, number):
     with pytest.raises(FairlineError):
         build(name, **{option: number})
+
+
+@pytest.mark.parametrize(("name", "option"), numbers("int"))
+@pytest.mark.parametrize("number", [2.5, math.nan, math.inf])
+def test_a_class_itself_takes_whole_numbers_where_it_counts(name, option, number):
+    with pytest.raises(FairlineError, match=f"whole.*{number}"):
+        REGISTRY[name](**{option: number})

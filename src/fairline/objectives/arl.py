@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairline._registry import is_whole
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.objectives.base import Batch, Objective
@@ -45,10 +46,10 @@ class ARL(Objective):
 
     def __init__(self, lr: float = 0.01, pixels: int = 8, **options: float) -> None:
         super().__init__(**options)
-        if not (lr > 0 and math.isfinite(lr)) or not pixels >= 1:
-            raise FairlineError(f"ARL needs a finite lr > 0 and pixels ≥ 1, not {lr} and {pixels}.")
+        if not (lr > 0 and math.isfinite(lr)) or not (is_whole(pixels) and pixels >= 1):
+            raise FairlineError(f"ARL needs a finite lr > 0 and a whole number of pixels ≥ 1, not {lr} and {pixels}.")
         self.lr = lr
-        self.pixels = pixels
+        self.pixels = int(pixels)
 
     def start(self, train_data: GroupedData) -> None:
         """An adversary that weights all samples alike."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairline._registry import is_whole
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.objectives.base import Objective
@@ -41,12 +42,12 @@ class Constrained(Objective):
         super().__init__(**options)
         if cap is not None and not (cap > 0 and math.isfinite(cap)):
             raise FairlineError(f"The cap of the multipliers must be positive and finite: cap={cap}.")
-        if samples is not None and samples < 1:
-            raise FairlineError(f"λ needs one image of each group at least: samples={samples}.")
+        if samples is not None and not (is_whole(samples) and samples >= 1):
+            raise FairlineError(f"λ needs one image of each group at least, and whole ones: samples={samples}.")
         if on not in PARTS:
             raise FairlineError(f"Violations are taken on train or val, not '{on}'.")
         self.cap = cap
-        self.samples = samples
+        self.samples = None if samples is None else int(samples)
         self.on = on
         self.multipliers = torch.zeros(0)
         self.violations: dict[str, Tensor] = {}

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fairline._registry import is_whole
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.objectives.base import Batch, Objective
@@ -80,10 +81,10 @@ class LongTailKD(Objective):
         super().__init__(**options)
         if not (strength >= 0 and math.isfinite(strength)):
             raise FairlineError(f"The strength of rebalancing must be finite and not negative: strength={strength}.")
-        if parts < 2:
-            raise FairlineError(f"Classes are parted in 2 sets at least: parts={parts}.")
+        if not (is_whole(parts) and parts >= 2):
+            raise FairlineError(f"Classes are parted in 2 sets at least, and whole ones: parts={parts}.")
         self.strength = strength
-        self.parts = parts
+        self.parts = int(parts)
 
     def start(self, train_data: GroupedData) -> None:
         """Part the classes by their frequencies."""
