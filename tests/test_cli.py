@@ -341,6 +341,13 @@ BAD = {
         ["finetune", "RUNS/snl", "--objective", "lagrangian", "--objective-option", "cap=abc", "--out", "x"],
         "'cap' is a number or none, not 'abc'",
     ),
+    **{
+        f"the command's own {key}": (
+            ["linearize", "RUNS/base", "--option", f"{key}=odd", "--out", "x"],
+            f"'{key}' is no option of a method but one of the command",
+        )
+        for key in ("source", "objective", "seed", "device", "groups", "strategy", "log", "progress")
+    },
     "an option called name": (["linearize", "RUNS/base", "--option", "name=odd", "--out", "x"], "argument 'name'"),
     "adjusted beyond all numbers": (
         ["adjust", "RUNS/students", "--tau", "1e308", "--out", "x"],

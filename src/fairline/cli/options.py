@@ -252,6 +252,26 @@ def parse_options(pairs: list[str] | None) -> dict[str, Any]:
     return options
 
 
+def method_options(pairs: list[str] | None, job: Callable[..., Any]) -> dict[str, Any]:
+    """Read options of a method that are handed on beside a job's own arguments.
+
+    Args:
+        pairs: As for :func:`parse_options`.
+        job: What they are handed to.
+
+    Returns:
+        As there.
+
+    Raises:
+        FairlineError: As there; or a key is called like an argument of the job.
+    """
+    options = parse_options(pairs)
+    for key in options:
+        if key in (*inspect.signature(job).parameters, "devices", "strategy", "log"):
+            raise FairlineError(f"'{key}' is no option of a method but one of the command.")
+    return options
+
+
 def parse_measure_options(pairs: list[str] | None) -> dict[str, dict[str, Any]]:
     """Read options of the form MEASURE.KEY=VALUE.
 

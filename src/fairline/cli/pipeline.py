@@ -66,6 +66,7 @@ from fairline.cli.options import (
     Within,
     data_spec,
     drop_none,
+    method_options,
     network_view,
     one_or_all,
     parse_budgets,
@@ -314,7 +315,7 @@ def linearize(
         surrogate=surrogate,
         precision=precision,
     )
-    settings = {**parse_options(option), **named}
+    settings = {**method_options(option, linearize_job), **named}
     if quick:
         settings = _quick(source, parse_budgets(budgets), method, settings, root, device)
     costly = {**parse_options(cost_option), **drop_none(protocol=for_cost, network=network, minimise=minimise)}
