@@ -184,6 +184,85 @@ def test_an_ablation_by_other_groups_of_masks_by_another_method(shop, tmp_path):
     assert {name for name in metrics if name.startswith("lambda[")} == {f"lambda[{group}]" for group in CROSSED}
 
 
+def worst_in_the_crossed_groups(run):
+    """Of the first network of a run, in [0, 1], on the validation part."""
+    network, _ = load_network(next((run / "networks").iterdir()))
+    val = Run.read(run).data.load()[1]["val"].regroup(["sex", "age:0-17,18+"])
+    right = (fl.predict(network, val).argmax(1) == val.labels).double()
+    return min(float(right[val.groups == group].mean()) for group in range(val.num_groups))
+
+
+def judged_by(folder, out):
+    ok("audit", folder, "--resamples", "50", "--out", out)
+    return set(pd.read_parquet(out / "audit.parquet")["group"]) - {"overall"}
+
+
+def test_a_last_layer_is_balanced_by_other_groups(shop, repaired, tmp_path):
+    ok("last-layer", shop / "plain", "--part", "train", "--out", tmp_path / "as_ever")
+    assert "groups" not in json.loads((tmp_path / "as_ever" / "config.json").read_text())
+    ok("last-layer", shop / "plain", "--part", "train", *GROUPS, "--out", tmp_path / "crossed")
+    config = json.loads((tmp_path / "crossed" / "config.json").read_text())
+    assert config.pop("groups") == ["sex", "age:0-17,18+"]
+    assert config == json.loads((tmp_path / "as_ever" / "config.json").read_text())
+    train = Run.read(shop / "plain").data.load()[1]["train"]
+    by = {"as_ever": train, "crossed": train.regroup(["sex", "age:0-17,18+"])}
+    for name, part in by.items():
+        metrics = pd.read_parquet(tmp_path / name / "metrics.parquet")
+        assert set(metrics["per_cell"]) == {part.counts()["n"].min()}
+    assert by["as_ever"].counts()["n"].min() != by["crossed"].counts()["n"].min()
+    assert judged_by(tmp_path / "crossed", tmp_path / "audit") == CROSSED
+
+
+def test_tau_is_chosen_in_other_groups(shop, repaired, tmp_path):
+    ok("adjust", shop / "plain", "--out", tmp_path / "as_ever")
+    assert "groups" not in json.loads((tmp_path / "as_ever" / "config.json").read_text())
+    ok("adjust", shop / "plain", *GROUPS, "--out", tmp_path / "crossed")
+    metrics = pd.read_parquet(tmp_path / "crossed" / "metrics.parquet")
+    worst = worst_in_the_crossed_groups(tmp_path / "crossed")
+    assert metrics.loc[metrics["chosen"], "worst_group_accuracy"].item() == pytest.approx(worst)
+    # The network calls all images the same, so by what they show one group is all wrong.
+    ok("adjust", shop / "plain", "--groups", "finding", "--out", tmp_path / "by_class")
+    tables = [pd.read_parquet(tmp_path / name / "metrics.parquet") for name in ("as_ever", "by_class")]
+    assert tables[0]["worst_group_accuracy"].min() > 0
+    assert tables[1]["worst_group_accuracy"].max() == 0
+    assert judged_by(tmp_path / "crossed", tmp_path / "audit") == CROSSED
+    # What is named later wins.
+    ok("last-layer", tmp_path / "crossed", "--part", "train", "--groups", "sex", "--out", tmp_path / "by_sex")
+    assert judged_by(tmp_path / "by_sex", tmp_path / "audit_by_sex") == {"f", "m"}
+
+
+def test_a_strength_is_chosen_in_groups_that_are_named(shop, repaired, tmp_path):
+    for tau in ("0.5", "2"):
+        ok("adjust", shop / "plain", "--tau", tau, "--out", tmp_path / tau)
+        ok("adjust", shop / "plain", "--tau", tau, *GROUPS, "--out", tmp_path / f"{tau} for both")
+    choose = ["choose", tmp_path / "0.5", tmp_path / "2", "--reference", shop / "plain"]
+    ok(*choose, "--out", tmp_path / "as_ever")
+    assert "groups" not in json.loads((tmp_path / "as_ever" / "config.json").read_text())
+    assert set(pd.read_parquet(tmp_path / "as_ever" / "metrics.parquet")["worst_group"]) <= {"f", "m"}
+    ok(*choose, *GROUPS, "--out", tmp_path / "crossed")
+    metrics = pd.read_parquet(tmp_path / "crossed" / "metrics.parquet")
+    assert set(metrics["worst_group"]) <= CROSSED
+    worst = worst_in_the_crossed_groups(tmp_path / "crossed")
+    assert metrics.loc[metrics["chosen"], "worst_group_accuracy"].item() == pytest.approx(worst)
+    assert judged_by(tmp_path / "crossed", tmp_path / "audit") == CROSSED
+    # What is named wins over what the runs are for.
+    choose = ["choose", tmp_path / "0.5 for both", tmp_path / "2 for both", "--reference", shop / "plain"]
+    ok(*choose, "--groups", "sex", "--out", tmp_path / "by_sex")
+    assert set(pd.read_parquet(tmp_path / "by_sex" / "metrics.parquet")["worst_group"]) <= {"f", "m"}
+    assert judged_by(tmp_path / "by_sex", tmp_path / "audit_by_sex") == {"f", "m"}
+
+
+def test_what_is_chosen_in_groups_that_do_not_fit_leaves_no_folder(shop, repaired, refused, tmp_path):
+    for tau in ("1", "2"):
+        ok("adjust", shop / "plain", "--tau", tau, "--out", tmp_path / tau)
+    choose = ("choose", tmp_path / "1", tmp_path / "2", "--reference", shop / "plain")
+    for command in (("last-layer", shop / "plain"), ("adjust", shop / "plain"), choose):
+        assert "has no column 'hair'" in refused(*command, "--groups", "hair", "--out", tmp_path / "bad")
+        said = refused(*command, "--groups", "ward", "--out", tmp_path / "bad")
+        assert "needs every group, but 'one' has no image" in said
+        assert not (tmp_path / "bad").exists()
+
+
 @pytest.mark.parametrize(
     ("groups", "message"),
     [

@@ -433,6 +433,7 @@ def last_layer(
         float | None,
         typer.Option(help="Choose among strengths that cost no more overall accuracy, in percentage points. Any."),
     ] = None,
+    groups: OtherGroups = None,
     root: Root = None,
     seed: Seed = 0,
 ) -> None:
@@ -449,6 +450,7 @@ def last_layer(
             repeats=repeats,
             strength=strength,
             within=within,
+            groups=one_or_all(groups),
             root=None if root is None else str(root),
             seed=seed,
             progress=progress,
@@ -474,6 +476,7 @@ def adjust(
         ),
     ] = "worst_group",
     within: Annotated[float, typer.Option(help="Overall accuracy that may go, in percentage points.")] = 1.0,
+    groups: OtherGroups = None,
     root: Root = None,
 ) -> None:
     """Raise the logits of rare classes in every network of a run, in its last layer: no training, no other cost."""
@@ -487,6 +490,7 @@ def adjust(
             tau=tau,
             rule=rule,  # type: ignore[arg-type]
             within=within,
+            groups=one_or_all(groups),
             root=None if root is None else str(root),
             progress=progress,
         )
@@ -679,6 +683,7 @@ def choose(
         ),
     ] = "worst_group",
     within: Annotated[float, typer.Option(help="Overall accuracy that may go, in percentage points.")] = 1.0,
+    groups: OtherGroups = None,
     root: Root = None,
     device: Device = None,
 ) -> None:
@@ -692,6 +697,7 @@ def choose(
             reference=reference,
             rule=rule,  # type: ignore[arg-type]
             within=within,
+            groups=one_or_all(groups),
             root=None if root is None else str(root),
             device=device,
             progress=progress,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,9 @@ STUDENTS = ("linearize", "finetune", "last-layer", "adjust", "choose")
 
 #: Commands whose runs hold linearized networks.
 LINEARIZED = (*STUDENTS, "compile")
+
+#: Commands that can be told other groups than the data's, which hold for what is built on their runs.
+_REGROUPING = ("linearize", "finetune", "last-layer", "adjust", "choose")
 
 #: What is told of a network while it is made: a row an epoch, for ``metrics.parquet``.
 Rows = list[dict[str, Any]]
@@ -137,14 +141,22 @@ def load_parts(run: Run, root: str | None, groups: Groups | None = None) -> dict
     return parts if groups is None else regrouped(parts, groups)
 
 
+def parts_once(run: Run, root: str | None, groups: Groups | None) -> Callable[[], dict[str, GroupedData]]:
+    """As :func:`load_parts`, once, when they are asked for; at once where groups are named, which may not fit them."""
+    parts = cache(partial(load_parts, run, root, groups))
+    if groups is not None:
+        parts()
+    return parts
+
+
 def made_for(run: Run) -> Groups | None:
-    """Other groups than the data's that a run's masks or networks were trained under, the last that were named."""
+    """Other groups than the data's that a run's masks or networks were made or chosen in, the last that were named."""
     for each in reversed(run.lineage()):
-        # What a choice was made of is not before it, but beside.
-        found = [each.config.get("groups")] if each.command in ("linearize", "finetune") else []
-        found += [made_for(candidate) for candidate in each.candidates()]
+        # What a choice was made of is not before it, but beside; groups that it names win.
+        found = [made_for(candidate) for candidate in each.candidates()]
+        found += [each.config.get("groups")] if each.command in _REGROUPING else []
         if groups := [own for own in found if own is not None]:
-            return cast(Groups, groups[-1])
+            return groups[-1]
     return None
 
 
@@ -187,6 +199,11 @@ def settings_told(name: str, options: Mapping[str, Any]) -> str:
 def load_base(run: Run) -> tuple[nn.Module, NetworkInfo]:
     """The base network that a run's networks come from."""
     return load_network(run.base().base_network())
+
+
+def with_step(info: NetworkInfo, told: str) -> NetworkInfo:
+    """What stands beside a network that one step more was done to, which is told in words."""
+    return replace(info, stage="finetuned", objective=f"{info.objective} + {told}" if info.objective else told)
 
 
 def remake(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from fairline import objectives
 from fairline._own import files, identity
 from fairline.data import Groups
 from fairline.data.grouped import GroupedData
-from fairline.jobs._common import load_parts
+from fairline.jobs._common import parts_once
 from fairline.ranks import here
 from fairline.runs import Run
 
@@ -44,10 +43,7 @@ def tried_on(
     Returns:
         Gives the parts of the data, which are loaded once, when they are asked for.
     """
-    parts = cache(partial(load_parts, parent, root, groups))
-    if groups is not None:
-        # Before the folder is taken: the groups may not fit the data.
-        parts()
+    parts = parts_once(parent, root, groups)
     if not Run(out).finished:
         # Of several processes the first writes, so it tries what a checkpoint keeps; all are told.
         here().first(lambda: objectives.try_on(objective, options, lambda: parts()["train"]))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from fairline.jobs._common import STUDENTS, Rows, built_on, do_once, load_base, load_parts, remake
+from fairline.data import Groups
+from fairline.jobs._common import STUDENTS, Rows, built_on, do_once, in_groups, load_base, parts_once, remake, with_step
 from fairline.objectives.post_hoc import Method, Rule, adjust_in_place, require_settings
 from fairline.runs import NetworkInfo, Run
 from fairline.training import Progress, ProgressCallback
@@ -22,6 +23,7 @@ def adjust_job(
     tau: float | None = None,
     rule: Rule = "worst_group",
     within: float = 1.0,
+    groups: Groups | None = None,
     root: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> Run:
@@ -34,6 +36,8 @@ def adjust_job(
         tau: The strength; chosen for each network on the validation part by default.
         rule: How; losses are counted against the base network.
         within: Overall accuracy that may go, in percentage points, under the rule ``"worst_group"``.
+        groups: Other groups to choose in than those that the run was made for; see :meth:`GroupedData.regroup`. What is
+            built on the run is chosen and judged in them.
         root: Where the data are now, if they have moved.
         progress: Told of every network.
 
@@ -45,31 +49,24 @@ def adjust_job(
     """
     require_settings(method, tau, rule, within)
     parent = Run.read(source, *STUDENTS)
-    config = {**built_on(parent), "method": method, "tau": tau, "rule": rule, "within": within}
+    settings: dict[str, Any] = {"method": method, "tau": tau, "rule": rule, "within": within}
+    config = {**built_on(parent), **settings, **in_groups(groups)}
+    data = parts_once(parent, root, groups)
+    if groups is not None and tau is None:
+        data()["val"].require_groups("choosing τ")
 
     def work(run: Run) -> None:
-        parts = load_parts(parent, root)
+        parts = data()
         base, _ = load_base(parent)
         count = len(parent.networks())
 
         def change(position: int, name: str, network: nn.Module, info: NetworkInfo) -> tuple[NetworkInfo, Rows]:
-            said = adjust_in_place(
-                network,
-                parts["train"],
-                parts["val"],
-                method=method,
-                tau=tau,
-                reference=base if rule == "largest_loss" else None,
-                rule=rule,
-                within=within,
-            )
+            reference = base if rule == "largest_loss" else None
+            said = adjust_in_place(network, parts["train"], parts["val"], reference=reference, **settings)
             tried = [{**row, "chosen": row["tau"] == said["tau"]} for row in said["tried"]]
             if progress is not None:
                 progress(Progress("adjusting", position, count, name))
-            told = method.replace("_", " ")
-            objective = f"{info.objective} + {told}" if info.objective else told
-            after = replace(info, stage="finetuned", objective=objective)
-            return after, tried or [{"tau": said["tau"], "chosen": True}]
+            return with_step(info, method.replace("_", " ")), tried or [{"tau": said["tau"], "chosen": True}]
 
         remake(parent, run, change)
 

@@ -11,10 +11,21 @@ import pandas as pd
 import torch
 
 from fairline._io import read_table, resolve_device, write_table
+from fairline.data import Groups
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
-from fairline.jobs._common import STUDENTS, Rows, built_on, do_once, judged_in, load_base, load_parts, open_runs
+from fairline.jobs._common import (
+    STUDENTS,
+    Rows,
+    built_on,
+    do_once,
+    in_groups,
+    judged_in,
+    load_base,
+    open_runs,
+    parts_once,
+)
 from fairline.objectives.choice import Rule, accuracies, chosen, is_within, require_rule
 from fairline.runs import Run, load_info, load_network, save_network
 from fairline.training import Progress, ProgressCallback
@@ -25,6 +36,9 @@ _CANDIDATES = ("finetune", "last-layer", "adjust")
 #: Strength of the reference, which is taken where no other is near enough.
 NONE = "none"
 
+#: What every group is needed for.
+_PURPOSE = "choosing a strength"
+
 
 def choose_job(
     sources: Sequence[str | Path],
@@ -33,6 +47,7 @@ def choose_job(
     reference: str | Path,
     rule: Rule = "worst_group",
     within: float = 1.0,
+    groups: Groups | None = None,
     root: str | None = None,
     device: str | None = None,
     progress: ProgressCallback | None = None,
@@ -49,6 +64,8 @@ def choose_job(
         reference: Plain distillation of the same masks, with the same budgets.
         rule: See :func:`fairline.objectives.choice.chosen`; losses are counted against the base network.
         within: Overall accuracy that may be lost against the reference, in percentage points, under ``"worst_group"``.
+        groups: Other groups to choose in than those that the runs are made for; see :meth:`GroupedData.regroup`. What
+            is built on the run is chosen and judged in them.
         root: Where the data are now, if they have moved.
         device: The accelerator if there is one, by default.
         progress: Told of every network.
@@ -66,25 +83,31 @@ def choose_job(
     where = resolve_device(device)
     runs = open_runs("A choice", sources, *_CANDIDATES)
     plain = Run.read(reference, *STUDENTS)
+    config = {**_choice(runs, plain), "rule": rule, "within": within, **in_groups(groups)}
+    data = parts_once(runs[0], root, judged_in(runs, groups))
+    if groups is not None:
+        data()["val"].require_groups(_PURPOSE)
+    strengths = [NONE, *(strength(config["option"], value) for value in config["values"])]
+    tried = [_Tried(*each) for each in zip(strengths, [plain, *runs], strict=True)]
+
+    def work(run: Run) -> None:
+        val = data()["val"]
+        _write(run, tried, pd.concat(_kept(run, tried, val, rule, where, progress)), rule, within)
+
+    return do_once(out, "choose", config, where, work)
+
+
+def _choice(runs: Sequence[Run], plain: Run) -> dict[str, Any]:
+    """What is chosen from, as a choice is known by it; refused where the runs do not fit together."""
     option, values = varied(runs)
     _require_same_masks(runs, plain)
-    groups = judged_in(runs, None)
-    config = {
+    return {
         **built_on(runs[0].lineage()[-2]),
         "option": option,
         "values": values,
         "sources": [run.parent_entry() for run in runs],
         "reference": plain.parent_entry(),
-        "rule": rule,
-        "within": within,
     }
-    tried = [_Tried(NONE, plain), *(_Tried(strength(option, v), run) for v, run in zip(values, runs, strict=True))]
-
-    def work(run: Run) -> None:
-        val = load_parts(runs[0], root, groups)["val"]
-        _write(run, tried, pd.concat(_kept(run, tried, val, rule, where, progress)), rule, within)
-
-    return do_once(out, "choose", config, where, work)
 
 
 @dataclass(frozen=True)
@@ -159,7 +182,7 @@ def _kept(
     progress: ProgressCallback | None,
 ) -> list[pd.DataFrame]:
     """What the networks of each run get right, now or before an interruption."""
-    val.require_groups("choosing a strength")
+    val.require_groups(_PURPOSE)
     plain = tried[0].run
     base = accuracies(predict(load_base(plain)[0], val, device=device), val)[1] if rule == "largest_loss" else None
     for place, each in enumerate(tried):

@@ -26,12 +26,14 @@ from fairline.jobs._common import (
     do_once,
     in_groups,
     load_base,
-    load_parts,
+    parts_once,
     remake,
+    with_step,
 )
 from fairline.jobs._objective import known_by, tried_on
 from fairline.jobs._precision import settle
 from fairline.jobs.compare import compare_job
+from fairline.objectives.last_layer import require_halves
 from fairline.runs import NetworkInfo, Run
 from fairline.training import Progress, ProgressCallback, finetune, named_stage
 
@@ -147,6 +149,7 @@ def last_layer_job(
     repeats: int = REPEATS,
     strength: float | None = None,
     within: float | None = None,
+    groups: Groups | None = None,
     root: str | None = None,
     seed: int = 0,
     progress: ProgressCallback | None = None,
@@ -163,6 +166,7 @@ def last_layer_job(
         repeats: Under ``"dfr"``, balanced subsets to average over.
         strength: C of ``"dfr"``, γ of ``"afr"``, points of ``"self"``; for each network chosen on halves by default.
         within: Overall accuracy that a strength may cost to be chosen, in percentage points; any by default.
+        groups: Other groups to balance and choose in than those that the run was made for; as for :func:`finetune_job`.
         root: Where the data are now, if they have moved.
         seed: Of halves and subsets.
         progress: Told of every network.
@@ -175,24 +179,22 @@ def last_layer_job(
             range.
     """
     parent = Run.read(source, *STUDENTS)
-    said = _known_as(method, balance, part, repeats, strength, within)
+    said = {**_known_as(method, balance, part, repeats, strength, within), **in_groups(groups)}
     config = {**built_on(parent), **said, "seed": seed}
+    # Of a strength that is given dfr alone halves the groups.
+    data = _part_once(parent, root, groups, part, by_group=method == "dfr" or strength is None)
 
     def work(run: Run) -> None:
-        images = load_parts(parent, root)[part]
+        images = data()
         base = load_base(parent)[0] if method == "self" else None
         count = len(parent.networks())
+        own: dict[str, Any] = {"dfr": {"balance": balance, "repeats": repeats}, "self": {"reference": base}}
 
         def change(position: int, name: str, network: nn.Module, info: NetworkInfo) -> tuple[NetworkInfo, Rows]:
-            given: dict[str, Any] = {"within": within}
-            given |= {"balance": balance, "repeats": repeats} if method == "dfr" else {}
-            given |= {"reference": base} if method == "self" else {}
-            done = _retrained(network, images, method, strength, seed, given)
+            done = _retrained(network, images, method, strength, seed, {**own.get(method, {}), "within": within})
             if progress is not None:
                 progress(Progress("retraining last layers", position, count, name))
-            told = LAST_LAYERS[method]
-            objective = f"{info.objective} + {told}" if info.objective else told
-            return replace(info, stage="finetuned", objective=objective, seed=seed), _tried(done)
+            return replace(with_step(info, LAST_LAYERS[method]), seed=seed), _tried(done)
 
         remake(parent, run, change)
 
@@ -219,6 +221,16 @@ def _known_as(
     said |= {} if strength is None else {"strength": strength}
     said |= {} if within is None else {"within": within}
     return said
+
+
+def _part_once(
+    parent: Run, root: str | None, groups: Groups | None, part: str, by_group: bool
+) -> Callable[[], GroupedData]:
+    """Gives the images to retrain on; other groups that are named and cannot be halved are refused at once."""
+    data = parts_once(parent, root, groups)
+    if groups is not None and by_group:
+        require_halves(data()[part])
+    return lambda: data()[part]
 
 
 def _retrained(
