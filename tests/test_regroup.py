@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 import fairline as fl
+from fairline.data.grouped import too_few
 from fairline.report.html import write_report
 from fairline.runs import Run, load_network
 from fairline.study.spec import DataSource
@@ -85,7 +86,7 @@ def test_an_audit_by_other_groups_measures_the_same_images(shop):
     assert counts["n"].sum() == 200
     page = write_report(shop / "by_both").read_text()
     assert "Who pays for linearization: folder by sex, age:0-17,18+" in page
-    assert "Too small to judge" in page
+    assert "Fewer than 30 images in the test part, too few to judge: “f × 0–17” (" in page
 
 
 def test_groups_without_a_measured_image_are_told_and_left_out(shop):
@@ -263,6 +264,86 @@ def test_what_is_chosen_in_groups_that_do_not_fit_leaves_no_folder(shop, repaire
         assert not (tmp_path / "bad").exists()
 
 
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Networks of ten groups, each with fewer than 30 validation images; of two bins of rows each has more."""
+    folder = tmp_path_factory.mktemp("digits")
+    ok("train", "--data", "digits", "--balanced", *SMALL, "--out", folder / "base")
+    ok("linearize", folder / "base", "--method", "random", "--budgets", "0.5", "--out", folder / "half")
+    ok("finetune", folder / "half", "--epochs", "1", "--out", folder / "plain")
+    for tau in ("1", "2"):
+        ok("adjust", folder / "plain", "--tau", tau, "--out", folder / f"tau {tau}")
+    return folder
+
+
+HALVES = ["--groups", "row:0-898,899-1796"]
+CHOOSE = ["choose", "tau 1", "tau 2", "--reference", "plain"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["finetune", "half", "--objective", "group_dro", "--epochs", "1"],
+        ["finetune", "half", "--objective", "reweighting", "--epochs", "1"],
+        ["finetune", "half", "--select", "worst_group_accuracy", "--epochs", "1"],
+        ["last-layer", "plain"],
+        ["last-layer", "plain", "--method", "afr"],
+        ["adjust", "plain"],
+        CHOOSE,
+    ],
+    ids=" ".join,
+)
+def test_groups_too_small_to_choose_by_are_told(digits, run_here, tmp_path, command):
+    words = [digits / word if (digits / word).is_dir() else word for word in command]
+    told = "Fewer than 30 images in the validation part, too few to judge: '0' ("
+    said = run_here(*words, "--out", tmp_path / "by_class")
+    assert said.returncode == 0
+    assert said.stderr.count(f"Warning: {told}") == 1
+    assert told in (tmp_path / "by_class" / "log.txt").read_text()
+    said = run_here(*words, *HALVES, "--out", tmp_path / "by_row")
+    assert said.returncode == 0
+    assert "too few" not in said.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["finetune", "half", "--epochs", "1"],
+        ["finetune", "half", "--objective", "reweighting", "--objective-option", "by=class", "--epochs", "1"],
+        ["last-layer", "plain", "--method", "afr", "--strength", "1"],
+        ["adjust", "plain", "--tau", "1"],
+    ],
+    ids=" ".join,
+)
+def test_groups_that_nothing_is_chosen_by_are_not_told(digits, run_here, tmp_path, command):
+    words = [digits / word if (digits / word).is_dir() else word for word in command]
+    said = run_here(*words, "--out", tmp_path / "out")
+    assert said.returncode == 0
+    assert "too few" not in said.stderr
+
+
+def test_a_comparison_tells_which_groups_are_too_small(digits, run_here, tmp_path):
+    compare = ["compare", digits / "half", digits / "plain", "--resamples", "50"]
+    said = run_here(*compare, "--groups", "row:0-1770,1771-1796", "--out", tmp_path / "by_row")
+    assert "Fewer than 30 images in the test part, too few to judge: '1771–1796' (" in said.stdout
+    page = (tmp_path / "by_row" / "comparison.html").read_text()
+    assert "Fewer than 30 images in the test part, too few to judge: “1771–1796” (" in page
+    assert page.count('title="too small to judge"') == 1
+    said = run_here(*compare, "--out", tmp_path / "by_class")
+    assert said.returncode == 0
+    assert "too few to judge" not in said.stdout
+    page = (tmp_path / "by_class" / "comparison.html").read_text()
+    assert "too few to judge" not in page
+    assert "too small to judge" not in page
+
+
+def test_of_many_small_groups_the_first_are_named():
+    told = too_few({f"g{at}": at for at in range(13)}, "train", "“”")
+    assert told.startswith("Fewer than 30 images in the training part, too few to judge: “g0” (0), “g1” (1), ")
+    assert told.endswith(", “g9” (9) and 3 more")
+    assert too_few({"many": 30}, "test") == ""
+
+
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
@@ -283,7 +364,7 @@ def test_the_groups_and_columns_of_data_are_shown(shop):
     folder = ["--root", shop / "images", "--label", "finding", "--data-option", "image_size=8"]
     done = fairline("data", "folder", *folder, "--groups", "sex")
     assert "columns: file_name, finding, sex, age, patient, ward" in done.stdout
-    assert "Fewer than 30 test images, too few to judge: " in done.stdout
+    assert "Fewer than 30 images in the test part, too few to judge: " in done.stdout
     assert "'m' (" in done.stdout
     assert "column 'patient' looks like the name of a patient" in done.stderr
     assert "looks like" not in fairline("data", "folder", *folder, "--keep-together", "patient").stderr

@@ -174,7 +174,7 @@ COUNTS = pd.DataFrame({"group": ["few", "many"], "n": [80, 3600], "part": "train
 
 def test_small_groups_are_warned_of(runs):
     found = warnings(figures.prepare(audit_rows(VALUES), COUNTS), Run.read(runs / "audit"))
-    assert "Too small to judge: “few” (20)" in found[0]
+    assert "Fewer than 30 images in the test part, too few to judge: “few” (20). " in found[0]
     assert not any("many" in warning for warning in found)
     assert len(found) == 1
 

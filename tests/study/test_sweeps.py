@@ -96,7 +96,7 @@ def test_nothing_but_the_validation_part_is_looked_at(named, tmp_path, monkeypat
             raise AssertionError(f"the choice looks at {part}")
 
     _, val, _ = fl.data.load("digits", unbalanced=False).split(seed=0)
-    monkeypatch.setattr(choose, "load_parts", lambda *_: Validation(val=val))
+    monkeypatch.setattr(choose, "parts_once", lambda *_: lambda: Validation(val=val))
     sources = [named / "plain-lagrangian-mu-0.05", named / "plain-lagrangian-mu-30"]
     run = choose.choose_job(sources, tmp_path / "chosen", reference=named / "plain-erm")
     before = Run.read(named / "plain-lagrangian", "choose").table("metrics.parquet")

@@ -206,8 +206,15 @@ def say_best(run: Run) -> None:
 class _Shown(logging.Handler):
     """What a library warns of, as a line of the terminal."""
 
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.told: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        """Print it."""
+        """Print it, once where several runs of a command log the same."""
+        if record.getMessage() in self.told:
+            return
+        self.told.add(record.getMessage())
         sentence = Text(f"Warning: {visible(record.getMessage())}", style="yellow")
         err_console.print(sentence, highlight=False, soft_wrap=True)
 
@@ -215,7 +222,7 @@ class _Shown(logging.Handler):
 @contextlib.contextmanager
 def warnings_shown() -> Iterator[None]:
     """Show what fairline warns of, which a run's log alone would hold."""
-    package, handler = logging.getLogger("fairline"), _Shown(logging.WARNING)
+    package, handler = logging.getLogger("fairline"), _Shown()
     package.addHandler(handler)
     try:
         yield
@@ -278,6 +285,7 @@ def print_comparison(run: Run, within: float = 5.0, critical: Sequence[str] = ()
     from fairline.data.grouped import OVERALL, WORST
     from fairline.report.comparison import judged, kept_fewer, limits, prepare, write_comparison
     from fairline.report.null_front import summary, undoing
+    from fairline.report.page import too_small
     from fairline.report.verdict import headline, signed
 
     frame = prepare(run.table("comparison.parquet"))
@@ -317,6 +325,8 @@ def print_comparison(run: Run, within: float = 5.0, critical: Sequence[str] = ()
             out_console.print(told, highlight=False)
     for sentence in [*undoing(frame), *kept_fewer(frame)]:
         out_console.print(sentence, highlight=False)
+    if told := too_small(frame, run.config["split"]):
+        out_console.print(told, soft_wrap=True, highlight=False)
     path = write_comparison(run.folder, within=within, critical=critical, found=found)
     out_console.print(f"Comparison: {path.resolve()}", soft_wrap=True)
 
@@ -325,12 +335,14 @@ def print_audit(run: Run, within: float = 5.0, critical: Sequence[str] = ()) -> 
     """What may ship, who pays for each network, and accuracy by group."""
     from fairline.report import figures
     from fairline.report.html import judged
+    from fairline.report.page import too_small
     from fairline.report.verdict import cautions, focus, headline
 
     everything, found = judged(run, within, critical)
     for variant in figures.main_variants(everything):
         _print_groups(everything, variant)
-    _print_small(everything, run.config["split"])
+    if told := too_small(everything, run.config["split"]):
+        out_console.print(told, soft_wrap=True, highlight=False)
     if not found:
         return
     _print_verdicts(found)
@@ -364,18 +376,6 @@ def print_predicted(run: Run, within: float = 5.0, critical: Sequence[str] = ())
         out_console.print(
             f"Within {within:g} points of the reference: {judged.answer}. {reason(judged)}", highlight=False
         )
-
-
-def _print_small(everything: pd.DataFrame, split: str) -> None:
-    """Groups that are too small to be judged."""
-    from fairline.data.grouped import OVERALL, TOO_SMALL
-
-    frame = everything[(everything["measure"] == "accuracy") & (everything["group"] != OVERALL)]
-    sizes = frame.groupby("group", sort=False)["n"].max()
-    small = [f"'{name}' ({n})" for name, n in sizes.items() if n < TOO_SMALL]
-    if small:
-        which = f"Fewer than {TOO_SMALL} images in the {split} part, too few to judge"
-        out_console.print(f"{which}: {', '.join(small)}", soft_wrap=True, highlight=False)
 
 
 #: Networks side by side in 80 columns.

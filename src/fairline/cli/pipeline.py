@@ -106,7 +106,7 @@ def data(
 ) -> None:
     """Show a data set: its groups, the split, and the files that cannot be used."""
     from fairline import data as registry
-    from fairline.data.grouped import TOO_SMALL
+    from fairline.data.grouped import too_few
 
     if name is None:
         here = registry.found_in(root)
@@ -138,9 +138,8 @@ def data(
         "images by group",
         {"n": ",.0f", "share_percent": ".2f", "train": ",.0f", "val": ",.0f", "test": ",.0f"},
     )
-    small = [f"'{name}' ({n})" for name, n in counts["test"].items() if n < TOO_SMALL]
-    if small:
-        out_console.print(f"Fewer than {TOO_SMALL} test images, too few to judge: {', '.join(small)}", soft_wrap=True)
+    if told := too_few(counts["test"], "test"):
+        out_console.print(told, soft_wrap=True)
     if not whole.groups_are_classes:
         print_frame(whole.counts(by="class"), "images by group and class", {})
 

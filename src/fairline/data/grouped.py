@@ -39,6 +39,9 @@ _told: set[tuple[str, str]] = set()
 #: Fewer images of a group than these cannot be judged: a 95 % interval of their accuracy spans about ±18 points.
 TOO_SMALL = 30
 
+#: So many of them are named.
+_NAMED = 10
+
 #: Row that stands for all groups together in every table.
 OVERALL = "overall"
 #: Row that stands for the group with the lowest accuracy, whichever it is.
@@ -651,6 +654,28 @@ def regrouped(parts: Mapping[str, GroupedData], groups: Groups) -> dict[str, Gro
         name: replace(part, groups=torch.from_numpy(own.copy()).to(part.device), group_names=cells.names)
         for (name, part), own in zip(parts.items(), index, strict=True)
     }
+
+
+def too_few(sizes: Mapping[str, float] | pd.Series[Any], part: str, quotes: str = "''") -> str:
+    """Which groups have too few images to be judged, in words.
+
+    Args:
+        sizes: Images of each group, by name.
+        part: That they are in: ``train``, ``val`` or ``test``.
+        quotes: Around a name.
+
+    Returns:
+        A sentence without its full stop, of the first ten; empty where every group has enough.
+
+    >>> too_few({"many": 900, "few": 20}, "val")
+    "Fewer than 30 images in the validation part, too few to judge: 'few' (20)"
+    """
+    named = [f"{quotes[0]}{name}{quotes[1]} ({int(n)})" for name, n in sizes.items() if n < TOO_SMALL]
+    if not named:
+        return ""
+    where = {"train": "training", "val": "validation"}.get(part, part)
+    more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+    return f"Fewer than {TOO_SMALL} images in the {where} part, too few to judge: {', '.join(named[:_NAMED])}{more}"
 
 
 def content_digest(*parts: GroupedData, start: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -12,9 +13,11 @@ import torch
 from torch import nn
 
 from fairline.data import Groups
-from fairline.data.grouped import GroupedData, regrouped
+from fairline.data.grouped import GroupedData, regrouped, too_few
 from fairline.errors import FairlineError
 from fairline.runs import DataSpec, NetworkInfo, Run, load_network, save_network
+
+logger = logging.getLogger(__name__)
 
 #: Ways to the last layer, and what networks are then called.
 LAST_LAYERS = {"dfr": "last layer", "afr": "AFR", "self": "SELF"}
@@ -147,6 +150,12 @@ def parts_once(run: Run, root: str | None, groups: Groups | None) -> Callable[[]
     if groups is not None:
         parts()
     return parts
+
+
+def warn_of_small(data: GroupedData, part: str) -> None:
+    """Log which groups of a part have too few images to choose by."""
+    if told := too_few(data.counts()["n"], part):
+        logger.warning("%s", told)
 
 
 def made_for(run: Run) -> Groups | None:

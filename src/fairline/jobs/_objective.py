@@ -11,6 +11,7 @@ from fairline._own import files, identity
 from fairline.data import Groups
 from fairline.data.grouped import GroupedData
 from fairline.jobs._common import parts_once
+from fairline.objectives.constrained import Constrained
 from fairline.ranks import here
 from fairline.runs import Run
 
@@ -20,6 +21,11 @@ def known_by(objective: str, options: Mapping[str, Any]) -> dict[str, Any]:
     code = files(objective)
     named = {"objective": identity(objective), "objective_options": dict(options)}
     return {**named, "code": code} if code else named
+
+
+def uses_groups(objective: objectives.Objective) -> bool:
+    """Whether an objective tells groups apart; of the user's own, whether it is derived from one that does."""
+    return isinstance(objective, Constrained | objectives.GroupDRO) or getattr(objective, "by", None) == "group"
 
 
 def tried_on(

@@ -9,7 +9,18 @@ import torch
 from torch import nn
 
 from fairline.data import Groups
-from fairline.jobs._common import STUDENTS, Rows, built_on, do_once, in_groups, load_base, parts_once, remake, with_step
+from fairline.jobs._common import (
+    STUDENTS,
+    Rows,
+    built_on,
+    do_once,
+    in_groups,
+    load_base,
+    parts_once,
+    remake,
+    warn_of_small,
+    with_step,
+)
 from fairline.objectives.post_hoc import Method, Rule, adjust_in_place, require_settings
 from fairline.runs import NetworkInfo, Run
 from fairline.training import Progress, ProgressCallback
@@ -57,6 +68,8 @@ def adjust_job(
 
     def work(run: Run) -> None:
         parts = data()
+        if tau is None:
+            warn_of_small(parts["val"], "val")
         base, _ = load_base(parent)
         count = len(parent.networks())
 

@@ -25,6 +25,7 @@ from fairline.jobs._common import (
     load_base,
     open_runs,
     parts_once,
+    warn_of_small,
 )
 from fairline.objectives.choice import Rule, accuracies, chosen, is_within, require_rule
 from fairline.runs import Run, load_info, load_network, save_network
@@ -92,6 +93,7 @@ def choose_job(
 
     def work(run: Run) -> None:
         val = data()["val"]
+        warn_of_small(val, "val")
         _write(run, tried, pd.concat(_kept(run, tried, val, rule, where, progress)), rule, within)
 
     return do_once(out, "choose", config, where, work)

@@ -28,9 +28,10 @@ from fairline.jobs._common import (
     load_base,
     parts_once,
     remake,
+    warn_of_small,
     with_step,
 )
-from fairline.jobs._objective import known_by, tried_on
+from fairline.jobs._objective import known_by, tried_on, uses_groups
 from fairline.jobs._precision import settle
 from fairline.jobs.compare import compare_job
 from fairline.objectives.last_layer import require_halves
@@ -84,7 +85,7 @@ def finetune_job(
     chosen = _preset(preset)
     settings = {**chosen.get("settings", {}), **settings}
     options = {**chosen.get("objective", {}), **(objective_options or {})}
-    objectives.build(objective, **options)
+    by_group = uses_groups(objectives.build(objective, **options)) or settings.get("select") == "worst_group_accuracy"
     known = known_by(objective, options)
     asked = {"distill": distill, "settings": settings, "seed": seed, **in_groups(groups)}
     config = {**built_on(parent), **known, **asked}
@@ -92,6 +93,8 @@ def finetune_job(
 
     def work(run: Run) -> None:
         base, parts = load_base(parent)[0], data()
+        if by_group:
+            warn_of_small(parts["val"], "val")
         arithmetic = settle(run, settings.get("precision"), base, parts["train"], where, agreed)
         build = partial(objectives.build, objective, **options)
         taught: dict[str, Any] = {"seed": seed, "device": where, **settings, "precision": arithmetic}
@@ -226,11 +229,17 @@ def _known_as(
 def _part_once(
     parent: Run, root: str | None, groups: Groups | None, part: str, by_group: bool
 ) -> Callable[[], GroupedData]:
-    """Gives the images to retrain on; other groups that are named and cannot be halved are refused at once."""
+    """Gives the images to retrain on, with a warning; other groups that are named and not to be halved are refused."""
     data = parts_once(parent, root, groups)
     if groups is not None and by_group:
         require_halves(data()[part])
-    return lambda: data()[part]
+
+    def images() -> GroupedData:
+        if by_group:
+            warn_of_small(data()[part], part)
+        return data()[part]
+
+    return images
 
 
 def _retrained(

@@ -13,10 +13,10 @@ import pandas as pd
 from fairline.audit.cells import named
 from fairline.audit.verdict import CANNOT_TELL, MAY, MAY_NOT
 from fairline.charts import palette, save_charts, themed
-from fairline.data.grouped import OVERALL, WORST
+from fairline.data.grouped import OVERALL, TOO_SMALL, WORST
 from fairline.report import constraints, null_front, verdict
 from fairline.report.figures import METHOD_NAMES, budget_labels, budget_order
-from fairline.report.page import by_groups, settings, write_page
+from fairline.report.page import by_groups, settings, too_small, write_page
 from fairline.report.verdict import KINDS, Candidate, limits_told, methods, moved, signed
 from fairline.runs import Run
 
@@ -492,6 +492,8 @@ def warnings(frame: pd.DataFrame, run: Run, found: Sequence[Candidate]) -> list[
             f"{replicates} base networks: Student’s interval from so few is wide, and what it does not exclude is not "
             "shown to be absent."
         )
+    if tiny := too_small(frame, run.config["split"], "“”"):
+        told.append(f"{tiny}. Do not choose a method by their accuracy, nor by a worst group that may be one of them.")
     told += kept_fewer(frame)
     pairs = int(frame["measure"].eq("gain").sum())
     if pairs > 20:
@@ -519,6 +521,7 @@ def table(frame: pd.DataFrame, budget: str) -> list[dict[str, Any]]:
     rows = frame[frame["budget"] == budget]
     found = rows.set_index(["who", "method", "measure"]).sort_index()
     front = rows[(rows["measure"] == "pareto") & (rows["value"] == 1)]["method"]
+    small = set(rows.loc[(rows["measure"] == "accuracy") & (rows["n"] < TOO_SMALL), "group"]) - {OVERALL, WORST}
     made = []
     for name in order(rows):
         own = []
@@ -536,7 +539,7 @@ def table(frame: pd.DataFrame, budget: str) -> list[dict[str, Any]]:
                 if (name, method, "balanced_accuracy") in found.index:
                     row["balanced"] = f"balanced {found.loc[(name, method, 'balanced_accuracy'), 'value']:.1%}"
             own.append(row)
-        made.append({"who": name, "share": share, "rows": own})
+        made.append({"who": name, "share": share, "rows": own, "small": name in small})
     return made
 
 

@@ -14,7 +14,7 @@ from fairline.charts import save_charts
 from fairline.data.grouped import OVERALL, TOO_SMALL
 from fairline.report import corrections, explanations, figures
 from fairline.report import costs as cost_panel
-from fairline.report.page import by_groups, settings, write_page
+from fairline.report.page import by_groups, settings, too_small, write_page
 from fairline.report.verdict import (
     KINDS,
     Candidate,
@@ -321,13 +321,9 @@ def warnings(frame: pd.DataFrame, run: Run) -> list[str]:
     sizes = (
         frame[(frame["measure"] == "accuracy") & (frame["group"] != OVERALL)].groupby("group", sort=False)["n"].max()
     )
-    tiny = [f"“{name}” ({n})" for name, n in sizes.items() if n < TOO_SMALL]
     small = [f"“{name}” ({n})" for name, n in sizes.items() if TOO_SMALL <= n < SMALL]
-    if tiny:
-        found.append(
-            f"Too small to judge: {', '.join(tiny)} have fewer than {TOO_SMALL} images in the {run.config['split']} "
-            "part. Do not decide anything on their accuracy."
-        )
+    if tiny := too_small(frame, run.config["split"], "“”"):
+        found.append(f"{tiny}. Do not decide anything on their accuracy.")
     if small:
         found.append(
             f"Small: {', '.join(small)} have fewer than {SMALL} images; one accuracy can be off by ten points. "

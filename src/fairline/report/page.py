@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from fairline._io import read_json, write_text
+from fairline.data.grouped import OVERALL, WORST, too_few
 from fairline.runs import Run
 
 _PERCENT = re.compile(r"(?<=\d) %")
@@ -89,6 +92,12 @@ def settings(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
 def by_groups(run: Run) -> str:
     """By which groups a run measures, for its title; empty where they are those of its data."""
     return f" by {_plain(run.config['groups'])}" if "groups" in run.config else ""
+
+
+def too_small(frame: pd.DataFrame, split: str, quotes: str = "''") -> str:
+    """Which groups of an audit or a comparison have too few images; see :func:`fairline.data.grouped.too_few`."""
+    rows = frame[(frame["measure"] == "accuracy") & ~frame["group"].isin([OVERALL, WORST])]
+    return too_few(rows.groupby("group", sort=False)["n"].max(), split, quotes)
 
 
 def _plain(value: Any) -> str:
