@@ -66,7 +66,7 @@ def test_the_page_says_the_numbers_of_the_table(compared):
     for value, low, high in gains[["value", "low", "high"]].to_numpy():
         assert f"{signed(value)}<br>[{signed(low)}, {signed(high)}]" in text
     for value in table[table["measure"] == "mitigation_drop"]["value"]:
-        assert f"drop {value:+.1f} %" in text
+        assert f'<td class="number">{signed(value)} %</td>' in text
     assert "One base network" in text
 
 

@@ -325,6 +325,7 @@ def write_comparison(
         free=free_told(run, frame),
         constraints=constraints.lacking(run, frame, group_order(frame)),
         choices=choices(frame),
+        has_small=bool(too_small(frame, run.config["split"])),
         has_classes=bool((frame["class"] != "").any()),
         tables=[(budget, table(frame, budget)) for budget in budget_order(frame)],
         settings=settings(run),
@@ -533,7 +534,7 @@ def table(frame: pd.DataFrame, budget: str) -> list[dict[str, Any]]:
                 row["gain"], row["interval"] = signed(gain["value"]), limits(gain)
                 row["sure"] = "gain" if gain["low"] > 0 else ("loss" if gain["high"] < 0 else "")
             if (name, method, "mitigation_drop") in found.index:
-                row["mitigation"] = f"drop {found.loc[(name, method, 'mitigation_drop'), 'value']:+.1f} %"
+                row["mitigation"] = f"{signed(found.loc[(name, method, 'mitigation_drop'), 'value'])} %"
             if name == OVERALL:
                 row["front"] = "◆" if method in set(front) else ""
                 if (name, method, "balanced_accuracy") in found.index:
