@@ -66,7 +66,7 @@ def test_a_baseline_that_no_method_is_called_is_refused_before_anything_runs(wan
     with pytest.raises(FairlineError) as refused:
         require_known(changed(baseline=wanted))
     sentence = (
-        f"Study 'digits_tiny', baseline: no method will be called '{wanted}'; choose among erm, lagrangian mu=0.5."
+        f"Study 'digits_tiny', baseline: No method will be called '{wanted}'; choose among erm, lagrangian mu=0.5."
     )
     assert str(refused.value) == sentence
 

@@ -141,9 +141,9 @@ Log = Annotated[
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; the accelerator by default.")]
 
-#: Kept here so that help need not load torch; a test compares it with the registry.
 #: Commands whose runs hold linearized networks that can be trained on.
 STUDENTS = ("linearize", "finetune", "last-layer", "adjust", "choose")
+#: Kept here so that help need not load torch; a test compares it with the registry.
 LINEARIZERS = (
     "snl",
     "deepreduce",

@@ -64,7 +64,7 @@ def require_baseline(cells: Iterable[Cell], wanted: str) -> None:
     compared = list(cells)
     if not any(may_be_called(cell, wanted) for cell in compared):
         names = dict.fromkeys(told(cell) if _plainly_placed(cell) else f"…: {told(cell)}" for cell in compared)
-        raise FairlineError(f"no method will be called '{wanted}'; choose among {', '.join(names)}.")
+        raise FairlineError(f"No method will be called '{wanted}'; choose among {', '.join(names)}.")
 
 
 def _steps(cell: Cell) -> list[str]:
