@@ -163,3 +163,34 @@ def test_an_option_called_name_is_unknown_like_any_other(registry):
     for name in registry.REGISTRY:
         with pytest.raises(FairlineError, match=f"'{name}': .*unexpected keyword argument 'name'"):
             registry.build(name, **{"name": "mine"})
+
+
+ODD = """
+from __future__ import annotations
+from typing import TYPE_CHECKING
+from dataclasses import dataclass
+
+if TYPE_CHECKING:
+    from nowhere import Strength, Table
+
+{decorator}
+class Own:
+    {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("decorator", "body", "name"),
+    [
+        ("", "def __init__(self, size: int, mu: Strength = 1, rows: Table[int] = ()): self.mu = mu", "own"),
+        ("", "def __init__(self, size: int, mu: Strength | None = None): self.mu = mu", "own"),
+        ("", "def __init__(self, size: int, mu: Strength | None = None): self.mu = mu", "__main__"),
+        # A data class lies in a module.
+        ("@dataclass", "size: int\n    mu: Strength = 1", "__main__"),
+    ],
+)
+def test_annotations_that_cannot_be_read_judge_nothing(decorator, body, name):
+    scope = {"__name__": name}
+    exec(compile(ODD.format(decorator=decorator, body=body), "own.py", "exec", dont_inherit=True), scope)
+    built = build_named("method", {"own": scope["Own"]}, "own", {"size": 3, "mu": "any"})
+    assert built.mu == "any"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import inspect
 import math
 import sys
@@ -111,26 +112,36 @@ def kinds_of_options(made: type) -> dict[str, tuple[Any, ...]]:
 
 
 class _Names(dict[str, Any]):
-    """Names of a module; what is imported for annotations alone is some class."""
+    """Names of a module; what a module of ours imports for annotations alone is some class, another's anything."""
 
     def __missing__(self, name: str) -> Any:
         if hasattr(builtins, name):
             return getattr(builtins, name)
-        return type(name, (), {})
+        return type(name, (), {}) if self["__name__"].startswith("fairline.") else Any
 
 
 def _annotated(made: type) -> tuple[dict[str, Any], list[str]]:
     """Annotations of what a class adds to its constructor, and the names, with ``**`` for any others."""
-    names = _Names(vars(sys.modules[made.__module__]))
+    # A class that was made by exec lies in no module.
+    module = vars(sys.modules.get(made.__module__, builtins))
     if "__dataclass_fields__" in vars(made):
-        own = inspect.get_annotations(made, locals=names, eval_str=True)
+        own = _evaluated(made, module)
         return own, [each.name for each in fields(made) if each.init and each.name in own]
     make = vars(made).get("__init__")
     if not isinstance(make, FunctionType):
         return {}, []
     parameters = list(inspect.signature(make).parameters.values())[1:]
     told = ["**" if each.kind is each.VAR_KEYWORD else each.name for each in parameters]
-    return inspect.get_annotations(make, locals=names, eval_str=True), told
+    return _evaluated(make, make.__globals__), told
+
+
+def _evaluated(annotated: Any, names: Mapping[str, Any]) -> dict[str, Any]:
+    """Annotations as what they stand for; of those that cannot be evaluated, anything."""
+    own = inspect.get_annotations(annotated)
+    # A user's module may annotate with what is not there when it runs.
+    with contextlib.suppress(NameError, TypeError, AttributeError, SyntaxError):
+        return inspect.get_annotations(annotated, locals=_Names({"__name__": "", **names}), eval_str=True)
+    return dict.fromkeys(own, Any)
 
 
 def _is_finite(value: Real) -> bool:

@@ -418,7 +418,10 @@ def test_on_the_command_line(runs, tmp_path):
         (["--network", "wan"], "network: options of masks for a cost need a protocol, --for-cost."),
         (["--for-cost", "morse"], "There is no cost model of 'morse'"),
         (["--for-cost", "delphi"], "No source tells how long delphi takes"),
-        (["--for-cost", "cheetah", "--minimise", "relus"], "one of seconds, bytes, rounds, not 'relus'."),
+        (
+            ["--for-cost", "cheetah", "--minimise", "relus"],
+            "option 'minimise' is seconds, bytes or rounds, not 'relus'.",
+        ),
         (["--for-cost", "cheetah", "--cost-option", "loss=1"], "unexpected keyword argument 'loss'"),
         (["--for-cost", "cheetah", "--cost-option", "may_lose=some"], "option 'may_lose' is a number, not 'some'"),
         (["--for-cost", "cheetah", "--budgets", "0.99"], "leaves no layer to empty"),
