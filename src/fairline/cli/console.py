@@ -174,9 +174,9 @@ def _fitting(columns: dict[str, list[str]], room: int) -> list[dict[str, int]]:
     for block in blocks:
         spare = room - sum(block.values()) - frame_of_column * len(block)
         for name, width in block.items():
-            given = min(max(spare, 0), max(map(cell_len, [visible(name), *columns[name]])) - width)
-            block[name] += max(given, 0)
-            spare -= max(given, 0)
+            given = max(0, min(spare, max(map(cell_len, [visible(name), *columns[name]])) - width))
+            block[name] += given
+            spare -= given
     return blocks
 
 

@@ -22,14 +22,11 @@ logger = logging.getLogger(__name__)
 #: Ways to the last layer, and what networks are then called.
 LAST_LAYERS = {"dfr": "last layer", "afr": "AFR", "self": "SELF"}
 
-#: Commands whose runs hold linearized networks that can be trained on.
+#: Commands whose runs hold linearized networks that can be trained on; each can be told other groups than the data's.
 STUDENTS = ("linearize", "finetune", "last-layer", "adjust", "choose")
 
 #: Commands whose runs hold linearized networks.
 LINEARIZED = (*STUDENTS, "compile")
-
-#: Commands that can be told other groups than the data's, which hold for what is built on their runs.
-_REGROUPING = ("linearize", "finetune", "last-layer", "adjust", "choose")
 
 #: What is told of a network while it is made: a row an epoch, for ``metrics.parquet``.
 Rows = list[dict[str, Any]]
@@ -163,7 +160,7 @@ def made_for(run: Run) -> Groups | None:
     for each in reversed(run.lineage()):
         # What a choice was made of is not before it, but beside; groups that it names win.
         found = [made_for(candidate) for candidate in each.candidates()]
-        found += [each.config.get("groups")] if each.command in _REGROUPING else []
+        found += [each.config.get("groups")] if each.command in STUDENTS else []
         if groups := [own for own in found if own is not None]:
             return groups[-1]
     return None
