@@ -156,8 +156,10 @@ def test_a_strength_is_refused_or_does_what_it_says(parts, trained, method, tau,
         said = str(error)
     if said:
         assert said.endswith("beyond what float32 can hold; take a τ nearer to 0.")
-        assert scale != 1 or abs(tau) > 5
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        # Learned factors come as near to 0 as the images ask for, so any τ may be too large.
+        size = float(moved(model, parts, method, tau).abs().max())
+        assert not 1e-25 < size < 1e12
         return
     after = fl.predict(model, parts[1]).double()
     original = fl.masking.copy_model(model)
