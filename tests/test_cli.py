@@ -323,15 +323,15 @@ BAD = {
     ),
     "points without end": (
         ["last-layer", "RUNS/students", "--method", "self", "--strength", "inf", "--out", "x"],
-        "a number of points, not inf",
+        "A strength is a finite number, .* not inf",
     ),
     "no points": (
         ["last-layer", "RUNS/students", "--method", "self", "--strength", "nan", "--out", "x"],
-        "a number of points, not nan",
+        "A strength is a finite number, .* not nan",
     ),
     "penalised without end": (
         ["last-layer", "RUNS/students", "--strength", "nan", "--out", "x"],
-        "finite, positive strengths, not .nan.",
+        "A strength is a finite number, .* not nan",
     ),
     "half an image": (
         ["finetune", "RUNS/snl", "--objective", "drop", "--objective-option", "samples=1.5", "--out", "x"],
@@ -359,11 +359,19 @@ BAD = {
     ),
     "reweighted without end": (
         ["last-layer", "RUNS/students", "--method", "afr", "--strength", "nan", "--out", "x"],
-        "γ finite and not negative, not nan",
+        "A strength is a finite number, .* not nan",
     ),
     "no way to adjust": (["adjust", "RUNS/students", "--method", "magic", "--out", "x"], "not 'magic'"),
     "no rule to adjust by": (["adjust", "RUNS/students", "--rule", "coin", "--out", "x"], "not 'coin'"),
-    "adjusted without end": (["adjust", "RUNS/students", "--tau", "inf", "--out", "x"], "τ must be finite, not inf"),
+    "no number of strengths": (
+        ["adjust", "RUNS/students", "--tau", "1,two", "--out", "x"],
+        "--tau '1,two' is not a number",
+    ),
+    "a strength twice": (["last-layer", "RUNS/students", "--strength", "1,1", "--out", "x"], r"not \[1.0, 1.0\]"),
+    "adjusted without end": (
+        ["adjust", "RUNS/students", "--tau", "inf", "--out", "x"],
+        "τ is a finite number, or several different ones to choose from, not inf",
+    ),
     "adjust a base": (["adjust", "RUNS/base", "--out", "x"], "holds a 'train' run"),
     "last layer of a base": (["last-layer", "RUNS/base", "--out", "x"], "holds a 'train' run"),
     "no resamples": (["compare", "RUNS/snl", "--resamples", "0", "--out", "x"], "at least one resample, not 0"),

@@ -122,6 +122,30 @@ def test_the_strength_is_the_one_that_the_rule_names(parts, trained, method):
     assert said["tau"] == min(tau for tau, row in found.items() if row[2] == pytest.approx(least))
 
 
+@pytest.mark.parametrize("taus", [(0.5, 2.0), (2.0, 0.0, 0.5), (1, 2, 3)])
+def test_of_several_strengths_one_is_chosen_or_none(parts, trained, taus):
+    train, val, _ = parts
+    said = adjust_in_place(fl.masking.copy_model(trained), train, val, tau=taus)
+    tried = [0.0, *(tau for tau in taus if tau)]
+    assert [row["tau"] for row in said["tried"]] == tried
+    found = {tau: counted(moved(trained, parts, "logit_adjust", tau), trained, val) for tau in tried}
+    allowed = {tau: row[1] for tau, row in found.items() if found[0.0][0] - row[0] <= 0.01 + 1e-9}
+    assert said["tau"] == max(allowed, key=allowed.get)
+    one = adjust_in_place(fl.masking.copy_model(trained), train, val, tau=[2.0])
+    assert one == {"tau": 2.0, "tried": []}
+
+
+@pytest.mark.parametrize("tau", [[], [1.0, 1.0], [1.0, math.inf], "1", [1.0, True], [0.5, None]])
+def test_what_is_no_strength_is_refused(parts, trained, tau):
+    with pytest.raises(FairlineError, match="or several different ones to choose from, not"):
+        fl.adjust(trained, *parts[:2], tau=tau)
+
+
+def test_several_strengths_need_validation_data(parts, trained):
+    with pytest.raises(FairlineError, match="Of several τ one is chosen on validation data"):
+        fl.adjust(trained, parts[0], tau=[0.5, 1.0])
+
+
 def test_it_gives_a_rare_class_back(parts, trained):
     """A shift that hides the rarest class is undone."""
     train, val, _ = parts
@@ -179,9 +203,9 @@ def headless() -> nn.Module:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"tau": math.nan}, "τ must be finite, not nan"),
-        ({"tau": math.inf}, "τ must be finite, not inf"),
-        ({"tau": "1"}, "τ must be finite, not 1"),
+        ({"tau": math.nan}, "τ is a finite number, or several different ones to choose from, not nan"),
+        ({"tau": math.inf}, "τ is a finite number, .* not inf"),
+        ({"tau": "1"}, "τ is a finite number, .* not 1"),
         ({"method": "magic"}, "not 'magic'"),
         ({"rule": "coin"}, "not 'coin'"),
         ({"within": -1.0}, "0 or more, not -1"),

@@ -116,7 +116,7 @@ def test_the_table_has_what_was_chosen_and_the_whole_curves(swept):
         "lagrangian": [2],
         "lagrangian mu=0.05": [1],
         "lagrangian mu=30": [1],
-        "lagrangian, logit adjust": [2 + 25],
+        "lagrangian, logit adjust": [2 + 2],
         "group_dro": [2],
         "group_dro step=0.5": [1],
         "group_dro step=1000": [1],
@@ -180,7 +180,11 @@ def test_killed_while_it_chooses_it_gives_the_same_table(swept, tmp_path):
 
 def test_a_value_is_the_cell_of_a_study_that_names_it(tmp_path):
     spec = load_spec(SPEC)
-    text = SPEC.read_text().replace("sweep: {mu: [0.05, 30.0]}", "options: {mu: 30.0}").replace("adjust: [{}]", "")
+    text = (
+        SPEC.read_text()
+        .replace("sweep: {mu: [0.05, 30.0]}", "options: {mu: 30.0}")
+        .replace("adjust: [{tau: [0.5, 1.0]}]", "")
+    )
     (tmp_path / "one.yaml").write_text(text)
     one = load_spec(tmp_path / "one.yaml")
     assert one.digest != spec.digest
@@ -234,6 +238,8 @@ def test_the_studies_of_repairs_are_fair(groups):
         assert {len(method.variants()) for method in swept} == {3}
         (lagrangian,) = (method for method in swept if method.objective == "lagrangian")
         assert [mu * one.finetune["epochs"] for mu in lagrangian.sweep["mu"]] == pytest.approx([0.1, 0.5, 2.0])
+        steps = [step for method in one.methods for step in (*method.last_layers, *method.adjust)]
+        assert [step.tries for step in steps] == [3] * 4
     assert {method.objective for method in whole.methods} == set(REGISTRY)
     assert {cell.key for cell in cells_of(spec)} - {cell.key for cell in cells_of(whole)} == {
         cell.key for cell in cells_of(spec) if cell.kind == "compare"
@@ -249,7 +255,19 @@ def test_the_studies_of_repairs_are_fair(groups):
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        ("[0.05, 30.0]", "[0.05, 0.5, 30.0]", "different numbers of values (lagrangian 3, group_dro 2)"),
+        (
+            "[0.05, 30.0]",
+            "[0.05, 0.5, 30.0]",
+            "(lagrangian: 3; group_dro: 2; lagrangian, logit adjust: 2)",
+        ),
+        ("adjust: [{tau: [0.5, 1.0]}]", "adjust: [{}]", "(lagrangian: 2; group_dro: 2; lagrangian, logit adjust: 24)"),
+        ("{objective: erm,", "{objective: erm, last_layer: afr,", "logit adjust: 2; erm, AFR: 8); methods compare"),
+        ("[0.5, 1.0]}]", "[0.5, 0.5]}]", "several different ones to choose from, not [0.5, 0.5]"),
+        (
+            "[{tau: [0.5, 1.0]}]",
+            "[{tau: [1, 2]}, {tau: [3, 4]}]",
+            "'logit adjust' is there twice, of different strengths",
+        ),
         ("[0.05, 30.0]", "[0.05, 0.05]", "the sweep of 'mu' has a value twice"),
         ("[0.05, 30.0]", "[0.05]", "the sweep of 'mu' needs two values at least"),
         ("[0.05, 30.0]}", "[0.05, 30.0], cap: [1, 2]}", "a sweep is of one option, not of mu and cap"),

@@ -552,6 +552,24 @@ def network_view(
     return replace(spec, options={**spec.options, **given})
 
 
+def parse_strengths(text: str | None, what: str) -> list[float] | None:
+    """Read one strength or several, comma-separated.
+
+    >>> parse_strengths("0.5, 1", "tau"), parse_strengths(None, "tau")
+    ([0.5, 1.0], None)
+
+    Returns:
+        The numbers, or None where nothing was said.
+
+    Raises:
+        FairlineError: An entry is none; ``what`` names them.
+    """
+    try:
+        return None if text is None else [float(entry) for entry in parse_names(text, "number")]
+    except ValueError:
+        raise FairlineError(f"--{what} '{text}' is not a number, or several separated by commas.") from None
+
+
 def parse_numbers(text: str, what: str) -> list[float]:
     """Read numbers, comma-separated.
 

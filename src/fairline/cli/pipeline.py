@@ -73,6 +73,7 @@ from fairline.cli.options import (
     parse_measure_options,
     parse_names,
     parse_options,
+    parse_strengths,
     parse_value,
     with_prediction_options,
     with_table_options,
@@ -425,8 +426,11 @@ def last_layer(
     part: Annotated[str, typer.Option(help="Of val or train; by class on train is cRT (Kang et al. 2020).")] = "val",
     repeats: Annotated[int, typer.Option(help="Balanced subsets to average over (dfr).")] = 10,
     strength: Annotated[
-        float | None,
-        typer.Option(help="C (dfr), γ (afr) or number of images (self); for each network chosen on halves by default."),
+        str | None,
+        typer.Option(
+            help="C (dfr), γ (afr) or number of images (self); of several, as by default, one is chosen for each "
+            "network on halves: 0.1,1,10."
+        ),
     ] = None,
     within: Annotated[
         float | None,
@@ -447,7 +451,7 @@ def last_layer(
             balance=balance,
             part=part,
             repeats=repeats,
-            strength=strength,
+            strength=parse_strengths(strength, "strength"),
             within=within,
             groups=one_or_all(groups),
             root=None if root is None else str(root),
@@ -465,7 +469,11 @@ def adjust(
         str, typer.Option(help="logit_adjust (class shares), tau_norm (weights' norms) or weight_scale (learned).")
     ] = "logit_adjust",
     tau: Annotated[
-        float | None, typer.Option(help="Strength; for each network chosen on the validation part by default.")
+        str | None,
+        typer.Option(
+            help="Strength; of several, as by default, one is chosen for each network on the validation part: "
+            "0.5,1,1.5."
+        ),
     ] = None,
     rule: Annotated[
         str,
@@ -486,7 +494,7 @@ def adjust(
             source,
             out,
             method=method,  # type: ignore[arg-type]
-            tau=tau,
+            tau=parse_strengths(tau, "tau"),
             rule=rule,  # type: ignore[arg-type]
             within=within,
             groups=one_or_all(groups),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fairline._registry import is_number
 from fairline.data import Groups
 from fairline.data.grouped import GroupedData, regrouped, too_few
 from fairline.errors import FairlineError
@@ -94,7 +95,8 @@ def last_layer_told(config: Mapping[str, Any]) -> str:
     balance = config.get("balance", "group")
     told += [] if balance == "group" else [f"by {balance.replace('_', ' ')}"]
     told += [f"on {config['part']}"] if "part" in config else []
-    told += [f"{name}={config[name]:g}" for name in ("strength", "within") if name in config]
+    # Of several strengths the one that was taken is told beside.
+    told += [f"{name}={config[name]:g}" for name in ("strength", "within") if is_number(config.get(name))]
     return " ".join(told)
 
 

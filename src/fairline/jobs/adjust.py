@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fairline._registry import is_number
 from fairline.data import Groups
 from fairline.jobs._common import (
     STUDENTS,
@@ -21,6 +22,7 @@ from fairline.jobs._common import (
     warn_of_small,
     with_step,
 )
+from fairline.objectives.choice import Strength, as_given
 from fairline.objectives.post_hoc import Method, Rule, adjust_in_place, require_settings
 from fairline.runs import NetworkInfo, Run
 from fairline.training import Progress, ProgressCallback
@@ -31,7 +33,7 @@ def adjust_job(
     out: str | Path,
     *,
     method: Method = "logit_adjust",
-    tau: float | None = None,
+    tau: Strength = None,
     rule: Rule = "worst_group",
     within: float = 1.0,
     groups: Groups | None = None,
@@ -44,7 +46,7 @@ def adjust_job(
         source: A linearize, finetune, last-layer, adjust or choose run.
         out: The run folder.
         method: ``"logit_adjust"``, ``"tau_norm"`` or ``"weight_scale"``.
-        tau: The strength; chosen for each network on the validation part by default.
+        tau: The strength, or several, of which one is chosen for each network on the validation part; see there.
         rule: How; losses are counted against the base network.
         within: Overall accuracy that may go, in percentage points, under the rule ``"worst_group"``.
         groups: Other groups to choose in than those that the run was made for; see :meth:`GroupedData.regroup`. What is
@@ -60,15 +62,17 @@ def adjust_job(
     """
     require_settings(method, tau, rule, within)
     parent = Run.read(source, *STUDENTS)
+    tau = as_given(tau, "τ")
+    chooses = not is_number(tau)
     settings: dict[str, Any] = {"method": method, "tau": tau, "rule": rule, "within": within}
     config = {**built_on(parent), **settings, **in_groups(groups)}
     data = parts_once(parent, root, groups)
-    if groups is not None and tau is None:
+    if groups is not None and chooses:
         data()["val"].require_groups("choosing τ")
 
     def work(run: Run) -> None:
         parts = data()
-        if tau is None:
+        if chooses:
             warn_of_small(parts["val"], "val")
         base, _ = load_base(parent)
         count = len(parent.networks())

@@ -269,6 +269,10 @@ def _of_step(run: Run) -> dict[str, tuple[int, str]]:
     for name, own in table.groupby("network", sort=False):
         value = own.loc[own["chosen"].astype(bool), column].iloc[0]
         told = value if isinstance(value, str) else NONE if pd.isna(value) else strength(column, float(value))
-        tried = sum(step.get(name, (1, ""))[0] for step in beside) if beside else int(own[column].notna().sum())
+        changing = own[column].notna()
+        if column == "tau" and len(own) > 1:
+            # What leaves a network as it is is no setting.
+            changing &= own[column] != 0
+        tried = sum(step.get(name, (1, ""))[0] for step in beside) if beside else int(changing.sum())
         found[str(name)] = tried, told
     return found

@@ -17,6 +17,7 @@ from pyarrow.parquet import read_schema
 from torch import nn
 
 from fairline._io import resolve_device, write_table
+from fairline._registry import is_number
 from fairline.audit.above_null import Shiftable, above_null
 from fairline.audit.comparison import BASE, Scored, compare
 from fairline.audit.null_front import chosen_tau, right_between, shifted
@@ -96,8 +97,9 @@ def steps_told(config: Mapping[str, Any], chosen_from: Mapping[str, Any], varied
     if command == "last-layer":
         return [last_layer_told(config)]
     if command == "adjust":
-        tau = None if varied == "tau" else config["tau"]
-        return [config["method"].replace("_", " ") + ("" if tau is None else f" tau={tau:g}")]
+        # Of several the one that was taken is told beside.
+        told = f" tau={config['tau']:g}" if varied != "tau" and is_number(config["tau"]) else ""
+        return [config["method"].replace("_", " ") + told]
     return []
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from fairline import linearize as linearizers
 from fairline import objectives
 from fairline._io import resolve_device
+from fairline._registry import is_number
 from fairline.data import Groups
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
@@ -34,6 +35,7 @@ from fairline.jobs._common import (
 from fairline.jobs._objective import known_by, tried_on, uses_groups
 from fairline.jobs._precision import settle
 from fairline.jobs.compare import compare_job
+from fairline.objectives.choice import Strength, as_given, strengths_of
 from fairline.objectives.last_layer import require_halves
 from fairline.runs import NetworkInfo, Run
 from fairline.training import Progress, ProgressCallback, finetune, named_stage
@@ -150,7 +152,7 @@ def last_layer_job(
     balance: str = "group",
     part: str = "val",
     repeats: int = REPEATS,
-    strength: float | None = None,
+    strength: Strength = None,
     within: float | None = None,
     groups: Groups | None = None,
     root: str | None = None,
@@ -167,7 +169,8 @@ def last_layer_job(
         balance: Under ``"dfr"``, as many images of each: ``"group"``, ``"class"`` or ``"group_and_class"``.
         part: Of which part: ``"val"``, or ``"train"``, which the network has seen.
         repeats: Under ``"dfr"``, balanced subsets to average over.
-        strength: C of ``"dfr"``, γ of ``"afr"``, points of ``"self"``; for each network chosen on halves by default.
+        strength: C of ``"dfr"``, γ of ``"afr"``, points of ``"self"``, or several, of which one is chosen for each
+            network on halves; those of the function by default.
         within: Overall accuracy that a strength may cost to be chosen, in percentage points; any by default.
         groups: Other groups to balance and choose in than those that the run was made for; as for :func:`finetune_job`.
         root: Where the data are now, if they have moved.
@@ -182,21 +185,21 @@ def last_layer_job(
             range.
     """
     parent = Run.read(source, *STUDENTS)
+    strength = as_given(strength, "A strength")
     said = {**_known_as(method, balance, part, repeats, strength, within), **in_groups(groups)}
     config = {**built_on(parent), **said, "seed": seed}
     # Of a strength that is given dfr alone halves the groups.
-    data = _part_once(parent, root, groups, part, by_group=method == "dfr" or strength is None)
+    data = _part_once(parent, root, groups, part, by_group=method == "dfr" or not is_number(strength))
 
     def work(run: Run) -> None:
         images = data()
         base = load_base(parent)[0] if method == "self" else None
-        count = len(parent.networks())
         own: dict[str, Any] = {"dfr": {"balance": balance, "repeats": repeats}, "self": {"reference": base}}
 
         def change(position: int, name: str, network: nn.Module, info: NetworkInfo) -> tuple[NetworkInfo, Rows]:
             done = _retrained(network, images, method, strength, seed, {**own.get(method, {}), "within": within})
             if progress is not None:
-                progress(Progress("retraining last layers", position, count, name))
+                progress(Progress("retraining last layers", position, len(parent.networks()), name))
             return replace(with_step(info, LAST_LAYERS[method]), seed=seed), _tried(done)
 
         remake(parent, run, change)
@@ -205,7 +208,7 @@ def last_layer_job(
 
 
 def _known_as(
-    method: str, balance: str, part: str, repeats: int, strength: float | None, within: float | None
+    method: str, balance: str, part: str, repeats: int, strength: Strength, within: float | None
 ) -> dict[str, Any]:
     """What a last-layer run is known by beside its parent and seed."""
     if method not in LAST_LAYERS:
@@ -216,7 +219,7 @@ def _known_as(
         raise FairlineError(f"Fits are averaged over {repeats} subsets under dfr only; {method} fits to all images.")
     if part not in ("val", "train"):
         raise FairlineError(f"Last layers are retrained on val or train, not '{part}'.")
-    if strength is not None and within is not None:
+    if is_number(strength) and within is not None:
         raise FairlineError("A strength is given, or chosen within some points of overall accuracy, not both.")
     # What is not said is no part of the identity, so that older runs keep theirs.
     said: dict[str, Any] = {"method": method} if method != "dfr" else {"balance": balance, "repeats": repeats}
@@ -246,13 +249,13 @@ def _retrained(
     network: nn.Module,
     images: GroupedData,
     method: str,
-    strength: float | None,
+    strength: Strength,
     seed: int,
     given: Mapping[str, Any],
 ) -> dict[str, Any]:
     """A network's last layer, retrained in place by a method."""
     if method == "dfr":
-        strengths: dict[str, Any] = {} if strength is None else {"strengths": [strength]}
+        strengths: dict[str, Any] = {} if strength is None else {"strengths": strengths_of(strength, (), "C")}
         return objectives.retrain_last_layer(network, images, seed=seed, **strengths, **given)
     if method == "afr":
         return objectives.reweight_last_layer(network, images, gamma=strength, seed=seed, **given)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairline._registry import is_number
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.objectives.anchored import Weigh, class_balanced, refit
+from fairline.objectives.choice import Strength, strengths_of
 
 #: Values of γ that are tried.
 GAMMAS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
@@ -20,7 +20,7 @@ def reweight_last_layer(
     model: nn.Module,
     held_out: GroupedData,
     *,
-    gamma: float | None = None,
+    gamma: Strength = None,
     ridge: float = 0.01,
     within: float | None = None,
     seed: int = 0,
@@ -34,8 +34,8 @@ def reweight_last_layer(
     Args:
         model: Any network whose output is that of its last ``nn.Linear``; changed in place.
         held_out: Data that the weights were not trained on; the validation part. They take a fifth of the training set.
-        gamma: γ ≥ 0; 0 weights by class alone. By default chosen on halves by the worst group's accuracy, as they do:
-            groups serve this choice only, and where there is one group the worst class's does.
+        gamma: γ ≥ 0; 0 weights by class alone. Of several, as by default, chosen on halves by the worst group's
+            accuracy, as they do: groups serve this choice only, and where there is one group the worst class's does.
         ridge: λ.
         within: Choose only among strengths that cost no more overall accuracy on the other half, in percentage points;
             where none is left the network stays as it is. As published there is no such limit.
@@ -48,12 +48,13 @@ def reweight_last_layer(
     Raises:
         FairlineError: There is no last linear layer, a group cannot be halved, or a setting is out of range.
     """
-    if gamma is not None and not (is_number(gamma) and gamma >= 0):
-        raise FairlineError(f"AFR needs γ finite and not negative, not {gamma}.")
+    gammas = strengths_of(gamma, GAMMAS, "AFR's γ")
+    if min(gammas) < 0:
+        raise FairlineError(f"AFR needs γ finite and not negative, not {min(gammas)}.")
     labels = held_out.labels.cpu()
 
     def prepared(logits: Tensor) -> Weigh:
         right = logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
         return lambda strength, rows: torch.exp(-strength * right[rows]) * class_balanced(labels[rows])
 
-    return refit(model, held_out, prepared, GAMMAS if gamma is None else (gamma,), ridge, within, seed)
+    return refit(model, held_out, prepared, gammas, ridge, within, seed)

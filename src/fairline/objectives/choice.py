@@ -14,6 +14,54 @@ from fairline.errors import FairlineError
 
 Rule = Literal["worst_group", "largest_loss"]
 
+#: One strength, several to choose from, or None for the default.
+Strength = float | Sequence[float] | None
+
+
+def strengths_of(given: Strength, default: Sequence[float], what: str) -> tuple[float, ...]:
+    """The strengths to choose from; one is no choice.
+
+    Args:
+        given: One, several, or None for the default.
+        default: Several.
+        what: They are called, for the message.
+
+    Returns:
+        One or more.
+
+    Raises:
+        FairlineError: They are no finite numbers, or one is named twice.
+
+    >>> strengths_of(None, (0.5, 1.0), "τ"), strengths_of(2.0, (0.5, 1.0), "τ"), strengths_of([1, 2], (0.5,), "τ")
+    ((0.5, 1.0), (2.0,), (1, 2))
+    """
+    if given is None:
+        return tuple(default)
+    found = (given,) if is_number(given) else tuple(given) if isinstance(given, (list, tuple)) else ()
+    if not found or not all(map(is_number, found)) or len(set(found)) < len(found):
+        told = given[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given
+        raise FairlineError(f"{what} is a finite number, or several different ones to choose from, not {told}.")
+    return found
+
+
+def as_given(strength: Strength, what: str) -> float | list[float] | None:
+    """A strength as a config holds it: a number, a list of several, or None.
+
+    Args:
+        strength: One, several, or None.
+        what: They are called, for the message.
+
+    Returns:
+        The same; of a list of one, that one.
+
+    Raises:
+        FairlineError: As :func:`strengths_of`.
+    """
+    if strength is None:
+        return None
+    found = strengths_of(strength, (), what)
+    return float(found[0]) if len(found) == 1 else list(map(float, found))
+
 
 def chosen(tried: Sequence[Mapping[str, float]], rule: Rule, within: float, accuracy: float) -> int | None:
     """What a rule takes of all that was tried; of equals the first.

@@ -22,13 +22,16 @@ logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float64]
 
+#: Inverse penalties C that are tried.
+PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)
+
 
 def retrain_last_layer(
     model: nn.Module,
     held_out: GroupedData,
     *,
     balance: str = "group",
-    strengths: Sequence[float] = (1.0, 0.3, 0.1, 0.03, 0.01),
+    strengths: Sequence[float] = PENALTIES,
     repeats: int = 10,
     within: float | None = None,
     seed: int = 0,

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fairline._registry import is_number
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
 from fairline.masking import copy_model
-from fairline.objectives.choice import Rule, accuracies, chosen, require_rule
+from fairline.objectives.choice import Rule, Strength, accuracies, chosen, require_rule, strengths_of
 from fairline.objectives.last_layer import output_layer
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ def adjust(
     val: GroupedData | None = None,
     *,
     method: Method = "logit_adjust",
-    tau: float | None = None,
+    tau: Strength = None,
     reference: nn.Module | None = None,
     rule: Rule = "worst_group",
     within: float = 1.0,
@@ -58,7 +57,8 @@ def adjust(
         train: The training data: their class shares, and what ``weight_scale`` is fitted to.
         val: Data to choose τ on; without them, and without ``tau``, τ is 1.
         method: ``"logit_adjust"``, ``"tau_norm"`` or ``"weight_scale"``.
-        tau: The strength; chosen on ``val`` by default.
+        tau: The strength, or several to choose from on ``val``, beside the network as it is; by default from 0 to 3 in
+            eighths.
         reference: Network that losses are counted against, for the rule ``"largest_loss"``.
         rule: ``"worst_group"``: the highest worst-group accuracy on ``val`` among strengths whose overall accuracy is
             within ``within`` points of the network's own. ``"largest_loss"``: the strength at which the group that
@@ -92,7 +92,7 @@ def adjust_in_place(
     val: GroupedData | None = None,
     *,
     method: Method = "logit_adjust",
-    tau: float | None = None,
+    tau: Strength = None,
     reference: nn.Module | None = None,
     rule: Rule = "worst_group",
     within: float = 1.0,
@@ -110,22 +110,25 @@ def adjust_in_place(
     _require_shares(train)
     layer, transform = _prepared(model, train, method)
     tried: list[dict[str, float]] = []
-    if tau is None and val is not None:
-        tau, tried = _chosen(predict(model, val).double(), transform, val, reference, rule, within)
-    tau = 1.0 if tau is None else tau
-    scale, shift = transform(tau)
+    taus = strengths_of(tau, TAUS if val is not None else (1.0,), "τ")
+    taken = taus[0]
+    if len(taus) > 1:
+        if val is None:
+            raise FairlineError("Of several τ one is chosen on validation data: give them, or one τ.")
+        taken, tried = _chosen(predict(model, val).double(), transform, val, reference, rule, within, taus)
+    scale, shift = transform(taken)
     with torch.no_grad():
         rows = slice(0, len(scale))
         weight = (layer.weight[rows].double() * scale[:, None]).to(layer.weight)
         bias = (layer.bias[rows].double() * scale + shift).to(layer.bias)
         if _is_usable(layer.weight[rows], layer.bias[rows]) and not _is_usable(weight, bias):
+            numbers = str(weight.dtype).removeprefix("torch.")
             raise FairlineError(
-                f"With τ = {tau:g} {method} leaves a last layer beyond what {str(weight.dtype).removeprefix('torch.')} "
-                "can hold; take a τ nearer to 0."
+                f"With τ = {taken:g} {method} leaves a last layer beyond what {numbers} can hold; take a τ nearer to 0."
             )
         layer.weight[rows], layer.bias[rows] = weight, bias
-    logger.info("%s: τ = %g, factors %s, shifts %s", method, tau, scale.tolist(), shift.tolist())
-    return {"tau": tau, "tried": tried}
+    logger.info("%s: τ = %g, factors %s, shifts %s", method, taken, scale.tolist(), shift.tolist())
+    return {"tau": taken, "tried": tried}
 
 
 def _is_usable(weight: Tensor, bias: Tensor) -> bool:
@@ -136,7 +139,7 @@ def _is_usable(weight: Tensor, bias: Tensor) -> bool:
     return held.tiny <= largest <= held.max**0.5 and float(bias.abs().max()) <= held.max**0.5
 
 
-def require_settings(method: str, tau: float | None, rule: str, within: float) -> None:
+def require_settings(method: str, tau: Strength, rule: str, within: float) -> None:
     """Refuse settings out of range.
 
     Raises:
@@ -144,8 +147,7 @@ def require_settings(method: str, tau: float | None, rule: str, within: float) -
     """
     if method not in get_args(Method):
         raise FairlineError(f"Classes are rebalanced by {', '.join(get_args(Method))}, not '{method}'.")
-    if tau is not None and not is_number(tau):
-        raise FairlineError(f"τ must be finite, not {tau}.")
+    strengths_of(tau, TAUS, "τ")
     require_rule(rule, within)
 
 
@@ -207,14 +209,15 @@ def _chosen(
     reference: nn.Module | None,
     rule: Rule,
     within: float,
+    taus: Sequence[float],
 ) -> tuple[float, list[dict[str, float]]]:
-    """The strength that a rule takes, and all that were tried; of equals the smallest."""
+    """The strength that a rule takes, and all that were tried; of equals the first, and 0 before all."""
     val.require_groups("choosing τ")
     if rule == "largest_loss" and reference is None:
         raise FairlineError("The largest loss of a group is counted against a network: give a reference.")
     before = None if reference is None else accuracies(predict(reference, val), val)[1]
     tried = []
-    for tau in TAUS:
+    for tau in (0.0, *(each for each in taus if each != 0)):
         scale, shift = transform(tau)
         moved = logits.clone()
         moved[:, : len(scale)] = moved[:, : len(scale)] * scale + shift

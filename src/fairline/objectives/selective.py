@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
 from fairline.objectives.anchored import Weigh, class_balanced, refit
+from fairline.objectives.choice import strengths_of
 
 #: Numbers of points that are tried.
 POINTS = (20, 100, 500)
@@ -23,7 +25,7 @@ def finetune_last_layer(
     held_out: GroupedData,
     *,
     reference: nn.Module | None = None,
-    points: int | None = None,
+    points: int | Sequence[int] | None = None,
     ridge: float = 0.01,
     within: float | None = None,
     seed: int = 0,
@@ -41,8 +43,8 @@ def finetune_last_layer(
         model: Any network whose output is that of its last ``nn.Linear``; changed in place.
         held_out: Data that the weights were not trained on; the validation part.
         reference: The other network.
-        points: How many, or all where there are fewer. By default chosen on halves by the worst group's accuracy, as
-            they do: groups serve this choice only, and where there is one group the worst class's does.
+        points: How many, or all where there are fewer. Of several, as by default, chosen on halves by the worst group's
+            accuracy, as they do: groups serve this choice only, and where there is one group the worst class's does.
         ridge: λ.
         within: Choose only among numbers that cost no more overall accuracy, in percentage points.
         seed: Of the halves.
@@ -54,7 +56,8 @@ def finetune_last_layer(
         FairlineError: There is no last linear layer, a group cannot be halved, the networks have unlike outputs, or a
             setting is out of range.
     """
-    _require_points(points)
+    numbers = strengths_of(points, POINTS, "SELF's number of points")
+    _require_points(numbers)
     labels = held_out.labels.cpu()
     other = None if reference is None else predict(reference, held_out).double().cpu().log_softmax(1)
 
@@ -76,12 +79,13 @@ def finetune_last_layer(
 
         return weigh
 
-    return refit(model, held_out, prepared, POINTS if points is None else (int(points),), ridge, within, seed)
+    return refit(model, held_out, prepared, numbers, ridge, within, seed)
 
 
-def _require_points(points: int | None) -> None:
+def _require_points(numbers: Sequence[float]) -> None:
     """Refuse what is no number of points."""
-    if points is not None and not is_whole(points):
-        raise FairlineError(f"SELF takes a number of points, not {points}.")
-    if points is not None and points < 1:
-        raise FairlineError(f"SELF needs one point at least, not {points}.")
+    for points in numbers:
+        if not is_whole(points):
+            raise FairlineError(f"SELF takes a number of points, not {points}.")
+        if points < 1:
+            raise FairlineError(f"SELF needs one point at least, not {points}.")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -25,11 +28,40 @@ from fairline._own import files, is_own, located
 from fairline.errors import FairlineError
 from fairline.jobs import LAST_LAYERS, last_layer_told
 from fairline.jobs.choose import strength
-from fairline.objectives.choice import Rule
-from fairline.objectives.post_hoc import Method
+from fairline.objectives.afr import GAMMAS
+from fairline.objectives.choice import Rule, as_given
+from fairline.objectives.last_layer import PENALTIES
+from fairline.objectives.post_hoc import TAUS, Method
+from fairline.objectives.selective import POINTS
 
 #: How a last layer is retrained; see :func:`fairline.jobs.last_layer_job`.
 Way = Literal["dfr", "afr", "self"]
+
+#: One strength, several to choose from, or None for those that the method tries by itself.
+Strengths = Annotated[float | list[float] | None, BeforeValidator(partial(as_given, what="A strength"))]
+
+#: What each way to a last layer tries by itself.
+_TRIED: dict[Way, Sequence[float]] = {"dfr": PENALTIES, "afr": GAMMAS, "self": POINTS}
+
+
+class _Yaml(yaml.SafeLoader):
+    """Plain scalars as YAML 1.2 has them: ``on`` and ``1:30`` are words, ``1e-3`` is a number."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, scalar) for tag, scalar in known if tag.rpartition(":")[2] in ("null", "merge")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+for _kind, _scalar, _starts in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+):
+    _Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_scalar})$"), list(_starts))
+# Not octal where it begins with a 0.
+_Yaml.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
 class _Strict(BaseModel):
@@ -85,19 +117,29 @@ class Masks(_Strict):
         return content
 
 
+def _number(given: float | list[float] | None, default: Sequence[float]) -> int:
+    """Values to choose from; 1 where there is nothing to choose."""
+    return len(default) if given is None else len(given) if isinstance(given, list) else 1
+
+
 class Adjust(_Strict):
     """A rebalancing of classes after the finetune; see :func:`fairline.adjust`."""
 
     method: Method = "logit_adjust"
-    tau: float | None = Field(default=None, allow_inf_nan=False)
+    tau: Strengths = None
     rule: Rule = "worst_group"
     within: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+
+    @property
+    def tries(self) -> int:
+        """Values that it chooses from; 1 is no choice."""
+        return _number(self.tau, [tau for tau in TAUS if tau])
 
     @property
     def label(self) -> str:
         """What it is called beside its finetune."""
         told = self.method.replace("_", " ")
-        if self.tau is not None:
+        if isinstance(self.tau, float):
             return f"{told} tau={self.tau:g}"
         return told if self.rule == "worst_group" else f"{told} {self.rule.replace('_', ' ')}"
 
@@ -108,13 +150,29 @@ class LastLayer(_Strict):
     method: Way = "dfr"
     balance: Literal["group", "class", "group_and_class"] = "group"
     part: Literal["val", "train"] = "val"
+    strength: Strengths = None
     within: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
+    @model_serializer(mode="wrap")
+    def _known_by(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Studies that name no strength keep the hash under which their results are known."""
+        content: dict[str, Any] = written(self)
+        if self.strength is None:
+            content.pop("strength", None)
+        return content
+
     @model_validator(mode="after")
-    def _balances(self) -> LastLayer:
+    def _fits(self) -> LastLayer:
+        if isinstance(self.strength, float) and self.within is not None:
+            raise ValueError("a strength is given, or chosen within some points of overall accuracy, not both")
         if self.method != "dfr" and self.balance != "group":
             raise ValueError(f"images are balanced by {self.balance} under dfr only")
         return self
+
+    @property
+    def tries(self) -> int:
+        """Values that it chooses from; 1 is no choice."""
+        return _number(self.strength, _TRIED[self.method])
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -187,6 +245,15 @@ class Finetune(_Strict):
             raise ValueError(f"the sweep of '{option}' has a value twice")
         return self
 
+    @model_validator(mode="after")
+    def _ways_differ(self) -> Finetune:
+        ways: list[LastLayer | Adjust] = [*self.last_layers, *self.adjust]
+        labels = [way.label for way in ways]
+        for place, label in enumerate(labels):
+            if label in labels[:place]:
+                raise ValueError(f"'{label}' is there twice, of different strengths")
+        return self
+
     def variants(self) -> list[tuple[str, dict[str, Any]]]:
         """Each strength, such as ``mu=0.5``, and the objective's options under it; without a sweep those alone."""
         if not self.sweep:
@@ -201,7 +268,7 @@ class Finetune(_Strict):
         # Deep feature reweighting is what was done before there were others.
         named = ["dfr" if way is True else way for way in said if way is not False]
         found = [way if isinstance(way, LastLayer) else LastLayer(method=way) for way in named]
-        return list({way.label: way for way in found}.values())
+        return list({json_digest(way.arguments): way for way in found}.values())
 
     @property
     def folder(self) -> str:
@@ -319,10 +386,20 @@ class StudySpec(_Strict):
     @model_validator(mode="after")
     def _sweeps_are_fair(self) -> StudySpec:
         swept = [method for method in self.methods if method.sweep]
+        if not swept:
+            return self
         counts = {method.folder: len(method.variants()) for method in swept}
+        for method in self.methods:
+            ways: list[LastLayer | Adjust] = [*method.last_layers, *method.adjust]
+            counts |= {f"{method.folder}, {way.label}": way.tries for way in ways}
+        # A strength that is given was not chosen.
+        counts = {name: count for name, count in counts.items() if count > 1}
         if len(set(counts.values())) > 1:
-            told = ", ".join(f"{name} {count}" for name, count in counts.items())
-            raise ValueError(f"sweeps try different numbers of values ({told}); methods compare at equal effort only")
+            told = "; ".join(f"{name}: {count}" for name, count in counts.items())
+            raise ValueError(
+                f"sweeps, 'tau' of adjust and 'strength' of last_layer try different numbers of values ({told}); "
+                "methods compare at equal effort only, so name as many everywhere"
+            )
         for masks in dict.fromkeys(masks for method in swept for masks in method.masks):
             self.reference(masks)
         return self
@@ -487,11 +564,11 @@ def _read(path: Path, readers: tuple[Path, ...]) -> _Source:
         raise FairlineError(f"{path} extends itself.")
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
+        tree = yaml.compose(text, Loader=_Yaml)
+        content = yaml.load(text, Loader=_Yaml)
     except OSError as error:
         raise FairlineError(f"{path} cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FairlineError(f"{path} is not valid YAML ({reason}).") from None
     lines: dict[tuple[Any, ...], tuple[str, int]] = {}
@@ -514,7 +591,7 @@ def _note_lines(node: Any, where: tuple[Any, ...], path: str, lines: dict[tuple[
                 for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     _note_lines(merged, where, path, lines)
                 continue
-            name = yaml.SafeLoader("").construct_object(key)
+            name = _Yaml("").construct_object(key)
             lines[(*where, name)] = (path, key.start_mark.line + 1)
             _note_lines(value, (*where, name), path, lines)
     elif isinstance(node, yaml.SequenceNode):
