@@ -169,8 +169,7 @@ def last_layer_job(
         balance: Under ``"dfr"``, as many images of each: ``"group"``, ``"class"`` or ``"group_and_class"``.
         part: Of which part: ``"val"``, or ``"train"``, which the network has seen.
         repeats: Under ``"dfr"``, balanced subsets to average over.
-        strength: C of ``"dfr"``, γ of ``"afr"``, points of ``"self"``, or several, of which one is chosen for each
-            network on halves; those of the function by default.
+        strength: C of ``"dfr"``, γ of ``"afr"``, points of ``"self"``; of several, as by default, one is chosen on halves.
         within: Overall accuracy that a strength may cost to be chosen, in percentage points; any by default.
         groups: Other groups to balance and choose in than those that the run was made for; as for :func:`finetune_job`.
         root: Where the data are now, if they have moved.
@@ -186,15 +185,15 @@ def last_layer_job(
     """
     parent = Run.read(source, *STUDENTS)
     strength = as_given(strength, "A strength")
-    said = {**_known_as(method, balance, part, repeats, strength, within), **in_groups(groups)}
-    config = {**built_on(parent), **said, "seed": seed}
+    said = _known_as(method, balance, part, repeats, strength, within)
+    config = {**built_on(parent), **said, **in_groups(groups), "seed": seed}
     # Of a strength that is given dfr alone halves the groups.
     data = _part_once(parent, root, groups, part, by_group=method == "dfr" or not is_number(strength))
 
     def work(run: Run) -> None:
         images = data()
-        base = load_base(parent)[0] if method == "self" else None
-        own: dict[str, Any] = {"dfr": {"balance": balance, "repeats": repeats}, "self": {"reference": base}}
+        reference = load_base(parent)[0] if method == "self" else None
+        own: dict[str, Any] = {"dfr": {"balance": balance, "repeats": repeats}, "self": {"reference": reference}}
 
         def change(position: int, name: str, network: nn.Module, info: NetworkInfo) -> tuple[NetworkInfo, Rows]:
             done = _retrained(network, images, method, strength, seed, {**own.get(method, {}), "within": within})
