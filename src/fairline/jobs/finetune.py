@@ -169,7 +169,7 @@ def last_layer_job(
         balance: Under ``"dfr"``, as many images of each: ``"group"``, ``"class"`` or ``"group_and_class"``.
         part: Of which part: ``"val"``, or ``"train"``, which the network has seen.
         repeats: Under ``"dfr"``, balanced subsets to average over.
-        strength: C of ``"dfr"``, γ of ``"afr"``, points of ``"self"``; of several, as by default, one is chosen on halves.
+        strength: C of ``"dfr"``, γ of ``"afr"``, points of ``"self"``; of several (default) one is chosen on halves.
         within: Overall accuracy that a strength may cost to be chosen, in percentage points; any by default.
         groups: Other groups to balance and choose in than those that the run was made for; as for :func:`finetune_job`.
         root: Where the data are now, if they have moved.
