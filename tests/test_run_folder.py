@@ -9,6 +9,7 @@ import torch
 
 from fairline._io import write_json
 from fairline.errors import FairlineError
+from fairline.jobs._common import do_once
 from fairline.runs import Run
 
 CPU = torch.device("cpu")
@@ -55,3 +56,46 @@ def test_a_run_that_begins_while_the_folder_is_looked_at(tmp_path, monkeypatch, 
         with Run.write(tmp_path, "train", {"seed": 0}, CPU) as run:
             assert not run.finished
         assert run.finished
+
+
+def refuse(folder: Path, seed: int, made: str = "") -> None:
+    """A run that is given bad input, perhaps after it has made something."""
+
+    def work(run: Run) -> None:
+        if made:
+            write_json(run.folder / made, {})
+        raise FairlineError("Bad input")
+
+    with pytest.raises(FairlineError, match="Bad input"):
+        do_once(folder, "adjust", {"seed": seed}, CPU, work)
+
+
+def test_what_was_refused_is_no_obstacle(tmp_path):
+    refuse(tmp_path, 0)
+    refuse(tmp_path, 1)
+    assert not Run(tmp_path).finished
+    with pytest.raises(FairlineError, match="not finished"):
+        Run.read(tmp_path)
+    with Run.write(tmp_path, "train", {"seed": 2}, CPU) as run:
+        assert not run.finished
+    assert Run.read(tmp_path, "train").config["seed"] == 2
+    assert "adjust stopped: Bad input" in (tmp_path / "log.txt").read_text()
+    with pytest.raises(FairlineError, match="holds another run"), Run.write(tmp_path, "train", {"seed": 3}, CPU):
+        pass
+
+
+@pytest.mark.parametrize("made", ["networks/a/network.json", "checkpoint/state.json", "table.json"])
+def test_what_was_made_before_it_was_refused_is_not_lost(tmp_path, made):
+    refuse(tmp_path, 0, made)
+    with pytest.raises(FairlineError, match="holds another run"), Run.write(tmp_path, "adjust", {"seed": 1}, CPU):
+        pass
+    assert (tmp_path / made).exists()
+    with Run.write(tmp_path, "adjust", {"seed": 0}, CPU) as run:
+        assert not run.finished
+
+
+def test_what_was_killed_may_be_resumed_and_is_not_taken_for_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Run.write(tmp_path, "train", {"seed": 0}, CPU):
+        raise KeyboardInterrupt
+    with pytest.raises(FairlineError, match="holds another run"), Run.write(tmp_path, "train", {"seed": 1}, CPU):
+        pass

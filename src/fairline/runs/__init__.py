@@ -3,7 +3,7 @@
 RUN/
   config.json         the job, its arguments, the data and what it was built on
   environment.json    versions, device, commit, time
-  status.json         running or finished
+  status.json         running, finished, or refused for bad input
   log.txt
   metrics.parquet     one row an epoch
   networks/NAME/      network.json, model.safetensors, masks.safetensors; of a compiled network compiled.json,

@@ -78,6 +78,9 @@ class Run:
                         shutil.rmtree(run.checkpoint, ignore_errors=True)
                 except BaseException as error:
                     logger.error("%s stopped: %s", command, error or type(error).__name__)
+                    if isinstance(error, FairlineError) and here().is_first and run._is_empty:
+                        # What cannot be done need not be deleted before something else is.
+                        write_json(run.folder / "status.json", {"status": "refused"})
                     raise
 
     def _taken(self, held: contextlib.ExitStack, wanted: Mapping[str, Any], device: torch.device) -> bool:
@@ -111,7 +114,7 @@ class Run:
         config_file = self.folder / "config.json"
         if config_file.exists():
             different = difference(read_json(config_file), wanted)
-            if different:
+            if different and not (self._status == "refused" and self._is_empty):
                 raise FairlineError(
                     f"{self.folder} holds another run ({different}); choose another --out or delete the folder."
                 )
@@ -171,8 +174,19 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the job is done."""
+        return self._status == "finished"
+
+    @property
+    def _status(self) -> str:
+        """``running``, ``finished``, or ``refused`` where there was bad input; empty where nothing is said."""
         status = self.folder / "status.json"
-        return status.exists() and read_json(status).get("status") == "finished"
+        return str(read_json(status).get("status")) if status.exists() else ""
+
+    @property
+    def _is_empty(self) -> bool:
+        """Whether nothing is there but what every run begins with."""
+        files = {file.relative_to(self.folder).as_posix() for file in self.folder.rglob("*") if not file.is_dir()}
+        return files <= {".lock", "config.json", "environment.json", "log.txt", "status.json"}
 
     @cached_property
     def config(self) -> dict[str, Any]:
