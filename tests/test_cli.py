@@ -406,7 +406,7 @@ BAD = {
     ),
     "option that is no number": (
         ["audit", "RUNS/base", "--measures", "curvature", "--option", "curvature.tolerance=low", "--out", "x"],
-        "'tolerance' of the measure 'curvature' is a number, not 'low'",
+        "Measure 'curvature': option 'tolerance' is a number, not 'low'",
     ),
     "ten classes": (
         ["audit", "RUNS/base", "--measures", "binary_curvature_bound", "--out", "x"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import typing
@@ -13,8 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fairline as fl
 from fairline import linearize, objectives
-from fairline._registry import build_named, kinds_of_options
+from fairline._registry import build_named, fitting, kinds_of_arguments, kinds_of_options
+from fairline.audit import REGISTRY as MEASURES
 from fairline.compiler.mask_cost import PredictedCost
 from fairline.errors import FairlineError
 from fairline.linearize import ForCost
@@ -70,13 +73,47 @@ def test_a_value_of_another_kind_is_refused_by_name_in_one_sentence(kind, name):
                 continue
             with pytest.raises(FairlineError) as caught:
                 build_named(kind, registry, name, {option: value})
-            told = str(caught.value)
-            assert told.startswith(f"{kind.capitalize()} '{name}': option '{option}' "), told
-            assert told.endswith(".")
-            assert "\n" not in told
-            assert "instances of" not in told
+            is_told(str(caught.value), kind, name, option)
             seen += 1
     assert seen > 4 * len(options)
+
+
+def is_told(sentence: str, kind: str, name: str, option: str) -> None:
+    assert sentence.startswith(f"{kind.capitalize()} '{name}': option '{option}' "), sentence
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    assert "instances of" not in sentence
+
+
+def measures() -> dict[str, Any]:
+    """The function of each measure of an audit."""
+    found = {}
+    for name, entry in MEASURES.items():
+        module, _, function = entry.source.partition(":")
+        found[name] = getattr(importlib.import_module(module), function)
+    return found
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_measure_refuses_a_value_of_another_kind_in_one_sentence(name, parts, trained):
+    for option, kinds in kinds_of_arguments(measures()[name]).items():
+        assert Any not in kinds, option
+        right = set().union(*map(takes, kinds))
+        assert right < set(VALUES)
+        for what in set(VALUES) - right:
+            with pytest.raises(FairlineError) as caught:
+                fl.audit(trained, parts[1], trained, measures=[name], options={name: {option: VALUES[what]}})
+            is_told(str(caught.value), "measure", name, option)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_the_defaults_of_a_measure_are_of_their_kinds_and_numbers_may_be_floats(name):
+    call = measures()[name]
+    kinds = kinds_of_arguments(call)
+    defaults = {option: inspect.signature(call).parameters[option].default for option in kinds}
+    assert fitting("It", kinds, defaults) == defaults
+    floats = {option: float(value) for option, value in defaults.items() if type(value) is int}
+    assert {option: type(value) for option, value in fitting("It", kinds, floats).items()} == dict.fromkeys(floats, int)
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL)

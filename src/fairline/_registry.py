@@ -50,23 +50,43 @@ def build_named(kind: str, registry: Mapping[str, type[T]], name: str, options: 
     """
     if name not in registry:
         raise FairlineError(f"There is no {kind} '{name}'; choose one of {', '.join(registry)}.")
-    takes = kinds_of_options(registry[name])
-    given = {}
-    for option, value in options.items():
-        whose = f"{kind.capitalize()} '{name}': option '{option}'"
-        if isinstance(value, Real) and not _is_finite(value):
-            raise FairlineError(f"{whose} must be finite, not {value}.")
-        kinds = takes.get(option, (Any,))
-        if not any(_fits(value, each) for each in kinds):
-            said = f"'{value}'" if isinstance(value, str) else "none" if value is None else value
-            raise FairlineError(f"{whose} is {_told(kinds)}, not {said}.")
-        # A command line reads 2e3 as a float.
-        whole = isinstance(value, float) and float not in kinds and int in kinds
-        given[option] = int(value) if whole else value
+    given = fitting(f"{kind.capitalize()} '{name}'", kinds_of_options(registry[name]), options)
     try:
         return registry[name](**given)
     except TypeError as error:
         raise FairlineError(f"{kind.capitalize()} '{name}': {error}.") from None
+
+
+def fitting(whose: str, takes: Mapping[str, tuple[Any, ...]], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they are handed on.
+
+    Args:
+        whose: They are, for the message.
+        takes: What each may be; of one that is not named, anything.
+        options: Their values.
+
+    Returns:
+        The values; a whole number that was written as a float is whole.
+
+    Raises:
+        FairlineError: One is of no kind that it may be, or not finite.
+
+    >>> fitting("This", {"n": (int,)}, {"n": 2e3})
+    {'n': 2000}
+    """
+    given = {}
+    for option, value in options.items():
+        named = f"{whose}: option '{option}'"
+        if isinstance(value, Real) and not _is_finite(value):
+            raise FairlineError(f"{named} must be finite, not {value}.")
+        kinds = takes.get(option, (Any,))
+        if not any(_fits(value, each) for each in kinds):
+            said = f"'{value}'" if isinstance(value, str) else "none" if value is None else value
+            raise FairlineError(f"{named} is {_told(kinds)}, not {said}.")
+        # A command line reads 2e3 as a float.
+        whole = isinstance(value, float) and float not in kinds and int in kinds
+        given[option] = int(value) if whole else value
+    return given
 
 
 def is_number(value: object) -> bool:
@@ -109,6 +129,16 @@ def kinds_of_options(made: type) -> dict[str, tuple[Any, ...]]:
         if names and not is_dataclass(each) and "**" not in names:
             break
     return {name: kinds for name, kinds in found.items() if name != "**"}
+
+
+def kinds_of_arguments(function: FunctionType) -> dict[str, tuple[Any, ...]]:
+    """What each argument of a function but the first may be, by its annotations.
+
+    Returns:
+        The members of each one's union, by name.
+    """
+    own = _evaluated(function, function.__globals__)
+    return {name: _members(own.get(name, Any)) for name in list(inspect.signature(function).parameters)[1:]}
 
 
 class _Names(dict[str, Any]):

@@ -366,7 +366,7 @@ def test_bad_input():
         ({"samples": 0}, "need a sample of each group"),
         ({"unit_samples": 0}, "need a sample of each group"),
         ({"exact_units": -1}, "a number from 0"),
-        ({"exact_units": "all"}, "is a number, not 'all'"),
+        ({"exact_units": "all"}, "is a whole number or none, not 'all'"),
         ({"levels": 3}, "knows no option 'levels'; it takes samples, unit_samples, exact_units"),
     ):
         with pytest.raises(FairlineError, match=message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from fairline._io import resolve_device, write_table
+from fairline._registry import fitting, kinds_of_arguments
 from fairline.audit.base import Row, Subject, class_name
 from fairline.data.grouped import OVERALL, GroupedData
 from fairline.errors import FairlineError
@@ -288,23 +288,20 @@ def audit_subject(
         module, _, function = entry.source.partition(":")
         own = dict((options or {}).get(measure, {}))
         call: Callable[..., list[Row]] = getattr(importlib.import_module(module), function)
-        _check_options(measure, call, own)
-        subject.rows += call(subject, **own)
+        subject.rows += call(subject, **_fitting(measure, call, own))
     frame = pd.DataFrame([vars(row) for row in subject.rows]).rename(columns={"label": "class"})
     frame = frame.assign(model=subject.name, split=split)[COLUMNS]
     return AuditReport(frame, _per_sample(subject))
 
 
-def _check_options(measure: str, call: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    known = list(inspect.signature(call).parameters.values())[1:]
-    names = [parameter.name for parameter in known]
-    for option, value in options.items():
-        if option not in names:
-            takes = f"it takes {', '.join(names)}" if names else "it takes none"
+def _fitting(measure: str, call: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a measure, which knows them all."""
+    kinds = kinds_of_arguments(call)
+    for option in options:
+        if option not in kinds:
+            takes = f"it takes {', '.join(kinds)}" if kinds else "it takes none"
             raise FairlineError(f"The measure '{measure}' knows no option '{option}'; {takes}.")
-        default = known[names.index(option)].default
-        if isinstance(default, int | float | None) and not isinstance(value, int | float | None):
-            raise FairlineError(f"Option '{option}' of the measure '{measure}' is a number, not {value!r}.")
+    return fitting(f"Measure '{measure}'", kinds, options)
 
 
 def explaining(subject: Subject) -> dict[str, dict[str, Any]]:
