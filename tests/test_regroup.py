@@ -253,6 +253,29 @@ def test_a_strength_is_chosen_in_groups_that_are_named(shop, repaired, tmp_path)
     assert judged_by(tmp_path / "by_sex", tmp_path / "audit_by_sex") == {"f", "m"}
 
 
+def test_one_method_for_several_groups_is_told_apart_by_them(shop, repaired, refused, tmp_path):
+    """Plain distillation keeps its name, by which it is the baseline."""
+    for name, groups in {"as_ever": (), "by_sex": ("--groups", "sex"), "both": GROUPS}.items():
+        ok("last-layer", shop / "plain", *groups, "--out", tmp_path / name)
+    made = [shop / "plain", *(tmp_path / name for name in ("as_ever", "by_sex", "both"))]
+    told = refused("compare", *made, "--out", tmp_path / "compare")
+    assert "were made for different groups" in told
+    assert "name those to judge by (--groups)" in told
+    ok("compare", *made, "--groups", "sex", "--resamples", "50", "--out", tmp_path / "compare")
+    table = pd.read_parquet(tmp_path / "compare" / "comparison.parquet")
+    crossed = " × ".join(GROUPS[1::2])
+    assert set(table["method"]) == {
+        "random: erm",
+        "random: erm, last layer",
+        "random: erm, last layer for sex",
+        f"random: erm, last layer for {crossed}",
+    }
+    assert set(table["baseline"]) == {"random: erm"}
+    assert "both hold 'random: erm, last layer' with" in refused(
+        "compare", made[0], made[1], made[1], "--groups", "sex", "--out", tmp_path / "twice"
+    )
+
+
 def test_what_is_chosen_in_groups_that_do_not_fit_leaves_no_folder(shop, repaired, refused, tmp_path):
     for tau in ("1", "2"):
         ok("adjust", shop / "plain", "--tau", tau, "--out", tmp_path / tau)

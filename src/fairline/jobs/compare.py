@@ -33,6 +33,7 @@ from fairline.jobs._common import (
     last_layer_told,
     lineage_of,
     load_parts,
+    made_for,
     open_runs,
     require_bootstrap,
     settings_told,
@@ -438,17 +439,23 @@ def _labelled(family: _Family) -> list[tuple[tuple[str, NetworkInfo, str], Path]
     folder = family.base.base_network()
     found = [((BASE, load_info(folder), ""), folder)]
     taken: dict[tuple[str, int], Path] = {}
-    for run in family.runs:
-        for path in run.networks().values():
-            info = load_info(path)
-            label = method_label(run, info)
-            other = taken.get((label, info.budget))
-            if other is not None:
-                raise FairlineError(
-                    f"{run.folder} and {other} both hold '{label}' with {info.budget:,} ReLUs; compare one of them."
-                )
-            taken[label, info.budget] = run.folder
-            found.append(((label, info, placed(run, info)), path))
+    networks = [(run, load_info(path), path) for run in family.runs for path in run.networks().values()]
+    made: dict[str, set[str]] = {}
+    for run, info, _ in networks:
+        made.setdefault(method_label(run, info), set()).add(str(made_for(run)))
+    for run, info, path in networks:
+        label = method_label(run, info)
+        groups = made_for(run)
+        # Groups are named where nothing else tells two methods apart.
+        if groups is not None and len(made[label]) > 1:
+            label = f"{label} for {groups if isinstance(groups, str) else ' × '.join(groups)}"
+        other = taken.get((label, info.budget))
+        if other is not None:
+            raise FairlineError(
+                f"{run.folder} and {other} both hold '{label}' with {info.budget:,} ReLUs; compare one of them."
+            )
+        taken[label, info.budget] = run.folder
+        found.append(((label, info, placed(run, info)), path))
     return found
 
 
