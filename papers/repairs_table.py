@@ -93,6 +93,8 @@ def table(folder: Path) -> list[str]:
 
 def main() -> None:
     """Print it."""
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "provenance.json").exists():
+        sys.exit("Name the folder of a study of repairs, such as papers/results/repairs_utkface_race.")
     print("\n".join(table(Path(sys.argv[1]))))
 
 

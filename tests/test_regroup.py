@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,12 @@ from tests.data.test_folder import write
 
 SMALL = ["--model", "cnn", "--width", "4", "--epochs", "1", "--batch-size", "64"]
 GROUPS = ["--groups", "sex", "--groups", "age:0-17,18+"]
+
+
+def table(folder: Path) -> list[str | Path]:
+    """Options of its images."""
+    data = ["--data", "folder", "--root", folder / "images", "--label", "finding", "--keep-together", "patient"]
+    return [*data, "--no-flip", "--groups", "sex", "--image-size", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +45,7 @@ def shop(tmp_path_factory):
     ]
     # The last child is alone, and so in one part.
     write(folder / "images", [{**row, "ward": "one" if i == 7 else "all"} for i, row in enumerate(rows)])
-    data = ["--data", "folder", "--root", folder / "images", "--label", "finding", "--keep-together", "patient"]
-    table = [*data, "--no-flip", "--groups", "sex", "--image-size", "8"]
-    ok("train", *table, *SMALL, "--out", folder / "base")
+    ok("train", *table(folder), *SMALL, "--out", folder / "base")
     ok("linearize", folder / "base", "--method", "random", "--budgets", "0.5", "--out", folder / "half")
     return folder
 
@@ -262,15 +267,24 @@ def test_one_method_for_several_groups_is_told_apart_by_them(shop, repaired, ref
     assert "were made for different groups" in told
     assert "name those to judge by (--groups)" in told
     ok("compare", *made, "--groups", "sex", "--resamples", "50", "--out", tmp_path / "compare")
-    table = pd.read_parquet(tmp_path / "compare" / "comparison.parquet")
+    found = pd.read_parquet(tmp_path / "compare" / "comparison.parquet")
     crossed = " × ".join(GROUPS[1::2])
-    assert set(table["method"]) == {
+    assert set(found["method"]) == {
         "random: erm",
         "random: erm, last layer",
         "random: erm, last layer for sex",
         f"random: erm, last layer for {crossed}",
     }
-    assert set(table["baseline"]) == {"random: erm"}
+    assert set(found["baseline"]) == {"random: erm"}
+    # What another base network lacks is told by the same names: these are no replicates of one method.
+    ok("train", *table(shop), *SMALL, "--seed", "1", "--out", tmp_path / "base")
+    ok("linearize", tmp_path / "base", "--method", "random", "--budgets", "0.5", "--out", tmp_path / "half")
+    ok("finetune", tmp_path / "half", "--epochs", "1", "--out", tmp_path / "plain")
+    ok("adjust", tmp_path / "plain", "--tau", "1", *GROUPS, "--out", tmp_path / "adjusted")
+    ok("adjust", shop / "plain", "--tau", "1", "--groups", "sex", "--out", tmp_path / "adjusted_by_sex")
+    pairs = [made[0], tmp_path / "adjusted_by_sex", tmp_path / "plain", tmp_path / "adjusted"]
+    told = refused("compare", *pairs, "--groups", "sex", "--out", tmp_path / "pairs")
+    assert "logit adjust tau=1 for sex" in told
     assert "both hold 'random: erm, last layer' with" in refused(
         "compare", made[0], made[1], made[1], "--groups", "sex", "--out", tmp_path / "twice"
     )

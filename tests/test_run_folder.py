@@ -74,7 +74,7 @@ def test_what_was_refused_is_no_obstacle(tmp_path):
     refuse(tmp_path, 0)
     refuse(tmp_path, 1)
     assert not Run(tmp_path).finished
-    with pytest.raises(FairlineError, match="not finished"):
+    with pytest.raises(FairlineError, match="was refused; its"):
         Run.read(tmp_path)
     with Run.write(tmp_path, "train", {"seed": 2}, CPU) as run:
         assert not run.finished

@@ -7,11 +7,11 @@ import contextlib
 import inspect
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from types import FunctionType, NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
 
 from fairline.errors import FairlineError
 
@@ -131,14 +131,19 @@ def kinds_of_options(made: type) -> dict[str, tuple[Any, ...]]:
     return {name: kinds for name, kinds in found.items() if name != "**"}
 
 
-def kinds_of_arguments(function: FunctionType) -> dict[str, tuple[Any, ...]]:
+def kinds_of_arguments(function: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
     """What each argument of a function but the first may be, by its annotations.
 
     Returns:
-        The members of each one's union, by name.
+        The members of each one's union, by name; of ``**settings`` those of its typed dictionary.
     """
-    own = _evaluated(function, function.__globals__)
-    return {name: _members(own.get(name, Any)) for name in list(inspect.signature(function).parameters)[1:]}
+    own = _evaluated(function, vars(sys.modules[function.__module__]))
+    found: dict[str, tuple[Any, ...]] = {}
+    for name in list(inspect.signature(function).parameters)[1:]:
+        annotation = own.get(name, Any)
+        unpacked = get_type_hints(get_args(annotation)[0]) if get_origin(annotation) is Unpack else {name: annotation}
+        found |= {each: _members(kind) for each, kind in unpacked.items()}
+    return found
 
 
 class _Names(dict[str, Any]):

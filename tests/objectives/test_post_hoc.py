@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -135,7 +136,13 @@ def test_of_several_strengths_one_is_chosen_or_none(parts, trained, taus):
     assert one == {"tau": 2.0, "tried": []}
 
 
-@pytest.mark.parametrize("tau", [[], [1.0, 1.0], [1.0, math.inf], "1", [1.0, True], [0.5, None]])
+@pytest.mark.parametrize("taus", [np.array([0.5, 2.0], np.float32), (tau / 2 for tau in (1, 4)), [Fraction(1, 2), 2]])
+def test_strengths_may_be_any_numbers(parts, trained, taus):
+    said = adjust_in_place(fl.masking.copy_model(trained), *parts[:2], tau=taus)
+    assert [row["tau"] for row in said["tried"]] == [0.0, 0.5, 2.0]
+
+
+@pytest.mark.parametrize("tau", [[], {0.5: 1.0}, [1.0, 1.0], [1.0, math.inf], "1", [1.0, True], [0.5, None]])
 def test_what_is_no_strength_is_refused(parts, trained, tau):
     with pytest.raises(FairlineError, match="or several different ones to choose from, not"):
         fl.adjust(trained, *parts[:2], tau=tau)

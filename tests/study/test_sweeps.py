@@ -20,7 +20,7 @@ from fairline.jobs import choices, choose
 from fairline.objectives import REGISTRY
 from fairline.runs import Run, load_info, load_network
 from fairline.study.cells import cells_of, require_known
-from fairline.study.spec import load_spec
+from fairline.study.spec import StudySpec, load_spec
 from fairline.study.store import read_results
 from tests.commands import ok
 from tests.study.test_execution import measured
@@ -263,10 +263,23 @@ def test_the_studies_of_repairs_are_fair(groups):
         ("adjust: [{tau: [0.5, 1.0]}]", "adjust: [{}]", "(lagrangian: 2; group_dro: 2; lagrangian, logit adjust: 24)"),
         ("{objective: erm,", "{objective: erm, last_layer: afr,", "logit adjust: 2; erm, AFR: 8); methods compare"),
         ("[0.5, 1.0]}]", "[0.5, 0.5]}]", "several different ones to choose from, not [0.5, 0.5]"),
+        ("[0.5, 1.0]}]", "[0, 1.0, 2.0, 3.0]}]", "(lagrangian: 2; group_dro: 2; lagrangian, logit adjust: 3)"),
+        ("{objective: erm,", "{objective: erm, last_layer: {strength: [0, 1]},", "of dfr is above 0, not 0"),
+        ("{objective: erm,", "{objective: erm, last_layer: {strength: 0},", "of dfr is above 0, not 0"),
+        (
+            "{objective: erm,",
+            "{objective: erm, last_layer: {method: afr, strength: -1},",
+            "afr is 0 or more, not -1",
+        ),
+        (
+            "{objective: erm,",
+            "{objective: erm, last_layer: {method: self, strength: [1, 1.5]},",
+            "self is a number of",
+        ),
         (
             "[{tau: [0.5, 1.0]}]",
             "[{tau: [1, 2]}, {tau: [3, 4]}]",
-            "'logit adjust' is there twice, of different strengths",
+            "'logit adjust' is there twice",
         ),
         ("[0.05, 30.0]", "[0.05, 0.05]", "the sweep of 'mu' has a value twice"),
         ("[0.05, 30.0]", "[0.05]", "the sweep of 'mu' needs two values at least"),
@@ -285,6 +298,16 @@ def test_a_sweep_that_compares_nothing_fairly_is_refused(tmp_path, before, after
     with pytest.raises(FairlineError, match=r"^[^\n]*\.$") as refused:
         load_spec(tmp_path / "bad.yaml")
     assert words in str(refused.value)
+
+
+def test_one_method_on_several_masks_is_as_fair():
+    content = load_spec(SPEC).model_dump()
+    content["masks"]["other"] = content["masks"]["plain"]
+    plain = {"objective": "erm", "masks": ["other"]}
+    StudySpec.model_validate({**content, "methods": [*content["methods"], {**plain, "adjust": [{"tau": [1, 2]}]}]})
+    for more in ({"adjust": [{}]}, {"sweep": {"temperature": [1, 2, 4]}}):
+        with pytest.raises(ValueError, match="try different numbers of values"):
+            StudySpec.model_validate({**content, "methods": [*content["methods"], {**plain, **more}]})
 
 
 @pytest.mark.parametrize(

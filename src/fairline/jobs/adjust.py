@@ -60,9 +60,9 @@ def adjust_job(
     Raises:
         FairlineError: A setting is out of range, a class has no training image, or a group no validation image.
     """
+    tau = as_given(tau, "τ")
     require_settings(method, tau, rule, within)
     parent = Run.read(source, *STUDENTS)
-    tau = as_given(tau, "τ")
     chooses = not is_number(tau)
     settings: dict[str, Any] = {"method": method, "tau": tau, "rule": rule, "within": within}
     config = {**built_on(parent), **settings, **in_groups(groups)}

@@ -98,9 +98,13 @@ def steps_told(config: Mapping[str, Any], chosen_from: Mapping[str, Any], varied
     if command == "last-layer":
         return [last_layer_told(config)]
     if command == "adjust":
-        # Of several the one that was taken is told beside.
-        told = f" tau={config['tau']:g}" if varied != "tau" and is_number(config["tau"]) else ""
-        return [config["method"].replace("_", " ") + told]
+        told = [config["method"].replace("_", " ")]
+        # Of several strengths the one that was taken is told beside.
+        if is_number(config["tau"]):
+            told += [] if varied == "tau" else [f"tau={config['tau']:g}"]
+        elif config.get("rule", "worst_group") != "worst_group":
+            told.append(config["rule"].replace("_", " "))
+        return [" ".join(told)]
     return []
 
 
@@ -251,18 +255,28 @@ def _of_one(strengths: str, place: int, count: int) -> str:
 
 @dataclass(frozen=True)
 class _Family:
-    """A base network and the runs that were made of it."""
+    """A base network and the runs that were made of it.
+
+    Attributes:
+        base: The training run.
+        runs: What is compared of it.
+        several: The groups that the runs of all families were made for, by the name of the method.
+    """
 
     base: Run
     runs: list[Run]
+    several: dict[str, set[str]]
 
 
 def _families(runs: Sequence[Run]) -> list[_Family]:
     """Runs by their base network; all of the same data."""
     found: dict[Path, _Family] = {}
+    several: dict[str, set[str]] = {}
     for run in runs:
         base = run.base()
-        found.setdefault(base.folder.resolve(), _Family(Run(base.folder.resolve()), [])).runs.append(run)
+        found.setdefault(base.folder.resolve(), _Family(Run(base.folder.resolve()), [], several)).runs.append(run)
+        for path in run.networks().values():
+            several.setdefault(method_label(run, load_info(path)), set()).add(str(made_for(run)))
     families = list(found.values())
     first = families[0].base
     for family in families[1:]:
@@ -439,23 +453,21 @@ def _labelled(family: _Family) -> list[tuple[tuple[str, NetworkInfo, str], Path]
     folder = family.base.base_network()
     found = [((BASE, load_info(folder), ""), folder)]
     taken: dict[tuple[str, int], Path] = {}
-    networks = [(run, load_info(path), path) for run in family.runs for path in run.networks().values()]
-    made: dict[str, set[str]] = {}
-    for run, info, _ in networks:
-        made.setdefault(method_label(run, info), set()).add(str(made_for(run)))
-    for run, info, path in networks:
-        label = method_label(run, info)
+    for run in family.runs:
         groups = made_for(run)
-        # Groups are named where nothing else tells two methods apart.
-        if groups is not None and len(made[label]) > 1:
-            label = f"{label} for {groups if isinstance(groups, str) else ' × '.join(groups)}"
-        other = taken.get((label, info.budget))
-        if other is not None:
-            raise FairlineError(
-                f"{run.folder} and {other} both hold '{label}' with {info.budget:,} ReLUs; compare one of them."
-            )
-        taken[label, info.budget] = run.folder
-        found.append(((label, info, placed(run, info)), path))
+        for path in run.networks().values():
+            info = load_info(path)
+            label = method_label(run, info)
+            # Groups are named where nothing else tells two methods apart.
+            if groups is not None and len(family.several[label]) > 1:
+                label = f"{label} for {groups if isinstance(groups, str) else ' × '.join(groups)}"
+            other = taken.get((label, info.budget))
+            if other is not None:
+                raise FairlineError(
+                    f"{run.folder} and {other} both hold '{label}' with {info.budget:,} ReLUs; compare one of them."
+                )
+            taken[label, info.budget] = run.folder
+            found.append(((label, info, placed(run, info)), path))
     return found
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -37,11 +37,14 @@ def strengths_of(given: Strength, default: Sequence[float], what: str) -> tuple[
     """
     if given is None:
         return tuple(default)
-    found = (given,) if is_number(given) else tuple(given) if isinstance(given, (list, tuple)) else ()
+    found: tuple[Any, ...] = (given,) if is_number(given) else ()
+    if isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping):
+        found = tuple(given)
     if not found or not all(map(is_number, found)) or len(set(found)) < len(found):
-        told = given[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given
+        told = found[0] if len(found) == 1 else given
         raise FairlineError(f"{what} is a finite number, or several different ones to choose from, not {told}.")
-    return found
+    # Fractions and numbers of arrays too.
+    return tuple(each if isinstance(each, int) else float(each) for each in found)
 
 
 def as_given(strength: Strength, what: str) -> float | list[float] | None:

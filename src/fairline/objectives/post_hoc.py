@@ -26,7 +26,7 @@ from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
 from fairline.masking import copy_model
-from fairline.objectives.choice import Rule, Strength, accuracies, chosen, require_rule, strengths_of
+from fairline.objectives.choice import Rule, Strength, accuracies, as_given, chosen, require_rule, strengths_of
 from fairline.objectives.last_layer import output_layer
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ def adjust_in_place(
     Raises:
         FairlineError: As :func:`adjust`.
     """
+    tau = as_given(tau, "τ")
     require_settings(method, tau, rule, within)
     _require_shares(train)
     layer, transform = _prepared(model, train, method)

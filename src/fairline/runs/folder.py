@@ -162,6 +162,8 @@ class Run:
         if commands and run.command not in commands:
             needed = " or ".join(f"'{command}'" for command in commands)
             raise FairlineError(f"{folder} holds a '{run.command}' run; {needed} is needed.")
+        if run._status == "refused":
+            raise FairlineError(f"The {run.command} run in {folder} was refused; its log.txt says why.")
         if not run.finished:
             raise FairlineError(f"The {run.command} run in {folder} is not finished; repeat its command to resume it.")
         return run

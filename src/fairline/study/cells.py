@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from fairline import data, jobs, models, objectives
 from fairline._own import files, identity, is_own, located
+from fairline._registry import fitting, kinds_of_arguments
 from fairline.audit import REGISTRY as MEASURES
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
@@ -70,6 +71,7 @@ def require_known(spec: StudySpec) -> None:
         for setting in settings:
             if setting not in known:
                 raise FairlineError(f"Study '{spec.name}', {where}: there is no setting '{setting}'.")
+        fitting(f"Study '{spec.name}', {where}", kinds_of_arguments(call), settings)
     compared = [cell for name in spec.data for cell in _of_one(spec, name, spec.seeds[0])[1]]
     checks.append(("baseline", partial(require_baseline, compared, spec.baseline)))
     for where, check in checks:

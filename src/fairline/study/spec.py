@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -33,6 +32,7 @@ from fairline.objectives.choice import Rule, as_given
 from fairline.objectives.last_layer import PENALTIES
 from fairline.objectives.post_hoc import TAUS, Method
 from fairline.objectives.selective import POINTS
+from fairline.study._yaml import Loader, read
 
 #: How a last layer is retrained; see :func:`fairline.jobs.last_layer_job`.
 Way = Literal["dfr", "afr", "self"]
@@ -42,26 +42,6 @@ Strengths = Annotated[float | list[float] | None, BeforeValidator(partial(as_giv
 
 #: What each way to a last layer tries by itself.
 _TRIED: dict[Way, Sequence[float]] = {"dfr": PENALTIES, "afr": GAMMAS, "self": POINTS}
-
-
-class _Yaml(yaml.SafeLoader):
-    """Plain scalars as YAML 1.2 has them: ``on`` and ``1:30`` are words, ``1e-3`` is a number."""
-
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, scalar) for tag, scalar in known if tag.rpartition(":")[2] in ("null", "merge")]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-for _kind, _scalar, _starts in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
-):
-    _Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_scalar})$"), list(_starts))
-# Not octal where it begins with a 0.
-_Yaml.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
 class _Strict(BaseModel):
@@ -133,7 +113,9 @@ class Adjust(_Strict):
     @property
     def tries(self) -> int:
         """Values that it chooses from; 1 is no choice."""
-        return _number(self.tau, [tau for tau in TAUS if tau])
+        # 0 leaves the network as it is, which is tried in any case.
+        given = [tau for tau in self.tau if tau] if isinstance(self.tau, list) else self.tau
+        return _number(given, [tau for tau in TAUS if tau])
 
     @property
     def label(self) -> str:
@@ -165,6 +147,13 @@ class LastLayer(_Strict):
     def _fits(self) -> LastLayer:
         if isinstance(self.strength, float) and self.within is not None:
             raise ValueError("a strength is given, or chosen within some points of overall accuracy, not both")
+        given = self.strength if isinstance(self.strength, list) else [1.0 if self.strength is None else self.strength]
+        if self.method == "dfr" and min(given) <= 0:
+            raise ValueError(f"the strength of dfr is above 0, not {min(given):g}")
+        if self.method == "afr" and min(given) < 0:
+            raise ValueError(f"the strength of afr is 0 or more, not {min(given):g}")
+        if self.method == "self" and not all(each.is_integer() and each >= 1 for each in given):
+            raise ValueError(f"the strength of self is a number of images, one or more, not {given}")
         if self.method != "dfr" and self.balance != "group":
             raise ValueError(f"images are balanced by {self.balance} under dfr only")
         return self
@@ -251,7 +240,7 @@ class Finetune(_Strict):
         labels = [way.label for way in ways]
         for place, label in enumerate(labels):
             if label in labels[:place]:
-                raise ValueError(f"'{label}' is there twice, of different strengths")
+                raise ValueError(f"'{label}' is there twice")
         return self
 
     def variants(self) -> list[tuple[str, dict[str, Any]]]:
@@ -388,14 +377,13 @@ class StudySpec(_Strict):
         swept = [method for method in self.methods if method.sweep]
         if not swept:
             return self
-        counts = {method.folder: len(method.variants()) for method in swept}
+        counts = [(method.folder, len(method.variants())) for method in swept]
         for method in self.methods:
             ways: list[LastLayer | Adjust] = [*method.last_layers, *method.adjust]
-            counts |= {f"{method.folder}, {way.label}": way.tries for way in ways}
-        # A strength that is given was not chosen.
-        counts = {name: count for name, count in counts.items() if count > 1}
-        if len(set(counts.values())) > 1:
-            told = "; ".join(f"{name}: {count}" for name, count in counts.items())
+            # A strength that is given is not chosen.
+            counts += [(f"{method.folder}, {way.label}", way.tries) for way in ways if way.tries > 1]
+        if len({count for _, count in counts}) > 1:
+            told = "; ".join(f"{name}: {count}" for name, count in counts)
             raise ValueError(
                 f"sweeps, 'tau' of adjust and 'strength' of last_layer try different numbers of values ({told}); "
                 "methods compare at equal effort only, so name as many everywhere"
@@ -564,15 +552,15 @@ def _read(path: Path, readers: tuple[Path, ...]) -> _Source:
         raise FairlineError(f"{path} extends itself.")
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.compose(text, Loader=_Yaml)
-        content = yaml.load(text, Loader=_Yaml)
+        content, tree = read(text)
+        lines: dict[tuple[Any, ...], tuple[str, int]] = {}
+        _note_lines(tree, (), str(path), lines)
     except OSError as error:
         raise FairlineError(f"{path} cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise FairlineError(f"{path} is not valid YAML ({reason}).") from None
-    lines: dict[tuple[Any, ...], tuple[str, int]] = {}
-    _note_lines(tree, (), str(path), lines)
+    except RecursionError:
+        raise FairlineError(f"{path} is not valid YAML (it holds itself).") from None
+    except ValueError as error:
+        raise FairlineError(f"{path} is not valid YAML ({error}).") from None
     source = _Source(content, lines)
     if not isinstance(content, dict) or "extends" not in content:
         return source
@@ -591,7 +579,7 @@ def _note_lines(node: Any, where: tuple[Any, ...], path: str, lines: dict[tuple[
                 for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     _note_lines(merged, where, path, lines)
                 continue
-            name = _Yaml("").construct_object(key)
+            name = Loader("").construct_object(key)
             lines[(*where, name)] = (path, key.start_mark.line + 1)
             _note_lines(value, (*where, name), path, lines)
     elif isinstance(node, yaml.SequenceNode):
