@@ -356,7 +356,7 @@ class Panel:
 
 
 def panels(entries: Mapping[str, Entry]) -> list[Panel]:
-    """Entries in the panels that they belong to; one base network that several studies share is there once.
+    """Entries in the panels that they belong to; one network that several studies share is there once.
 
     Args:
         entries: From :func:`read_board` or :func:`choose`.
@@ -395,8 +395,8 @@ def _kin(entry: Entry) -> tuple[str, str, str]:
 
 
 def _ordered(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
-    """The base network, once, what kept all ReLUs, then method by method, each from its most ReLUs on."""
-    bases: list[Accuracy] = []
+    """The base network, what kept all ReLUs, then method by method, each from its most ReLUs on; each network once."""
+    shared: list[tuple[Any, ...]] = []
     order = list(dict.fromkeys(entry.method.name for entry in entries.values()))
     for file, entry in sorted(
         entries.items(),
@@ -409,10 +409,10 @@ def _ordered(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
             -item[1].budget.percent,
         ),
     ):
-        if entry.method.linearizer == NO_LINEARIZER and isinstance(entry, Measured):
-            if entry.accuracy in bases:
+        if isinstance(entry, Measured):
+            if (network := (entry.method, entry.budget, entry.accuracy)) in shared:
                 continue
-            bases.append(entry.accuracy)
+            shared.append(network)
         yield file, entry
 
 

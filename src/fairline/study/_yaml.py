@@ -7,8 +7,6 @@ from typing import Any, ClassVar
 
 import yaml
 
-from fairline.errors import FairlineError
-
 _BOOL, _INT, _FLOAT, _TEXT = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "str"))
 
 
@@ -58,18 +56,18 @@ def read(text: str) -> tuple[Any, yaml.Node | None]:
         The content, and the root of the nodes; None of an empty text.
 
     Raises:
-        FairlineError: It cannot be read; the message is PyYAML's reason.
+        ValueError: It cannot be read; the message is the reason, not a sentence.
     """
     try:
         tree = yaml.compose(text, Loader=Loader)
         return yaml.load(text, Loader=Loader), tree
     except RecursionError:
-        raise FairlineError("it is nested too deep") from None
+        raise ValueError("it is nested too deep") from None
     except yaml.YAMLError as error:
-        raise FairlineError(" ".join(str(error).split())) from None
+        raise ValueError(" ".join(str(error).split())) from None
     except (ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
         # Of a value that is none of the kind that a tag says.
-        raise FairlineError(f"a value is not of its kind: {error}") from None
+        raise ValueError(f"a value is not of its kind: {error}") from None
 
 
 __all__ = ["Loader", "read"]
