@@ -543,8 +543,8 @@ def network_view(
     given = drop_none(
         classes=None if classes is None else read_classes(classes),
         normalization=normalization,
-        mean=None if mean is None else parse_numbers(mean, "mean"),
-        std=None if std is None else parse_numbers(std, "std"),
+        mean=parse_numbers(mean, "mean", "a number for each channel,"),
+        std=parse_numbers(std, "std", "a number for each channel,"),
     )
     for option in given:
         if option in spec.options:
@@ -552,40 +552,31 @@ def network_view(
     return replace(spec, options={**spec.options, **given})
 
 
-def parse_strengths(text: str | None, what: str) -> list[float] | None:
-    """Read one strength or several, comma-separated.
+def parse_numbers(text: str | None, what: str, wanted: str) -> list[float] | None:
+    """Read numbers, comma-separated.
 
-    >>> parse_strengths("0.5, 1", "tau"), parse_strengths(None, "tau")
-    ([0.5, 1.0], None)
+    >>> parse_numbers("0.485, 0.456,0.406", "mean", "a number for each channel,")
+    [0.485, 0.456, 0.406]
+
+    Args:
+        text: The numbers; None where nothing was said.
+        what: The option, for the message.
+        wanted: What it takes, for the message.
 
     Returns:
-        The numbers, or None where nothing was said.
+        The numbers, or None.
 
     Raises:
-        FairlineError: An entry is none; ``what`` names them.
+        FairlineError: An entry is none.
     """
     try:
         return None if text is None else [float(entry) for entry in parse_names(text, "number")]
     except ValueError:
-        raise FairlineError(f"--{what} '{text}' is not a number, or several separated by commas.") from None
+        raise FairlineError(f"--{what} '{text}' is not {wanted} separated by commas.") from None
 
 
-def parse_numbers(text: str, what: str) -> list[float]:
-    """Read numbers, comma-separated.
-
-    >>> parse_numbers("0.485, 0.456,0.406", "mean")
-    [0.485, 0.456, 0.406]
-
-    Returns:
-        The numbers.
-
-    Raises:
-        FairlineError: An entry is none; ``what`` names them.
-    """
-    try:
-        return [float(entry) for entry in parse_names(text, "number")]
-    except ValueError:
-        raise FairlineError(f"--{what} '{text}' is not a number for each channel, separated by commas.") from None
+#: What options of a strength take.
+STRENGTHS = "a number, or several"
 
 
 def one_or_all(groups: list[str] | None) -> str | list[str] | None:

@@ -61,7 +61,7 @@ def adjust_job(
         FairlineError: A setting is out of range, a class has no training image, or a group no validation image.
     """
     tau = as_given(tau, "τ")
-    require_settings(method, tau, rule, within)
+    require_settings(method, rule, within)
     parent = Run.read(source, *STUDENTS)
     chooses = not is_number(tau)
     settings: dict[str, Any] = {"method": method, "tau": tau, "rule": rule, "within": within}

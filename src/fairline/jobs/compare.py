@@ -273,10 +273,10 @@ def _families(runs: Sequence[Run]) -> list[_Family]:
     found: dict[Path, _Family] = {}
     several: dict[str, set[str]] = {}
     for run in runs:
-        base = run.base()
+        base, groups = run.base(), str(made_for(run))
         found.setdefault(base.folder.resolve(), _Family(Run(base.folder.resolve()), [], several)).runs.append(run)
         for path in run.networks().values():
-            several.setdefault(method_label(run, load_info(path)), set()).add(str(made_for(run)))
+            several.setdefault(method_label(run, load_info(path)), set()).add(groups)
     families = list(found.values())
     first = families[0].base
     for family in families[1:]:

@@ -107,7 +107,7 @@ def adjust_in_place(
         FairlineError: As :func:`adjust`.
     """
     tau = as_given(tau, "τ")
-    require_settings(method, tau, rule, within)
+    require_settings(method, rule, within)
     _require_shares(train)
     layer, transform = _prepared(model, train, method)
     tried: list[dict[str, float]] = []
@@ -140,7 +140,7 @@ def _is_usable(weight: Tensor, bias: Tensor) -> bool:
     return held.tiny <= largest <= held.max**0.5 and float(bias.abs().max()) <= held.max**0.5
 
 
-def require_settings(method: str, tau: Strength, rule: str, within: float) -> None:
+def require_settings(method: str, rule: str, within: float) -> None:
     """Refuse settings out of range.
 
     Raises:
@@ -148,7 +148,6 @@ def require_settings(method: str, tau: Strength, rule: str, within: float) -> No
     """
     if method not in get_args(Method):
         raise FairlineError(f"Classes are rebalanced by {', '.join(get_args(Method))}, not '{method}'.")
-    strengths_of(tau, TAUS, "τ")
     require_rule(rule, within)
 
 
