@@ -22,7 +22,10 @@ PALETTE = [
     "#5E3C99",
 ]
 #: For more names than that; the last ones are less easily told apart.
-MORE = ["#B2182B", "#66C2A5", "#BF812D", "#C51B7D", "#7FBC41", "#4D4D4D", "#80B1D3", "#FDB462"]
+MORE = [
+    *("#B2182B", "#66C2A5", "#BF812D", "#C51B7D", "#7FBC41", "#4D4D4D", "#80B1D3", "#FDB462"),
+    *("#1B4D3E", "#FB8072", "#2F2FA2", "#A89A00", "#5D3A1A", "#F781BF"),
+]
 #: Of lines and figures of no network; the base network; a network that kept all its ReLUs; the one to ship; others.
 INK, BASE, CONTROL, SHIPPED = "#222222", "#7d8590", "#d97706", "#0b3d6e"
 RAMP = ["#4f86b5", "#7fadd1", "#a9cbe4", "#c8dff0"]
@@ -40,7 +43,7 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 
 
 def palette(names: Sequence[str]) -> dict[str, str]:
-    """One colour a name; beyond eighteen they repeat."""
+    """One colour a name; beyond 24 they repeat."""
     chosen = [*PALETTE, *MORE]
     return {name: chosen[place % len(chosen)] for place, name in enumerate(names)}
 

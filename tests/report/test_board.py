@@ -12,11 +12,12 @@ import pandas as pd
 import pytest
 
 from fairline._io import read_json
+from fairline.charts import BASE, MORE, PALETTE
 from fairline.cli import app, main
 from fairline.errors import FairlineError
 from fairline.report.board import choose, costs_table, panels, parse_entry, read_board, table
 from fairline.report.board_entries import RESULTS, add_entries, entries_of, plain
-from fairline.report.board_page import method_colours, panel_chart, write_board
+from fairline.report.board_page import method_order, panel_chart, panel_colours, series_of, write_board
 
 PAPERS = Path(__file__).parents[2] / "papers"
 BOARD = PAPERS / "board"
@@ -210,12 +211,44 @@ def test_published_numbers_stand_beside_measured_ones_and_look_different():
     (panel,) = panels({"own": own, "other": other})
     assert panel.scale == own.scale
     assert list(panel.entries) == ["own", "other"]
-    drawn = panel_chart(panel, "worst", method_colours(panel.entries)).to_dict()
+    drawn = panel_chart(panel, "worst", panel_colours(panel, method_order(panel.entries))).to_dict()
     (rows,) = drawn["datasets"].values()
     assert [row["published"] for row in rows] == [False, True]
     assert [row["value"] for row in rows] == [own.accuracy.worst.value, 0.88]
     marks = [layer["mark"] for layer in drawn["layer"] if layer["mark"]["type"] == "point"]
     assert [(mark["filled"], mark.get("shape")) for mark in marks] == [(True, None), (False, "diamond")]
+
+
+def test_every_series_of_a_panel_has_a_colour_of_its_own(board):
+    order = method_order(board)
+    seen = 0
+    for panel in panels(board):
+        colours = panel_colours(panel, order)
+        series = series_of(panel)
+        assert set(series.values()) == set(colours)
+        bases = {e.method.name for e in panel.entries.values() if e.method.linearizer == "none"}
+        others = [colour for name, colour in colours.items() if name not in bases]
+        if len(others) <= len(PALETTE) + len(MORE):
+            assert len({*others, BASE}) == len(others) + 1, panel.title
+        for entry in panel.entries.values():
+            alike = {
+                e.method.name
+                for e in panel.entries.values()
+                if e.method.finetune == entry.method.finetune and e.budget.percent < 100
+            }
+            if entry.budget.percent == 100 and entry.method.linearizer != "none" and len(alike) == 1:
+                assert {series[entry.method.name]} == alike
+                seen += 1
+            elif entry.budget.percent < 100:
+                assert series[entry.method.name] == entry.method.name
+    assert seen
+
+
+def test_a_method_keeps_its_colour_over_panels_where_it_can(board):
+    order = method_order(board)
+    plain = [colours["SNL"] for panel in panels(board) if "SNL" in (colours := panel_colours(panel, order))]
+    assert len(plain) > 2
+    assert len(set(plain)) == 1
 
 
 def test_the_page_tables_and_figures_hold_the_entries(tmp_path):

@@ -12,7 +12,7 @@ import altair as alt
 import pandas as pd
 
 from fairline._io import atomic_path, make_folder
-from fairline.charts import BASE, CONTROL, palette, save_charts, themed
+from fairline.charts import BASE, CONTROL, MORE, PALETTE, palette, save_charts, themed
 from fairline.report.board import (
     NO_LINEARIZER,
     Entry,
@@ -49,13 +49,14 @@ def write_board(entries: Mapping[str, Entry], out: str | Path) -> list[Path]:
     """
     folder = make_folder(out)
     found = panels(entries)
-    colours = method_colours(entries)
+    order = method_order(entries)
+    colours = [panel_colours(panel, order) for panel in found]
     drawn = {
-        f"panel_{place}_{what}": panel_chart(panel, what, colours)
+        f"panel_{place}_{what}": panel_chart(panel, what, colours[place])
         for place, panel in enumerate(found)
         for what in SHOWN
     }
-    shown = [_shown(place, panel, colours) for place, panel in enumerate(found)]
+    shown = [_shown(place, panel, colours[place]) for place, panel in enumerate(found)]
     page = write_page(
         folder / "board.html",
         "board.html.j2",
@@ -71,26 +72,71 @@ def write_board(entries: Mapping[str, Entry], out: str | Path) -> list[Path]:
     for name, rows in tables.items():
         with atomic_path(folder / f"{name}.csv") as temporary:
             rows.to_csv(temporary, index=False, float_format="%.6g")
-    both = {f"board_{place + 1:02d}": _both(panel, colours) for place, panel in enumerate(found)}
+    both = {f"board_{place + 1:02d}": _both(panel, colours[place]) for place, panel in enumerate(found)}
     files = save_charts(both, folder, ("png",))
     return [page, *(folder / f"{name}.csv" for name in tables), *files]
 
 
-def method_colours(entries: Mapping[str, Entry]) -> dict[str, str]:
-    """One colour a method on the whole board; the base network and a network with all its ReLUs have their own."""
-    own: dict[str, str] = {}
-    names: list[str] = []
-    for entry in entries.values():
-        name = entry.method.name
-        if entry.method.linearizer == NO_LINEARIZER:
-            own[name] = BASE
-        elif entry.budget.percent == 100:
-            own[name] = CONTROL
-        elif name not in names:
-            names.append(name)
-    # Short names first: the plain methods get the colours that are told apart best.
-    names.sort(key=lambda name: name.count(","))
-    return palette([name for name in names if name not in own]) | own
+def series_of(panel: Panel) -> dict[str, str]:
+    """What stands for a method in the charts of a panel, by its name.
+
+    Args:
+        panel: What may be set side by side.
+
+    Returns:
+        The method itself; of a network that kept all its ReLUs, the one method of the panel that was finetuned alike.
+    """
+    alike: dict[str, list[str]] = {}
+    for entry in panel.entries.values():
+        if not _is_whole(entry):
+            names = alike.setdefault(entry.method.finetune, [])
+            names += [entry.method.name] if entry.method.name not in names else []
+    series: dict[str, str] = {}
+    for entry in panel.entries.values():
+        own = entry.method.name
+        beside = alike.get(entry.method.finetune, []) if _is_control(entry) else []
+        series.setdefault(own, beside[0] if len(beside) == 1 else own)
+    return series
+
+
+def _is_whole(entry: Entry) -> bool:
+    return entry.budget.percent == 100
+
+
+def _is_control(entry: Entry) -> bool:
+    return _is_whole(entry) and entry.method.linearizer != NO_LINEARIZER
+
+
+def method_order(entries: Mapping[str, Entry]) -> dict[str, int]:
+    """Places at which methods get colours: short names first, as the plain ones are drawn most."""
+    names = dict.fromkeys(entry.method.name for entry in entries.values() if not _is_whole(entry))
+    return {name: place for place, name in enumerate(sorted(names, key=lambda name: name.count(",")))}
+
+
+def panel_colours(panel: Panel, order: Mapping[str, int]) -> dict[str, str]:
+    """A colour of its own for each of a panel's series.
+
+    Args:
+        panel: What may be set side by side.
+        order: From :func:`method_order`; a method has the same colour in every panel where that is free.
+
+    Returns:
+        Colours by series. The base network has its own, and so has the control that no method of the panel goes with.
+    """
+    entries = {entry.method.name: entry for entry in panel.entries.values()}
+    preferred = palette(list(order))
+    series = dict.fromkeys(series_of(panel).values())
+    chosen: dict[str, str] = {}
+    for name in sorted(series, key=lambda name: order.get(name, len(order))):
+        free = [colour for colour in [CONTROL, *PALETTE, *MORE] if colour not in chosen.values()]
+        if _is_whole(entries[name]) and not _is_control(entries[name]):
+            chosen[name] = BASE
+        elif _is_control(entries[name]) and CONTROL in free:
+            chosen[name] = CONTROL
+        else:
+            free = [colour for colour in free if colour != CONTROL] or [*PALETTE, *MORE]
+            chosen[name] = preferred[name] if preferred.get(name) in free else free[0]
+    return {name: chosen[name] for name in series}
 
 
 def panel_chart(panel: Panel, what: str, colours: Mapping[str, str], *, legend: bool = False) -> Any:
@@ -99,7 +145,7 @@ def panel_chart(panel: Panel, what: str, colours: Mapping[str, str], *, legend: 
     Args:
         panel: What may be set side by side.
         what: A key of :data:`SHOWN`.
-        colours: Of each method.
+        colours: Of each series, from :func:`panel_colours`.
         legend: Whether to say the colours in the chart.
 
     Returns:
@@ -107,13 +153,14 @@ def panel_chart(panel: Panel, what: str, colours: Mapping[str, str], *, legend: 
         limits, joined within a study; the dashed line is the base network.
     """
     rows = _points(panel, what)
-    names = list(dict.fromkeys(rows["method"]))
+    names = list(dict.fromkeys(rows["series"]))
+    key = alt.Legend(orient="bottom", columns=4, labelLimit=280, symbolLimit=0, symbolType="circle")
     colour = alt.Color(
-        "method:N",
+        "series:N",
         scale=alt.Scale(domain=names, range=[colours[name] for name in names]),
         sort=names,
         title=None,
-        legend=alt.Legend(orient="bottom", columns=4, labelLimit=280, symbolType="circle") if legend else None,
+        legend=key if legend else None,
     )
     least, most = float(rows["x"].min()), float(rows["x"].max())
     ticks = sorted({round(value, 1) for value in rows["percent"]})
@@ -153,18 +200,20 @@ def panel_chart(panel: Panel, what: str, colours: Mapping[str, str], *, legend: 
 
 def _points(panel: Panel, what: str) -> pd.DataFrame:
     """A row an entry; marks of one budget stand side by side."""
-    names = list(dict.fromkeys(entry.method.name for entry in panel.entries.values()))
-    below = [entry.method.name for entry in panel.entries.values() if entry.budget.percent < 100]
-    moved = [name for name in names if name in below]
+    series = series_of(panel)
+    below = {entry.method.name for entry in panel.entries.values() if not _is_whole(entry)}
+    moved = [name for name in dict.fromkeys(series.values()) if name in below]
     step = min(_STEP, _SPREAD / max(1, len(moved) - 1))
     rows = []
     for entry in panel.entries.values():
         share = entry.accuracy.overall if what == "overall" else entry.accuracy.of_worst
         percent = entry.budget.percent
-        place = moved.index(entry.method.name) - (len(moved) - 1) / 2 if percent < 100 else 0.0
+        own = series[entry.method.name]
+        place = moved.index(own) - (len(moved) - 1) / 2 if own in moved else 0.0
         rows.append(
             {
                 "method": entry.method.name,
+                "series": own,
                 "origin": entry.origin,
                 "percent": percent,
                 "x": max(percent, 0.01) * math.exp(place * step),
@@ -175,8 +224,7 @@ def _points(panel: Panel, what: str) -> pd.DataFrame:
                 "group": "all" if what == "overall" else entry.accuracy.lowest,
                 "published": isinstance(entry, Published),
                 "whole": entry.method.linearizer == NO_LINEARIZER,
-                # Greys and oranges of networks with all their ReLUs are other methods' too.
-                "shape": "square" if percent == 100 else "circle",
+                "shape": "square" if _is_whole(entry) else "circle",
             }
         )
     return pd.DataFrame(rows)
@@ -258,7 +306,6 @@ def _shown(place: int, panel: Panel, colours: Mapping[str, str]) -> dict[str, An
     """What the page shows of a panel."""
     entries = list(panel.entries.values())
     rows = rows_of(entries)
-    names = list(dict.fromkeys(entry.method.name for entry in entries))
     hollow = {entry.method.name for entry in entries if isinstance(entry, Published)}
     notes = {entry.scale for entry in entries if isinstance(entry, Published)} - {panel.scale}
     return {
@@ -266,7 +313,7 @@ def _shown(place: int, panel: Panel, colours: Mapping[str, str]) -> dict[str, An
         "scale": panel.scale,
         "notes": sorted(notes),
         "charts": [f"panel_{place}_{what}" for what in SHOWN],
-        "legend": [(name, colours[name], name in hollow) for name in names],
+        "legend": [(name, colour, name in hollow) for name, colour in colours.items()],
         "rows": rows,
         "costs": list(dict.fromkeys(row.cost_of for row in rows if row.cost_of)),
     }
@@ -277,8 +324,10 @@ __all__ = [
     "SHOWN",
     "ShownRow",
     "limits_told",
-    "method_colours",
+    "method_order",
     "panel_chart",
+    "panel_colours",
     "rows_of",
+    "series_of",
     "write_board",
 ]
