@@ -264,17 +264,21 @@ def test_the_studies_of_repairs_are_fair(groups):
         ("{objective: erm,", "{objective: erm, last_layer: afr,", "logit adjust: 2; erm, AFR: 8); methods compare"),
         ("[0.5, 1.0]}]", "[0.5, 0.5]}]", "several different ones to choose from, not [0.5, 0.5]"),
         ("[0.5, 1.0]}]", "[0, 1.0, 2.0, 3.0]}]", "(lagrangian: 2; group_dro: 2; lagrangian, logit adjust: 3)"),
-        ("{objective: erm,", "{objective: erm, last_layer: {strength: [0, 1]},", "of dfr is above 0, not 0"),
-        ("{objective: erm,", "{objective: erm, last_layer: {strength: 0},", "of dfr is above 0, not 0"),
+        (
+            "{objective: erm,",
+            "{objective: erm, last_layer: {strength: [0, 1]},",
+            "retrained last layer is above 0, not 0",
+        ),
+        ("{objective: erm,", "{objective: erm, last_layer: {strength: 0},", "retrained last layer is above 0, not 0"),
         (
             "{objective: erm,",
             "{objective: erm, last_layer: {method: afr, strength: -1},",
-            "afr is 0 or more, not -1",
+            "AFR needs γ finite and not negative, not -1",
         ),
         (
             "{objective: erm,",
             "{objective: erm, last_layer: {method: self, strength: [1, 1.5]},",
-            "self is a number of",
+            "SELF takes a number of points, not 1.5",
         ),
         (
             "[{tau: [0.5, 1.0]}]",

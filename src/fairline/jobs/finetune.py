@@ -35,8 +35,8 @@ from fairline.jobs._common import (
 from fairline.jobs._objective import known_by, tried_on, uses_groups
 from fairline.jobs._precision import settle
 from fairline.jobs.compare import compare_job
-from fairline.objectives.choice import Strength, as_given, strengths_of
-from fairline.objectives.last_layer import require_halves
+from fairline.objectives.choice import Strength, as_given
+from fairline.objectives.last_layer import penalties_of, require_halves
 from fairline.runs import NetworkInfo, Run
 from fairline.training import Progress, ProgressCallback, finetune, named_stage
 
@@ -254,8 +254,7 @@ def _retrained(
 ) -> dict[str, Any]:
     """A network's last layer, retrained in place by a method."""
     if method == "dfr":
-        strengths: dict[str, Any] = {} if strength is None else {"strengths": strengths_of(strength, (), "C")}
-        return objectives.retrain_last_layer(network, images, seed=seed, **strengths, **given)
+        return objectives.retrain_last_layer(network, images, strengths=penalties_of(strength), seed=seed, **given)
     if method == "afr":
         return objectives.reweight_last_layer(network, images, gamma=strength, seed=seed, **given)
     # A command line has one option for all strengths, a float.

@@ -48,9 +48,7 @@ def reweight_last_layer(
     Raises:
         FairlineError: There is no last linear layer, a group cannot be halved, or a setting is out of range.
     """
-    gammas = strengths_of(gamma, GAMMAS, "AFR's γ")
-    if min(gammas) < 0:
-        raise FairlineError(f"AFR needs γ finite and not negative, not {min(gammas)}.")
+    gammas = gammas_of(gamma)
     labels = held_out.labels.cpu()
 
     def prepared(logits: Tensor) -> Weigh:
@@ -58,3 +56,21 @@ def reweight_last_layer(
         return lambda strength, rows: torch.exp(-strength * right[rows]) * class_balanced(labels[rows])
 
     return refit(model, held_out, prepared, gammas, ridge, within, seed)
+
+
+def gammas_of(gamma: Strength) -> tuple[float, ...]:
+    """The values of γ to choose from.
+
+    Args:
+        gamma: One, several, or None for the default.
+
+    Returns:
+        One or more.
+
+    Raises:
+        FairlineError: They are no different, finite numbers, or one is negative.
+    """
+    found = strengths_of(gamma, GAMMAS, "AFR's γ")
+    if min(found) < 0:
+        raise FairlineError(f"AFR needs γ finite and not negative, not {min(found)}.")
+    return found

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fairline._registry import is_number, is_whole
+from fairline._registry import is_whole
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
-from fairline.objectives.choice import is_within, require_rule
+from fairline.objectives.choice import Strength, is_within, require_rule, strengths_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +62,15 @@ def retrain_last_layer(
     Raises:
         FairlineError: There is no last linear layer, a group has one held-out image, or a setting is out of range.
     """
-    _require_possible(held_out, balance, strengths, repeats, within)
+    penalties = penalties_of(strengths)
+    _require_possible(held_out, balance, repeats, within)
     layer, features, logits = output_layer(model, held_out)
     labels, groups = held_out.labels.cpu().numpy(), held_out.groups.cpu().numpy()
     cells = {"group": groups, "class": labels}.get(balance, groups * held_out.num_classes + labels)
     rng = np.random.default_rng(seed)
     halves = Halves(half_of_each_group(groups, rng), groups)
     right = {}
-    for strength in sorted(strengths):
+    for strength in sorted(penalties):
         chosen = _balanced(cells, halves.first, rng=np.random.default_rng(seed))
         weight, bias = _fit(features, labels, chosen, strength, held_out.num_classes)
         right[float(strength)] = (features @ weight.T + bias).argmax(1) == labels
@@ -124,16 +125,30 @@ class Halves:
         return {"strength": best, "worst_group_accuracy": worst, "accuracy": overall}
 
 
-def _require_possible(
-    held_out: GroupedData, balance: str, strengths: Sequence[float], repeats: int, within: float | None
-) -> None:
+def penalties_of(strength: Strength) -> tuple[float, ...]:
+    """The inverse penalties C to choose from.
+
+    Args:
+        strength: One, several, or None for the default.
+
+    Returns:
+        One or more.
+
+    Raises:
+        FairlineError: They are no different, finite numbers above 0.
+    """
+    found = strengths_of(strength, PENALTIES, "The strength of a retrained last layer")
+    if min(found) <= 0:
+        raise FairlineError(f"The strength of a retrained last layer is above 0, not {min(found):g}.")
+    return found
+
+
+def _require_possible(held_out: GroupedData, balance: str, repeats: int, within: float | None) -> None:
     """Refuse settings out of range, and groups that cannot be halved."""
     if balance not in ("group", "class", "group_and_class"):
         raise FairlineError(f"Held-out data are balanced by group, class or group_and_class, not '{balance}'.")
     if not (is_whole(repeats) and repeats >= 1):
         raise FairlineError(f"Retraining averages over one subset at least, a whole number: repeats={repeats}.")
-    if not strengths or not all(is_number(strength) and strength > 0 for strength in strengths):
-        raise FairlineError(f"Retraining needs finite, positive strengths, not {list(strengths)}.")
     require_rule("worst_group", within or 0.0)
     require_halves(held_out)
 

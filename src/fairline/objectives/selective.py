@@ -14,7 +14,7 @@ from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.inference import predict
 from fairline.objectives.anchored import Weigh, class_balanced, refit
-from fairline.objectives.choice import strengths_of
+from fairline.objectives.choice import Strength, strengths_of
 
 #: Numbers of points that are tried.
 POINTS = (20, 100, 500)
@@ -56,8 +56,7 @@ def finetune_last_layer(
         FairlineError: There is no last linear layer, a group cannot be halved, the networks have unlike outputs, or a
             setting is out of range.
     """
-    numbers = strengths_of(points, POINTS, "SELF's number of points")
-    _require_points(numbers)
+    numbers = points_of(points)
     labels = held_out.labels.cpu()
     other = None if reference is None else predict(reference, held_out).double().cpu().log_softmax(1)
 
@@ -82,10 +81,22 @@ def finetune_last_layer(
     return refit(model, held_out, prepared, numbers, ridge, within, seed)
 
 
-def _require_points(numbers: Sequence[float]) -> None:
-    """Refuse what is no number of points."""
-    for points in numbers:
-        if not is_whole(points):
-            raise FairlineError(f"SELF takes a number of points, not {points}.")
-        if points < 1:
-            raise FairlineError(f"SELF needs one point at least, not {points}.")
+def points_of(points: Strength) -> tuple[float, ...]:
+    """The numbers of points to choose from.
+
+    Args:
+        points: One, several, or None for the default.
+
+    Returns:
+        One or more.
+
+    Raises:
+        FairlineError: They are no different whole numbers from 1 on.
+    """
+    found = strengths_of(points, POINTS, "SELF's number of points")
+    for each in found:
+        if not is_whole(each):
+            raise FairlineError(f"SELF takes a number of points, not {each}.")
+        if each < 1:
+            raise FairlineError(f"SELF needs one point at least, not {each}.")
+    return found

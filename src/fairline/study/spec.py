@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,11 @@ from fairline._own import files, is_own, located
 from fairline.errors import FairlineError
 from fairline.jobs import LAST_LAYERS, last_layer_told
 from fairline.jobs.choose import strength
-from fairline.objectives.afr import GAMMAS
-from fairline.objectives.choice import Rule, as_given
-from fairline.objectives.last_layer import PENALTIES
+from fairline.objectives.afr import gammas_of
+from fairline.objectives.choice import Rule, Strength, as_given
+from fairline.objectives.last_layer import penalties_of
 from fairline.objectives.post_hoc import TAUS, Method
-from fairline.objectives.selective import POINTS
+from fairline.objectives.selective import points_of
 from fairline.study._yaml import Loader, read
 
 #: How a last layer is retrained; see :func:`fairline.jobs.last_layer_job`.
@@ -40,8 +40,12 @@ Way = Literal["dfr", "afr", "self"]
 #: One strength, several to choose from, or None for those that the method tries by itself.
 Strengths = Annotated[float | list[float] | None, BeforeValidator(partial(as_given, what="A strength"))]
 
-#: What each way to a last layer tries by itself.
-_TRIED: dict[Way, Sequence[float]] = {"dfr": PENALTIES, "afr": GAMMAS, "self": POINTS}
+#: What each way to a last layer makes of a strength: the values to choose from.
+_STRENGTHS: dict[Way, Callable[[Strength], tuple[float, ...]]] = {
+    "dfr": penalties_of,
+    "afr": gammas_of,
+    "self": points_of,
+}
 
 
 class _Strict(BaseModel):
@@ -97,11 +101,6 @@ class Masks(_Strict):
         return content
 
 
-def _number(given: float | list[float] | None, default: Sequence[float]) -> int:
-    """Values to choose from; 1 where there is nothing to choose."""
-    return len(default) if given is None else len(given) if isinstance(given, list) else 1
-
-
 class Adjust(_Strict):
     """A rebalancing of classes after the finetune; see :func:`fairline.adjust`."""
 
@@ -114,8 +113,7 @@ class Adjust(_Strict):
     def tries(self) -> int:
         """Values that it chooses from; 1 is no choice."""
         # 0 leaves the network as it is, which is tried in any case.
-        given = [tau for tau in self.tau if tau] if isinstance(self.tau, list) else self.tau
-        return _number(given, [tau for tau in TAUS if tau])
+        return 1 if isinstance(self.tau, float) else sum(tau != 0 for tau in (TAUS if self.tau is None else self.tau))
 
     @property
     def label(self) -> str:
@@ -147,13 +145,7 @@ class LastLayer(_Strict):
     def _fits(self) -> LastLayer:
         if isinstance(self.strength, float) and self.within is not None:
             raise ValueError("a strength is given, or chosen within some points of overall accuracy, not both")
-        given = self.strength if isinstance(self.strength, list) else [1.0 if self.strength is None else self.strength]
-        if self.method == "dfr" and min(given) <= 0:
-            raise ValueError(f"the strength of dfr is above 0, not {min(given):g}")
-        if self.method == "afr" and min(given) < 0:
-            raise ValueError(f"the strength of afr is 0 or more, not {min(given):g}")
-        if self.method == "self" and not all(each.is_integer() and each >= 1 for each in given):
-            raise ValueError(f"the strength of self is a number of images, one or more, not {given}")
+        _STRENGTHS[self.method](self.strength)
         if self.method != "dfr" and self.balance != "group":
             raise ValueError(f"images are balanced by {self.balance} under dfr only")
         return self
@@ -161,7 +153,7 @@ class LastLayer(_Strict):
     @property
     def tries(self) -> int:
         """Values that it chooses from; 1 is no choice."""
-        return _number(self.strength, _TRIED[self.method])
+        return len(_STRENGTHS[self.method](self.strength))
 
     @property
     def arguments(self) -> dict[str, Any]:
