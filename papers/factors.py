@@ -3,19 +3,22 @@
 Accuracies and gains are points on the test part. A gain is that of Algorithm 1 (μ·E = 0.5) over plain distillation, and
 the span is of the smallest group's accuracy over the three μ; both are means over the budgets below 100 %, or of the
 control, the network that kept all its ReLUs and had the same further training. Student's 95 % interval over seeds.
-Behind “less” stands the difference from the first study, seed by seed.
+Behind “less” stands the difference from the first study, seed by seed. The picture shows the gains of every group.
 
-    python papers/factors_table.py papers/results
+    python papers/factors.py papers/results
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
+import altair as alt
 import pandas as pd
 
 from fairline.audit.intervals import student_interval
+from fairline.charts import palette, save_charts, themed
 
 #: What each study varies; the first is what the others are compared with.
 STUDIES = {
@@ -24,15 +27,18 @@ STUDIES = {
     "factors_utkface_race_converged": "40 base epochs",
     "factors_utkface_race_wide": "width 16",
 }
+#: Finetunes, by what each step μ comes to over the epochs of its study.
+STEPS = {"lagrangian-low": "0.1", "lagrangian": "0.5, the paper's", "lagrangian-high": "2"}
 BASE, PLAIN, GAINS, SPAN = "base network", "plain distillation", "gain", "span over μ"
 KEYS = ["what", "group"]
 
 
 def told(values: pd.Series) -> str:
-    """Mean and interval."""
-    low, high = student_interval(values.to_numpy(float))
-    value, low, high = (f"{each:.1f}".replace("-", "−").replace("−0.0", "0.0") for each in (values.mean(), low, high))
-    return f"{value} [{low}, {high}]"
+    """Mean and interval; of one seed its value."""
+    found = values.to_numpy(float)
+    limits = student_interval(found) if len(found) > 1 else ()
+    value, *limits = (f"{each:.1f}".replace("-", "−").replace("−0.0", "0.0") for each in (found.mean(), *limits))
+    return f"{value} [{', '.join(limits)}]" if limits else value
 
 
 def extremes(rows: pd.DataFrame) -> tuple[str, str]:
@@ -85,13 +91,54 @@ def table(results: Path, *, control: bool = False) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def gains(rows: pd.DataFrame) -> pd.DataFrame:
+    """What each group gains under each μ·E, mean over the budgets below 100 %, with limits over seeds."""
+    own = rows[(rows["measure"] == "accuracy") & (rows["class"] == "") & (rows["stage"] == "finetuned")]
+    own = own[own["relus"] < own["total_relus"]]
+    wide = 100 * own.pivot_table(index="finetune", columns=["group", "seed"], values="value")
+    found = []
+    for finetune, step in STEPS.items():
+        for group, each in (wide.loc[finetune] - wide.loc["erm"]).groupby(level="group", sort=False):
+            low, high = student_interval(each.to_numpy(float)) if len(each) > 1 else (each.iloc[0], each.iloc[0])
+            found.append({"μ·E": step, "group": group, "gain": each.mean(), "low": low, "high": high})
+    return pd.DataFrame(found)
+
+
+def picture(results: Path) -> Any:
+    """Gains by group and μ·E, a panel a study, all on one axis."""
+    tables = {study: pd.read_parquet(results / study / "results.parquet") for study in STUDIES}
+    sizes = tables[next(iter(STUDIES))].dropna(subset="train_n").groupby("group")["train_n"].mean()
+    order = list(sizes.sort_values(ascending=False).index)
+    drawn = {study: gains(rows) for study, rows in tables.items()}
+    ends = pd.concat(drawn)[["low", "high"]]
+    axis = alt.Scale(domain=[float(ends.min().min()), float(ends.max().max())], nice=True)
+    colours = palette(list(STEPS.values()))
+    charts = []
+    for study, rows in drawn.items():
+        base = alt.Chart(rows).encode(
+            y=alt.Y("group:N", sort=order, title=None, axis=alt.Axis(grid=True)),
+            yOffset=alt.YOffset("μ·E:N", sort=list(STEPS.values())),
+            color=alt.Color(
+                "μ·E:N",
+                scale=alt.Scale(domain=list(colours), range=list(colours.values())),
+                legend=alt.Legend(orient="bottom", title="μ·E"),
+            ),
+        )
+        zero = alt.Chart(pd.DataFrame({"at": [0]})).mark_rule(strokeDash=[4, 3], color="#7d8590").encode(x="at:Q")
+        limits = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", scale=axis, title="gain, points"), x2="high:Q")
+        dots = base.mark_point(filled=True, size=55, opacity=1).encode(x=alt.X("gain:Q", scale=axis))
+        charts.append(alt.layer(zero, limits, dots).properties(title=STUDIES[study], width=330, height=230))
+    return themed(alt.concat(*charts, columns=2, spacing=24))
+
+
 def main() -> None:
-    """Print both."""
+    """Print both tables and draw the picture."""
     results = Path(sys.argv[1]) if len(sys.argv) == 2 else Path()
     if missing := [study for study in STUDIES if not (results / study / "results.parquet").exists()]:
         sys.exit(f"Name the folder of the results, such as papers/results; it must hold {', '.join(missing)}.")
     print("Below 100 % of the ReLUs:", "", *table(results), "", sep="\n")
-    print("The control:", "", *table(results, control=True), sep="\n")
+    print("The control:", "", *table(results, control=True), "", sep="\n")
+    print(*save_charts({"factors": picture(results)}, results / next(iter(STUDIES)), ("png",)))
 
 
 if __name__ == "__main__":
