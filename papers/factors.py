@@ -26,6 +26,7 @@ STUDIES = {
     "factors_utkface_race_epochs": "16 finetune epochs",
     "factors_utkface_race_converged": "40 base epochs",
     "factors_utkface_race_wide": "width 16",
+    "factors_utkface_race_held_out": "40 base epochs, λ by held-out images",
 }
 #: Finetunes, by what each step μ comes to over the epochs of its study.
 STEPS = {"lagrangian-low": "0.1", "lagrangian": "0.5, the paper's", "lagrangian-high": "2"}
