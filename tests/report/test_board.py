@@ -194,6 +194,7 @@ def test_only_what_may_be_compared_shares_a_panel(board):
         assert len({(e.data.told, e.network.told, e.scale) for e in panel.entries.values()}) == 1
         measured = [network(e) for e in panel.entries.values() if e.kind == "measured"]
         assert all(one not in measured[:place] for place, one in enumerate(measured))
+    assert len({panel.title for panel in found}) == len(found)
     # DeepReDuce and SNL of one figure stand together, over the one base network that both studies hold.
     ages = [panel for panel in found if panel.data.name == "utkface:age" and "resnet18" in panel.title]
     (both,) = [panel for panel in ages if any(e.method.linearizer == "deepreduce" for e in panel.entries.values())]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -342,17 +342,26 @@ class Panel:
         scale: What was reduced, in words.
         entries: By file name, the whole network first, then by method; published ones of the same data, groups and
             architecture are there whatever their scale.
+        mark: What else the title says, where it would be another's: its studies.
     """
 
     data: Data
     network: Network
     scale: str
     entries: dict[str, Entry]
+    mark: str = ""
 
     @property
     def title(self) -> str:
         """In words."""
-        return f"{self.data.told} by {self.data.groups} · {self.network.told}"
+        return " · ".join(filter(None, [f"{self.data.told} by {self.data.groups}", self.network.told, self.mark]))
+
+    @property
+    def studies(self) -> str:
+        """The first of its studies by name, and how many others there are."""
+        names = sorted({entry.origin for entry in self.entries.values() if isinstance(entry, Measured)})
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return names[0] + more if names else ""
 
 
 def panels(entries: Mapping[str, Entry]) -> list[Panel]:
@@ -362,8 +371,8 @@ def panels(entries: Mapping[str, Entry]) -> list[Panel]:
         entries: From :func:`read_board` or :func:`choose`.
 
     Returns:
-        The panels, the fullest of each data set first. A published entry is in each panel of its data, groups and
-        architecture, or in one of its own.
+        The panels, the fullest of each data set first, each with a title of its own. A published entry is in each panel
+        of its data, groups and architecture, or in one of its own.
     """
     by_key: dict[str, dict[str, Entry]] = {}
     for file, entry in entries.items():
@@ -383,6 +392,8 @@ def panels(entries: Mapping[str, Entry]) -> list[Panel]:
     for own in by_key.values():
         first = next(iter(own.values()))
         found.append(Panel(first.data, first.network, first.scale, dict(_ordered(own))))
+    titles = [panel.title for panel in found]
+    found = [replace(panel, mark=panel.studies if titles.count(panel.title) > 1 else "") for panel in found]
     return sorted(found, key=lambda panel: (panel.data.told, panel.data.groups, -len(panel.entries)))
 
 
