@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -25,15 +24,13 @@ from fairline.audit.intervals import (
     wilson_interval,
 )
 from tests.reference.bootstrap import paired_shares
+from tests.scripts import script_at
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "coverage.py"
 
 
 def benchmark():
-    spec = importlib.util.spec_from_file_location("coverage_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_at(SCRIPT)
 
 
 def shares(right: int, n: int, draws: int = 2000, seed: int = 0) -> np.ndarray:

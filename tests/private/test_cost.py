@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -24,6 +23,7 @@ from fairline.private.wire import network
 from tests.private.networks import Everything, masked, settle
 from tests.reference.private import cheapest_blocks as slow_blocks
 from tests.reference.private import merges
+from tests.scripts import script_at
 
 RESULTS = Path(__file__).parents[2] / "papers" / "results"
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -240,9 +240,7 @@ def test_the_committed_validation_of_compiled_networks_holds():
 )
 def test_the_constants_of_the_model_give_the_validated_predictions(file, networks):
     """The tables belong to these constants, not to older ones."""
-    source = importlib.util.spec_from_file_location("private_cost", BENCHMARKS / "private_cost.py")
-    benchmark = importlib.util.module_from_spec(source)
-    source.loader.exec_module(benchmark)
+    benchmark = script_at(BENCHMARKS / "private_cost.py")
     table = pd.read_csv(RESULTS / "private_cost" / file)
     graphs = getattr(benchmark, networks)()
     for row in table.itertuples():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +9,7 @@ import pandas as pd
 import pytest
 
 from fairline.report.claims import CLAIMS
+from tests.scripts import script_at
 
 PAPERS = Path(__file__).parents[2] / "papers"
 RESULTS = PAPERS / "results"
@@ -17,18 +17,14 @@ RESULTS = PAPERS / "results"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("factors", PAPERS / "factors.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_at(PAPERS / "factors.py")
 
 
 def test_the_readme_has_the_tables(script):
     readme = (RESULTS / "factors_utkface_race" / "README.md").read_text(encoding="utf-8")
     for control in (False, True):
         assert "\n".join(script.table(RESULTS, control=control)) in readme
+    assert "\n".join(script.violations(RESULTS)) in readme
     assert "python papers/factors.py papers/results" in readme
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.scripts import script_at
 
 PAPERS = Path(__file__).parents[2] / "papers"
 STUDIES = sorted((PAPERS / "results").glob("repairs_*"))
@@ -14,12 +15,7 @@ STUDIES = sorted((PAPERS / "results").glob("repairs_*"))
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("repairs_table", PAPERS / "repairs_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_at(PAPERS / "repairs_table.py")
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
