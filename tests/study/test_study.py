@@ -297,6 +297,24 @@ def test_the_choice_of_layers_is_part_of_an_estimate():
     assert early - plain == pytest.approx(11 / 4 * 4 / 3)
 
 
+def test_an_estimate_counts_what_is_trained():
+    """A control as long as its masks, and the teacher's passes where it looks at each augmented batch anew."""
+    spec = load_spec(PAPERS / "factors_utkface_race.yaml")
+
+    def passes(kind, settings):
+        masks = spec.masks["snl"].model_copy(update={"settings": spec.masks["snl"].settings | settings})
+        finetune = spec.finetune | ({} if kind == "linearize" else settings)
+        changed = spec.model_copy(update={"masks": {"snl": masks}, "finetune": finetune})
+        (passes,) = {_epochs(cell) for cell in cells_of(changed) if cell.kind == kind}
+        return passes
+
+    assert passes("linearize", {"control": False}) == 40
+    assert passes("linearize", {"control": True}) == 80
+    assert passes("linearize", {"control": True, "augment": True}) == pytest.approx(80 * 4 / 3)
+    assert passes("finetune", {}) == 4 * 3
+    assert passes("finetune", {"augment": True}) == pytest.approx(4 * 3 * 4 / 3)
+
+
 def test_a_network_of_ones_own_is_part_of_its_cells(tmp_path):
     (tmp_path / "blocks.py").write_text("WIDTH = 2\n")
     (tmp_path / "mine.py").write_text("import blocks\ndef net(num_classes): ...\n")

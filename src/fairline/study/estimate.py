@@ -11,17 +11,20 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fairline import linearize, models
 from fairline._io import json_digest, read_table, resolve_device
+from fairline.precision import Precision
 from fairline.runs import DataSpec
 from fairline.study.cell import Cell
 from fairline.study.cells import cells_of, require_known
 from fairline.study.spec import StudySpec
 from fairline.study.storage import Storage
-from fairline.training import DEFAULTS, finetune, train
+from fairline.training import DEFAULTS, choose, finetune, train
 
-#: Forward passes of the teacher, beside the student's forward and backward pass.
+#: Passes over the images where the teacher looks at each augmented batch anew: its forward one, beside the student's
+#: forward and backward one. It looks once where nothing is augmented.
 _DISTILLING = 4 / 3
 
 
@@ -58,7 +61,7 @@ def estimate(
     asked = seeds or {}
     cells = list({cell.key: cell for spec in specs for cell in cells_of(spec, asked.get(spec.name))}.values())
     before, learned = _measured(storage), _learned(storage)
-    speeds: dict[str, tuple[float, int]] = {}
+    speeds: dict[str, tuple[float, int]] = {}  # of each data set, network and precision
     rows = []
     for cell in cells:
         done = storage.finished(cell)
@@ -112,15 +115,25 @@ def _learned(storage: Storage) -> dict[str, float]:
     Returns:
         Their mean over the cells of each recipe.
     """
-    found: dict[str, list[int]] = {}
+    found: dict[str, list[float]] = {}
     for key, note in storage.notes().items():
         file = storage.local / "cells" / key / "metrics.parquet"
         if note["kind"] != "linearize" or not file.exists():
             continue
         rows = read_table(file)
         if "relus" in rows:
-            found.setdefault(_recipe("linearize", note["arguments"]), []).append(int(rows["relus"].notna().sum()))
-    return {recipe: _DISTILLING * sum(epochs) / len(epochs) for recipe, epochs in found.items()}
+            passes = float(rows["relus"].notna().sum()) * _passes(note["arguments"])
+            found.setdefault(_recipe("linearize", note["arguments"]), []).append(passes)
+    return {recipe: sum(passes) / len(passes) for recipe, passes in found.items()}
+
+
+def _passes(arguments: Mapping[str, Any]) -> float:
+    """Over the training images, in steps of the student, for each epoch in which masks are learned."""
+    settings, method = arguments["settings"], linearize.REGISTRY[arguments["method"]]
+    known = inspect.signature(method).parameters
+    control = "control" in known and _setting(method, settings, "control")  # trained for as many epochs
+    augment = "augment" in known and _setting(method, settings, "augment")
+    return (2 if control else 1) * (_DISTILLING if augment else 1.0)
 
 
 def _recipe(kind: str, arguments: Mapping[str, Any]) -> str:
@@ -143,24 +156,25 @@ def _epochs(cell: Cell) -> float | None:
             return float(_setting(train, given["settings"], "epochs"))
         case "finetune":
             count = len(cell.parents[0].arguments["budgets"])
-            return count * float(_setting(finetune, given["settings"], "epochs")) * _DISTILLING
+            passes = _DISTILLING if (DEFAULTS | given["settings"])["augment"] else 1.0
+            return count * float(_setting(finetune, given["settings"], "epochs")) * passes
         case "linearize":
             method = linearize.REGISTRY[given["method"]]
             names = [name for name in inspect.signature(method).parameters if name.endswith("epochs")]
             names = [name for name in names if not name.startswith("min")]
             learning = sum(float(_setting(method, given["settings"], name) or 0) for name in names)
-            return (learning + _epochs_for_cost(given["settings"].get("for_cost"))) * _DISTILLING
+            return learning * _passes(given) + _epochs_for_cost(given["settings"].get("for_cost"))
         case "audit":
             return None if given["explain"] or set(given["measures"]) - {"accuracy"} else 0.0
     return 0.0
 
 
 def _epochs_for_cost(options: Mapping[str, Any] | None) -> float:
-    """Epochs of a choice of layers, whose last one is finetuned twice, at most."""
+    """Passes of a choice of layers, whose last one is finetuned twice, at most; each looks at its images once."""
     if options is None:
         return 0.0
     adapt, measurements = (float(_setting(linearize.ForCost, options, name)) for name in ("adapt", "measurements"))
-    return adapt * (measurements + 1)
+    return adapt * (measurements + 1) * _DISTILLING
 
 
 def _setting(call: Any, settings: Mapping[str, Any], name: str) -> Any:
@@ -170,35 +184,49 @@ def _setting(call: Any, settings: Mapping[str, Any], name: str) -> Any:
 def _speed(
     cell: Cell, root: str | None, jobs: int, device: str | None, speeds: dict[str, tuple[float, int]]
 ) -> tuple[float, int]:
-    """Images a second of training steps of a cell's model, and how many training images there are."""
+    """Images a second of training steps of a cell's model, in its precision, and how many training images there are."""
     base = cell if cell.kind == "train" else cell.ancestors()[0]
     data, model = base.arguments["data"], base.arguments["model"]
-    key = json.dumps([data, model], sort_keys=True)
+    precision = cell.arguments["settings"].get("precision")
+    key = json.dumps([data, model, precision], sort_keys=True)
     if key not in speeds:
         _, parts = DataSpec(data["name"], root, data["options"], base.arguments["seed"]).load()
         part = parts["train"]
-        where = resolve_device(device)
         network = models.build(
             str(base.about.get("own_model") or model["name"]),
             part.num_classes,
             part.images.shape[1],
             part.images.shape[2:],
             **model["options"],
-        ).to(where)
+        )
         size = min(int((DEFAULTS | base.arguments["settings"])["batch_size"]), len(part))
-        images = torch.rand(size, *part.images.shape[1:], device=where)
-        labels = torch.zeros(size, dtype=torch.long, device=where)
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, threads // jobs))
         try:
-            times = []
-            for _ in range(4):
-                begun = time.perf_counter()
-                F.cross_entropy(network(images), labels).backward()
-                if where.type == "cuda":
-                    torch.cuda.synchronize(where)
-                times.append(time.perf_counter() - begun)
+            seconds = _seconds_of_a_step(network, part.normalized(slice(size)), precision, resolve_device(device))
         finally:
             torch.set_num_threads(threads)
-        speeds[key] = size / min(times[1:]), len(part)
+        speeds[key] = size / seconds, len(part)
     return speeds[key]
+
+
+def _seconds_of_a_step(network: nn.Module, images: Tensor, precision: Precision | None, where: torch.device) -> float:
+    """The least of a few training steps, after one that is not counted."""
+    network.to(where)
+    arithmetic = choose(precision, network, images, where)
+    arithmetic.place(network, where)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9)
+    labels = torch.zeros(len(images), dtype=torch.long, device=where)
+    images = arithmetic.order(images.to(where))
+    times = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        optimizer.zero_grad()
+        with arithmetic.autocast(where):
+            loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        times.append(time.perf_counter() - begun)
+    return min(times[1:])
