@@ -1,9 +1,9 @@
 """What bfloat16 costs in accuracy: two runs of one study that differ in precision alone, paired by seed.
 
     for p in fp32 bf16; do
-        fairline study run papers/precision_utkface_race.yaml --scale $p --out studies-$p --results results-$p
+        fairline study run papers/precision_utkface_race.yaml --scale $p --out studies --results results
     done
-    python benchmarks/paired_precision.py results-fp32/precision_utkface_race results-bf16/precision_utkface_race \
+    python benchmarks/paired_precision.py results/precision_utkface_race_fp32 results/precision_utkface_race_bf16 \
         [--out papers/results/precision_utkface_race]
 
 A row is a network (the base network, or a budget) and a group: accuracies in %, bfloat16's minus float32's in points,

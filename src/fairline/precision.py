@@ -7,9 +7,10 @@ Precision Training"); bfloat16 has float32's range, so losses need no scaling (K
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,20 @@ def require_precision(precision: str) -> None:
     """
     if precision not in PRECISIONS:
         raise FairlineError(f"Precision is {', '.join(PRECISIONS)}, not '{precision}'.")
+
+
+def default_precision() -> Precision:
+    """What commands and studies compute in unless told otherwise: the variable FAIRLINE_PRECISION, else ``"auto"``.
+
+    Returns:
+        The precision.
+
+    Raises:
+        FairlineError: The variable says none of :data:`PRECISIONS`.
+    """
+    precision = os.environ.get("FAIRLINE_PRECISION", "auto")
+    require_precision(precision)
+    return cast(Precision, precision)
 
 
 def has_bf16(device: torch.device) -> bool:

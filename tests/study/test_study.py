@@ -155,6 +155,14 @@ def test_a_study_may_extend_another_and_name_scales(tmp_path):
     assert spec.masks["plain"].settings == {"lr": 0.03, "lam": 0.5, "batch_size": 64, "max_epochs": 3}
     assert (tiny.scale, tiny.seeds, tiny.train["epochs"]) == ("shorter", [5], 1)
     assert len({load_spec(SPEC).digest, spec.digest, tiny.digest}) == 3
+    # Results of two scales lie side by side, in a store and among those committed.
+    assert tiny.name == "child_tiny"
+    child.write_text(child.read_text() + "  Half-size: {}\n  other: {name: short}\n")
+    assert [load_spec(child, scale).name for scale in ("tiny", "Half-size", "other")] == [
+        "child_tiny",
+        "child_half_size",
+        "short",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +209,7 @@ def test_every_scale_of_the_committed_studies_is_valid():
     for path in PAPERS.glob("*.yaml"):
         for scale in yaml.safe_load(path.read_text()).get("scales", {}):
             assert load_spec(path, scale).digest != load_spec(path).digest
+            assert load_spec(path, scale).name != load_spec(path).name
 
 
 def test_status_tells_what_is_done(study, tmp_path):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from fairline._io import alone, json_digest, read_json, write_json
 from fairline.data.grouped import GroupedData
-from fairline.precision import Arithmetic, Precision, processor, require_precision
+from fairline.precision import Arithmetic, Precision, default_precision, processor
 from fairline.ranks import here
 from fairline.runs import Run
 from fairline.training import TRIAL_IMAGES, choose
@@ -66,7 +65,7 @@ def _settled(
         tried = precision != "auto" or (kept is not None and kept["ratio"] is not None)
         if kept is not None and (each is run or (tried and kept["processor"] == machine)):
             return _keep(run, kept)
-    precision = precision or _default()
+    precision = precision or default_precision()
     if precision != "auto" or agreed is None:
         return _keep(run, _found(precision, network, data, device))
     name = f"{machine}, {json_digest(run.base().config['model'])}"
@@ -77,13 +76,6 @@ def _settled(
             write_json(agreed, {**choices, name: _found(precision, network, data, device)})
             choices = read_json(agreed)
     return _keep(run, choices[name])
-
-
-def _default() -> Precision:
-    """What the variable FAIRLINE_PRECISION says, else ``"auto"``."""
-    default = os.environ.get("FAIRLINE_PRECISION", "auto")
-    require_precision(default)
-    return cast(Precision, default)
 
 
 def _found(precision: Precision | None, network: nn.Module, data: GroupedData, device: torch.device) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fairline import linearize, models
 from fairline._io import json_digest, read_table, resolve_device
-from fairline.precision import Precision
+from fairline.precision import Precision, default_precision
 from fairline.runs import DataSpec
 from fairline.study.cell import Cell
 from fairline.study.cells import cells_of, require_known
@@ -187,7 +187,10 @@ def _speed(
     """Images a second of training steps of a cell's model, in its precision, and how many training images there are."""
     base = cell if cell.kind == "train" else cell.ancestors()[0]
     data, model = base.arguments["data"], base.arguments["model"]
-    precision = cell.arguments["settings"].get("precision")
+    settled = (
+        one.arguments["settings"].get("precision") for one in (cell, base)
+    )  # what is built on a network goes on as it
+    precision = next(filter(None, settled), None) or default_precision()
     key = json.dumps([data, model, precision], sort_keys=True)
     if key not in speeds:
         _, parts = DataSpec(data["name"], root, data["options"], base.arguments["seed"]).load()

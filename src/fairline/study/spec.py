@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -436,7 +437,8 @@ def load_spec(path: str | Path, scale: str | None = None) -> StudySpec:
 
     Two keys are for the file alone and are gone once it is read: ``extends``, another file, relative to this one, whose
     fields hold where this one says nothing; and ``scales``, which names sets of fields that replace others, such as a
-    run of seconds to see that all works.
+    run of seconds to see that all works. Another scale is another study: unless it has a ``name``, it is called
+    ``NAME_SCALE``.
 
     Args:
         path: The file.
@@ -458,7 +460,8 @@ def load_spec(path: str | Path, scale: str | None = None) -> StudySpec:
             known = ", ".join(map(str, scales)) or "none"
             raise FairlineError(f"{path} has no scale '{scale}'; it has {known}.")
         inside = {where[2:]: line for where, line in source.lines.items() if where[:2] == ("scales", scale)}
-        source = source.replaced_by(_Source(scales[scale], inside))
+        own = {"name": re.sub(r"[^a-z0-9_]", "_", f"{content['name']}_{scale}".lower())} if "name" in content else {}
+        source = source.replaced_by(_Source(_merged(own, scales[scale]), inside))
         content = source.content
     try:
         spec = StudySpec.model_validate(content)
