@@ -124,13 +124,13 @@ def pareto_front(frame: pd.DataFrame, free: pd.DataFrame | None = None) -> list[
         x = alt.X(
             "overall:Q",
             title="overall accuracy",
-            axis=alt.Axis(format=".1%", tickCount=4),
+            axis=alt.Axis(format="~%", tickCount=4),
             scale=alt.Scale(zero=False, nice=True, padding=14),
         )
         y = alt.Y(
             "worst:Q",
             title="worst-group accuracy",
-            axis=alt.Axis(format=".1%", tickCount=5),
+            axis=alt.Axis(format="~%", tickCount=5),
             scale=alt.Scale(zero=False, nice=True, padding=14),
         )
         tooltip = [

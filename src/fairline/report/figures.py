@@ -468,7 +468,7 @@ def accuracy_by_budget(frame: pd.DataFrame, variant: str) -> Any:
     ]
     accuracies = table.loc[:, ["low", "high", "value"]]
     ends = alt.Scale(domain=span(accuracies, 0.2, whole=(0, 1)), nice=False)
-    y = alt.Y("value:Q", title="accuracy", axis=alt.Axis(format=".0%"), scale=ends)
+    y = alt.Y("value:Q", title="accuracy", axis=alt.Axis(format="~%"), scale=ends)
     drawn = alt.Chart(table[~base] if controlled else table)
     layers = [
         drawn.mark_line().encode(x=x, y=y, color=colour),
@@ -538,7 +538,7 @@ def _of_variant(
                 scale,
                 of,
                 domain=shared["accuracy"] if kind == "group" else None,
-                form=".0%",
+                form="~%",
             )
             title = alt.Title(f"{of.capitalize()} by {kind}", subtitle=variant)
             made[f"{of}_by_{kind}_{slug(variant)}"] = themed(chart.properties(title=title))

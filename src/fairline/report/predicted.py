@@ -172,7 +172,7 @@ def _dots(table: pd.DataFrame, title: str) -> Any:
     legend = alt.Legend(orient="bottom", title=None) if several else None
     colour = alt.Color("of:N", scale=scale, legend=legend)
     tooltip = ["who:N", "of:N", alt.Tooltip("value:Q", format=".1%"), "n:Q"]
-    x = alt.X("value:Q", title=f"{title}, with 95 % limits", axis=alt.Axis(format=".0%", tickCount=6))
+    x = alt.X("value:Q", title=f"{title}, with 95 % limits", axis=alt.Axis(format="~%", tickCount=6))
     points = base.mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, color=colour, tooltip=tooltip)
     whiskers = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.6)
     limits = whiskers.encode(x="low:Q", x2="high:Q", y=y, color=colour)
