@@ -12,8 +12,10 @@ import pandas as pd
 import pytest
 
 from fairline.jobs import compare_job
+from fairline.jobs.method_names import method_names
 from fairline.report.comparison import drop_by_budget, judged, masks_of, prepare, warnings
 from fairline.report.verdict import signed
+from fairline.runs import Run
 from tests.commands import FINETUNE, LINEARIZE, fairline, ok
 from tests.test_cli import contents, kill_when
 from tests.test_report import CHROMIUM, browser
@@ -268,6 +270,27 @@ def test_emptied_layers_are_a_method_and_a_budget_may_be_one_method_s_alone(runs
     assert budgets["random: not finetuned"] == {10}
     page = (tmp_path / "compare" / "comparison.html").read_text(encoding="utf-8")
     assert "With 4.5 % of the ReLUs" in html.unescape(page).replace("\u00a0", " ")
+
+
+def test_settings_tell_methods_apart_where_nothing_else_does(runs, tmp_path):
+    """Of what differs, and of nothing else; the first run's go without saying, and so do defaults."""
+    ok("linearize", runs / "base", *LINEARIZE, "--lam", "0.002", "--out", tmp_path / "snl")
+    finetune = ("finetune", tmp_path / "snl", *FINETUNE)
+    ok(*finetune, "--out", tmp_path / "dearer")
+    ok(*finetune, "--epochs", "3", "--seed", "5", "--out", tmp_path / "longer")
+    ok("finetune", runs / "snl", *FINETUNE, "--epochs", "1", "--objective", "ldam", "--out", tmp_path / "other")
+    sources = [runs / "students", tmp_path / "dearer", tmp_path / "longer", tmp_path / "other"]
+    run = compare_job(sources, tmp_path / "compared", resamples=20, device="cpu")
+    longer = "masks lam=0.002, erm, epochs=3, seed=5"
+    assert set(run.table("comparison.parquet")["method"]) == {"erm", "masks lam=0.002, erm", longer, "ldam"}
+    assert set(run.table("comparison.parquet")["baseline"]) == {"erm"}
+    assert set(run.table("layers.parquet")["placement"]) == {"", "lam=0.002"}
+    # Alone, each is called by what was done.
+    alone = compare_job(sources[1:2], tmp_path / "alone", resamples=20, device="cpu")
+    assert set(alone.table("comparison.parquet")["method"]) == {"erm"}
+    # Seeds are replicates, whatever those of one of them are called by.
+    names = method_names([[Run.read(path) for path in sources], [Run.read(tmp_path / "longer")]])
+    assert {names[path.resolve()].label for path in Run.read(tmp_path / "longer").networks().values()} == {longer}
 
 
 def test_a_method_that_cannot_meet_a_budget_stands_at_it(runs, tmp_path):

@@ -231,7 +231,7 @@ def curves(methods: Sequence[str]) -> dict[str, list[str]]:
     {'lagrangian mu=*': ['lagrangian mu=0.005', 'lagrangian mu=0.01']}
 
     Args:
-        methods: Labels; see :func:`fairline.jobs.compare.method_label`.
+        methods: Labels; see :func:`fairline.jobs.method_names.method_label`.
 
     Returns:
         Labels that differ in one number, by their label with a star there.

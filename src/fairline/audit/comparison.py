@@ -232,7 +232,7 @@ def whole_of(method: str, columns: Sequence[Column], total: int) -> Column:
     ('random: erm', 90)
 
     Args:
-        method: As :func:`fairline.jobs.compare.method_label` calls it.
+        method: As :func:`fairline.jobs.method_names.method_label` calls it.
         columns: Those that there are.
         total: ReLUs of the base network.
 
@@ -250,7 +250,7 @@ def _finetune(method: str) -> str:
     'lagrangian mu=0.5, labels only'
 
     Returns:
-        It; see :func:`fairline.jobs.compare.method_label`.
+        It; see :func:`fairline.jobs.method_names.method_label`.
     """
     parts = method.rpartition(": ")[2].split(", ")
     return ", ".join(parts[1:] if parts[0].startswith("masks ") else parts)

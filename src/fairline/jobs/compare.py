@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from pyarrow.parquet import read_schema
 from torch import nn
 
 from fairline._io import resolve_device, write_table
-from fairline._registry import is_number
 from fairline.audit.above_null import Shiftable, above_null
 from fairline.audit.comparison import BASE, Scored, compare
 from fairline.audit.null_front import chosen_tau, right_between, shifted
@@ -30,88 +29,20 @@ from fairline.jobs._common import (
     do_once,
     in_groups,
     judged_in,
-    last_layer_told,
     lineage_of,
     load_parts,
-    made_for,
     open_runs,
     require_bootstrap,
-    settings_told,
 )
 from fairline.jobs.choose import choices, tried_of
 from fairline.jobs.constraints import constraints
-from fairline.jobs.linearize import placement_of
+from fairline.jobs.method_names import MethodName, method_names
 from fairline.masking import masked_relus
 from fairline.runs import NetworkInfo, Run, load_info, load_network
 from fairline.training import Progress, ProgressCallback
 
 #: Between what the base networks took.
 _AND = " · "
-
-
-def method_label(run: Run, info: NetworkInfo) -> str:
-    """What was done to a network after its base training: ``"masks lagrangian, lagrangian mu=0.005"``."""
-    if info.stage == "base":
-        return BASE
-    placement = placed(run, info)
-    parts = [f"masks {placement}"] if placement else []
-    if info.surrogate != "identity":
-        parts.append(info.surrogate)
-    if run.command == "linearize":
-        parts.append("not finetuned")
-    parts += [text for each in run.lineage() for text in _steps(each)]
-    label = ", ".join(parts)
-    # The linearizer is named only where it is not the usual one.
-    return label if info.method == "snl" else f"{info.method}: {label}"
-
-
-def _steps(run: Run) -> list[str]:
-    """What was done in one run, in words."""
-    # What a choice was compared with comes first.
-    return steps_told(run.config, run.candidates()[1].config if run.command == "choose" else {})
-
-
-def steps_told(config: Mapping[str, Any], chosen_from: Mapping[str, Any], varied: str = "") -> list[str]:
-    """What a job does to networks, in the words that a comparison calls them by.
-
-    >>> steps_told({"command": "finetune", "objective": "lagrangian", "objective_options": {"mu": 0.005}}, {})
-    ['lagrangian mu=0.005']
-    >>> steps_told({"command": "adjust", "method": "logit_adjust", "tau": None}, {})
-    ['logit adjust']
-
-    Args:
-        config: Its run's.
-        chosen_from: The config of one of the runs that ``choose`` chooses from; of other jobs empty.
-        varied: An option whose value is not told.
-
-    Returns:
-        The words; none of a job that changes no network.
-    """
-    command = config["command"]
-    if command == "choose":
-        rule = "" if config["rule"] == "worst_group" else f" by {config['rule'].replace('_', ' ')}"
-        return [*steps_told(chosen_from, {}, config["option"]), f"{config['option']} chosen{rule}"]
-    if command == "finetune":
-        options = {key: value for key, value in config["objective_options"].items() if key != varied}
-        text = settings_told(config["objective"], options)
-        return [text if config.get("distill", True) else f"{text}, labels only"]
-    if command == "last-layer":
-        return [last_layer_told(config)]
-    if command == "adjust":
-        told = [config["method"].replace("_", " ")]
-        # Of several strengths the one that was taken is told beside.
-        if is_number(config["tau"]):
-            told += [] if varied == "tau" else [f"tau={config['tau']:g}"]
-        elif config.get("rule", "worst_group") != "worst_group":
-            told.append(config["rule"].replace("_", " "))
-        return [" ".join(told)]
-    return []
-
-
-def placed(run: Run, info: NetworkInfo) -> str:
-    """Under what a network's masks were placed; in the same words for runs of earlier versions, which told less."""
-    config = next((each.config for each in run.lineage() if each.command == "linearize"), None)
-    return info.placement if config is None else placement_of(config)
 
 
 def compare_job(
@@ -260,23 +191,22 @@ class _Family:
     Attributes:
         base: The training run.
         runs: What is compared of it.
-        several: The groups that the runs of all families were made for, by the name of the method.
+        names: What networks of all families are called, by folder.
     """
 
     base: Run
     runs: list[Run]
-    several: dict[str, set[str]]
+    names: dict[Path, MethodName]
 
 
 def _families(runs: Sequence[Run]) -> list[_Family]:
     """Runs by their base network; all of the same data."""
     found: dict[Path, _Family] = {}
-    several: dict[str, set[str]] = {}
+    names: dict[Path, MethodName] = {}
     for run in runs:
-        base, groups = run.base(), str(made_for(run))
-        found.setdefault(base.folder.resolve(), _Family(Run(base.folder.resolve()), [], several)).runs.append(run)
-        for path in run.networks().values():
-            several.setdefault(method_label(run, load_info(path)), set()).add(groups)
+        base = run.base().folder.resolve()
+        found.setdefault(base, _Family(Run(base), [], names)).runs.append(run)
+    names |= method_names([family.runs for family in found.values()])
     families = list(found.values())
     first = families[0].base
     for family in families[1:]:
@@ -454,20 +384,15 @@ def _labelled(family: _Family) -> list[tuple[tuple[str, NetworkInfo, str], Path]
     found = [((BASE, load_info(folder), ""), folder)]
     taken: dict[tuple[str, int], Path] = {}
     for run in family.runs:
-        groups = made_for(run)
         for path in run.networks().values():
-            info = load_info(path)
-            label = method_label(run, info)
-            # Groups are named where nothing else tells two methods apart.
-            if groups is not None and len(family.several[label]) > 1:
-                label = f"{label} for {groups if isinstance(groups, str) else ' × '.join(groups)}"
-            other = taken.get((label, info.budget))
-            if other is not None:
+            info, name = load_info(path), family.names[path.resolve()]
+            other = taken.setdefault((name.label, info.budget), path)
+            if other is not path:
                 raise FairlineError(
-                    f"{run.folder} and {other} both hold '{label}' with {info.budget:,} ReLUs; compare one of them."
+                    f"{run.folder} and {other.parents[1]} both hold '{name.label}' with {info.budget:,} ReLUs; "
+                    "compare one of them."
                 )
-            taken[label, info.budget] = run.folder
-            found.append(((label, info, placed(run, info)), path))
+            found.append(((name.label, info, name.placement), path))
     return found
 
 
