@@ -21,7 +21,7 @@ from fairline.report.board_page import method_order, panel_chart, panel_colours,
 
 PAPERS = Path(__file__).parents[2] / "papers"
 BOARD = PAPERS / "board"
-STUDIES = sorted(file.parent for file in (PAPERS / "results").glob(f"*/{RESULTS}"))
+STUDIES = sorted(file.parent for file in (PAPERS / "results").rglob(RESULTS))
 MEASURED = BOARD / "fig6_utkface_race_snl" / "race-snl-erm-1536.json"
 PUBLISHED = BOARD / "published" / "das2024-figure2-half.json"
 
@@ -36,7 +36,7 @@ def test_the_committed_entries_are_those_of_the_committed_results():
     for folder in STUDIES:
         entries = entries_of(folder)
         committed = {f"{folder.name}/{file.name}" for file in (BOARD / folder.name).glob("*.json")}
-        assert set(entries) == committed, f"fairline board --add papers/results/{folder.name}"
+        assert set(entries) == committed, f"fairline board --add {folder}"
         for name, entry in entries.items():
             assert plain(entry) == json.loads((BOARD / name).read_text(encoding="utf-8")), name
     assert {folder.name for folder in BOARD.iterdir()} == {folder.name for folder in STUDIES} | {"published"}

@@ -350,13 +350,13 @@ def _without_and_with(
 
 
 def figure_15(table: pd.DataFrame) -> Any:
-    """What Algorithm 1 changes under each μ; races, ResNet-18, SNL."""
+    """What Algorithm 1 changes under each μ, where there are several; races, ResNet-18, SNL."""
     rows = rows_of(table, Panel(RACE))
     charts = []
     for mu, finetune in variants_of_mu(rows):
         drops = over_seeds(mitigation_drop(rows, finetune))
         charts.append(_drawn(drops, "mitigation_drop", MITIGATION_DROP, f"μ = {mu:g}"))
-    if not charts:
+    if len(charts) < 2:
         return None
     shared = alt.hconcat(*charts).resolve_scale(y="shared")
     return _arranged(
