@@ -101,7 +101,7 @@ def _a_study() -> dict[str, Any]:
 def _audits_of_a_study() -> dict[str, Any]:
     for seed in (0, 1):
         for name in re.findall(r'"([\w-]+)"', re.search(r"for name in \((.*?)\)", _compiled())[1]):
-            folder = Path(f"runs/study/compiled_utkface_race/race-{seed}/{name}-audit")
+            folder = Path(f"runs/study/compiled_utkface_race_slower/race-{seed}/{name}-audit")
             folder.mkdir(parents=True)
             rows = {"measure": ["accuracy"], "group": ["White"], "relus": [123], "value": [0.5]}
             pd.DataFrame(rows).to_parquet(folder / "audit.parquet")
