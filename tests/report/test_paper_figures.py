@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -91,6 +92,23 @@ def test_every_figure_is_drawn_and_says_its_scale(everything):
         title = json.loads(chart.to_json())["title"]
         assert title["text"].startswith(f"Figure {number}:")
         assert "Planted: numbers of a test. 2 seeds; mean and 95 % interval over seeds." in " ".join(title["subtitle"])
+
+
+def test_a_control_is_another_network_than_the_base():
+    """Both have all ReLUs; a bar of each, and never their mean."""
+    table = study_table(study="a")
+    made = table[(table["stage"] == "finetuned") & (table["percent"] == table["percent"].min())]
+    whole = table.loc[table["stage"] == "base", ["percent", "relus", "asked"]].iloc[0].to_dict()
+    table = pd.concat([table, made.assign(**whole, value=made["value"] / 2)], ignore_index=True)
+    drawn = draw(table, [3])[3].to_json()
+    data = next(rows for rows in json.loads(drawn)["datasets"].values() if "budget" in rows[0])
+    bars = pd.DataFrame(data).set_index(["budget", "group"])["value"]
+    norms = table[(table["measure"] == "gradient_norm") & (table["finetune"].isin(["", "erm"]))]
+    group = norms["group"].iloc[0]
+    for budget, own in (("base network", norms["stage"] == "base"), ("100 %", norms["stage"] == "finetuned")):
+        own &= (norms["percent"] == 100) & (norms["group"] == group)
+        assert bars[budget, group] == pytest.approx(norms.loc[own, "value"].mean()), budget
+    assert '"domain":["base network","100 %"' in re.sub(r"\s*\n\s*|(?<=[:,]) ", "", drawn)
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def _shades(frame: pd.DataFrame) -> alt.Scale:
 
 def budget_order(frame: pd.DataFrame) -> list[str]:
     """Budget labels, most ReLUs first."""
-    table = frame[["percent", "budget"]].drop_duplicates().sort_values("percent", ascending=False)
+    table = frame[["percent", "budget"]].drop_duplicates().sort_values("percent", ascending=False, kind="stable")
     return list(dict.fromkeys(table["budget"]))
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 from fairline.charts import PALETTE, themed
 from fairline.data.grouped import OVERALL
 from fairline.errors import FairlineError
-from fairline.report.figures import bars, budget_order, group_order
+from fairline.report.figures import BASE_NAME, bars, budget_order, group_order
 from fairline.report.moved_prior import drops, shifted_panels
 from fairline.report.panels import (
     AGE,
@@ -112,7 +112,7 @@ def _by_group(
         rows = rows_of(table, panel)
         own = pick(rows) if len(rows) else rows
         if len(own) and with_base:
-            own = pd.concat([rows[rows["stage"] == "base"], own])
+            own = pd.concat([_beside(rows[rows["stage"] == "base"], own), own])
         if not len(own) or measure not in set(own["measure"]):
             continue
         charts.append(_group_bars(own, panel, measure, axis_title, axis()))
@@ -124,6 +124,11 @@ def _by_group(
     note = "No bars where the base network gets none of a group right." if undefined else ""
     of_images = measure != "mitigation_drop"
     return _arranged(charts, columns, title, pd.concat(used), of_images=of_images, note=note)
+
+
+def _beside(base: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
+    """Rows of base networks, under a name of their own where a control has all ReLUs, too."""
+    return base.assign(budget=BASE_NAME) if base["budget"].isin(own["budget"]).any() else base
 
 
 def _percent_axis() -> alt.Axis:
