@@ -292,6 +292,19 @@ def test_the_command_adds_a_study_shows_it_and_drops_what_it_no_longer_has(tmp_p
     assert len(read_board(tmp_path)) == 7
 
 
+def test_masks_that_differ_in_settings_alone_are_told_apart(tmp_path):
+    """By what the study calls them, in all budgets; nothing else is renamed."""
+    source = PAPERS / "results" / "fig7_utkface_age_vgg19"
+    shutil.copy(source / "provenance.json", tmp_path)
+    rows = pd.read_parquet(source / RESULTS)
+    lowest = rows[(rows["masks"] == "snl") & (rows["percent"] == rows["percent"].min())]
+    pd.concat([rows, lowest.assign(masks="slow")]).to_parquet(tmp_path / RESULTS, index=False)
+    before = {file: entry.method.name for file, entry in entries_of(source).items()}
+    after = {file: entry.method.name for file, entry in entries_of(tmp_path).items()}
+    assert {after[file] for file in set(after) - set(before)} == {"SNL (slow)", "SNL, lagrangian mu=0.167 (slow)"}
+    assert {after[file] for file in before} == {"base network", "SNL (snl)", "SNL, lagrangian mu=0.167 (snl)"}
+
+
 def test_results_without_a_table_or_of_another_study_are_refused(tmp_path):
     with pytest.raises(FairlineError, match=r"holds no results\.parquet; fairline study run --results writes it"):
         add_entries(tmp_path, PAPERS / "results" / "fidelity")

@@ -53,13 +53,22 @@ def entries_of(results: str | Path) -> dict[str, Measured]:
     costs = _costs(folder / FRONTIER, study, made["spec_hash"])
     rows = rows[(rows["class"] == "") & ~one_of_several(rows) & rows["stage"].isin(["base", "finetuned"])]
     rows = rows[rows["measure"].isin(["accuracy", _WORST])]
-    found: dict[str, Measured] = {}
+    contents: dict[str, tuple[str, dict[str, Any]]] = {}
+    called: dict[tuple[str, str], dict[int, set[str]]] = {}
     columns = ["data_label", "masks", "finetune", "asked"]
     for (label, masks, finetune, asked), own in rows.groupby(columns, sort=False):
         kept = "base" if own["stage"].iloc[0] == "base" else f"{masks}-{finetune}-{asked}"
         name = f"{study}/{re.sub(r'[^A-Za-z0-9_=.+-]+', '_', f'{label}-{kept}')}.json"
         content = {"kind": "measured", **_content(own, int(asked)), "provenance": _provenance(made)}
+        called.setdefault((label, content["method"]["name"]), {}).setdefault(int(asked), set()).add(masks)
         content["costs"] = list(_costs_of(own.iloc[0], costs))
+        contents[name] = (label, content)
+    found: dict[str, Measured] = {}
+    for name, (label, content) in contents.items():
+        method = content["method"]
+        # Masks that differ in their settings alone are told apart by what the study calls them.
+        if any(len(masks) > 1 for masks in called[label, method["name"]].values()):
+            content["method"] = method | {"name": f"{method['name']} ({method['masks']})"}
         entry = parse_entry(content, name)
         assert isinstance(entry, Measured)
         found[name] = entry
