@@ -201,13 +201,11 @@ class _Family:
 
 def _families(runs: Sequence[Run]) -> list[_Family]:
     """Runs by their base network; all of the same data."""
-    found: dict[Path, _Family] = {}
-    names: dict[Path, MethodName] = {}
+    made_of: dict[Path, list[Run]] = {}
     for run in runs:
-        base = run.base().folder.resolve()
-        found.setdefault(base, _Family(Run(base), [], names)).runs.append(run)
-    names |= method_names([family.runs for family in found.values()])
-    families = list(found.values())
+        made_of.setdefault(run.base().folder.resolve(), []).append(run)
+    names = method_names(list(made_of.values()))
+    families = [_Family(Run(base), own, names) for base, own in made_of.items()]
     first = families[0].base
     for family in families[1:]:
         for key in ("name", "options"):

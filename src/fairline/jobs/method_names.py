@@ -19,8 +19,8 @@ from fairline.training import DEFAULTS, finetune
 
 #: What a config says that is no setting, or that names of methods tell in any case.
 _TOLD = {"command", "parent", "data", "sources", "reference", "budgets", "settings", "objective", "objective_options"}
-#: Before the settings of a job; those of a finetune stand by themselves.
-_PREFIXES = {"finetune": "", "last-layer": "last layer "}
+#: Before the settings of a job; those of masks stand behind their placement, those of a finetune by themselves.
+_PREFIXES = {"linearize": "", "finetune": "", "last-layer": "last layer "}
 
 #: A job's place in a lineage, what it is, and a setting of it.
 _Setting = tuple[int, str, str]
@@ -52,37 +52,37 @@ def method_names(families: Sequence[Sequence[Run]]) -> dict[Path, MethodName]:
         Names by a network's folder; two of one base network and budget are one only where nothing tells them apart.
     """
     runs = {path.resolve(): run for family in families for run in family for path in run.networks().values()}
-    suffixes = _made_for(runs)
-    labels = {path: method_label(run, load_info(path)) + suffixes[path] for path, run in runs.items()}
+    infos = {path: load_info(path) for path in runs}
+    plain = {path: method_label(run, infos[path]) for path, run in runs.items()}
+    suffixes = _made_for(runs, plain)
+    labels = {path: plain[path] + suffixes[path] for path in runs}
     settings = {path: _settings(run) for path, run in runs.items()}
     varied = _varied(families, labels, settings)
     first: dict[str, dict[_Setting, Any]] = {}
     names = {}
     for path, run in runs.items():
-        own, info = settings[path], load_info(path)
+        own = settings[path]
         usual = first.setdefault(labels[path], own)
-        differ = [key for key in varied.get(labels[path], ()) if own.get(key) != usual.get(key)]
-        masks = [f"{name}={_text(own.get((place, job, name)))}" for place, job, name in differ if job == "linearize"]
-        rest = [
-            f"{_PREFIXES.get(job, f'{job} ')}{name}={_text(own.get((place, job, name)))}"
-            for place, job, name in differ
-            if job != "linearize"
-        ]
-        placement = " ".join(filter(None, [placed(run, info), *masks]))
-        label = method_label(run, info, placement) + suffixes[path]
-        names[path] = MethodName(", ".join([label, *rest]), placement)
+        told: dict[bool, list[str]] = {True: [], False: []}  # by whether they are of the masks
+        for place, job, name in varied.get(labels[path], ()):
+            if own.get((place, job, name)) != usual.get((place, job, name)):
+                value = _text(own.get((place, job, name)))
+                told[job == "linearize"].append(f"{_PREFIXES.get(job, f'{job} ')}{name}={value}")
+        placement = " ".join(filter(None, [placed(run, infos[path]), *told[True]]))
+        label = method_label(run, infos[path], placement) + suffixes[path]
+        names[path] = MethodName(", ".join([label, *told[False]]), placement)
     return names
 
 
-def _made_for(runs: Mapping[Path, Run]) -> dict[Path, str]:
+def _made_for(runs: Mapping[Path, Run], labels: Mapping[Path, str]) -> dict[Path, str]:
     """The groups that networks were made for, where nothing else tells two methods apart; else nothing."""
     several: dict[str, set[str]] = {}
     for path, run in runs.items():
-        several.setdefault(method_label(run, load_info(path)), set()).add(str(made_for(run)))
+        several.setdefault(labels[path], set()).add(str(made_for(run)))
     found = {}
     for path, run in runs.items():
         groups = made_for(run)
-        alone = groups is None or len(several[method_label(run, load_info(path))]) == 1
+        alone = groups is None or len(several[labels[path]]) == 1
         found[path] = "" if alone else f" for {groups if isinstance(groups, str) else ' × '.join(groups or ())}"
     return found
 

@@ -187,10 +187,8 @@ def _speed(
     """Images a second of training steps of a cell's model, in its precision, and how many training images there are."""
     base = cell if cell.kind == "train" else cell.ancestors()[0]
     data, model = base.arguments["data"], base.arguments["model"]
-    settled = (
-        one.arguments["settings"].get("precision") for one in (cell, base)
-    )  # what is built on a network goes on as it
-    precision = next(filter(None, settled), None) or default_precision()
+    own, inherited = (each.arguments["settings"].get("precision") for each in (cell, base))
+    precision = own or inherited or default_precision()
     key = json.dumps([data, model, precision], sort_keys=True)
     if key not in speeds:
         _, parts = DataSpec(data["name"], root, data["options"], base.arguments["seed"]).load()
