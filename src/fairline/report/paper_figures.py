@@ -257,7 +257,7 @@ def _distance_and_scatters(own: pd.DataFrame) -> list[Any]:
         x = alt.X(
             "percent:Q",
             scale=alt.Scale(type="log", domain=[distance["percent"].min() / 1.3, 125]),
-            axis=alt.Axis(values=sorted(distance["percent"]), labelExpr="format(datum.value, '.2~g') + ' %'"),
+            axis=alt.Axis(values=sorted(distance["percent"]), labelExpr="format(datum.value, '.2~r') + ' %'"),
             title="ReLUs kept (logarithmic)",
         )
         y = alt.Y("value:Q", title="‖θ̃ − θ‖", scale=alt.Scale(zero=False))
