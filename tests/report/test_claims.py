@@ -16,6 +16,7 @@ from scipy import stats
 from fairline.report.claims import (
     CLAIMS,
     CONTROL,
+    DISTANCE_CONTROL,
     LOWEST,
     LOWEST_CONTROL,
     POINTS,
@@ -264,6 +265,22 @@ def test_the_control_takes_what_further_training_gave(masks):
     own = slice(None) if masks == "snl" else slice(1, None)
     assert found.loc[CONTROL, "effect"] == pytest.approx(np.polyfit(halvings[own], drops[own], 1)[0], abs=0.1)
     assert not {CONTROL, LOWEST, LOWEST_CONTROL} & set(findings(table)["variant"])
+
+
+@pytest.mark.parametrize("masks", ["snl", "whole"])
+@pytest.mark.parametrize(("moved", "verdict"), [(2.0, HOLDS), (9.0, FAILS)])
+def test_the_weights_move_by_further_training_too(masks, moved, verdict):
+    """They move the further, the fewer ReLUs are kept; that need not be further than with all of them kept."""
+    table = study_table(distance=0.5)
+    low = table.query("measure == 'parameter_distance' and percent == 2 and finetune == 'erm'")
+    value = moved + 0.1 * low["seed"]
+    whole = low.assign(masks=masks, percent=100, asked=low["total_relus"], relus=low["total_relus"], value=value)
+    found = findings(pd.concat([table, whole], ignore_index=True)).query("claim == 5")
+    against = found.set_index("variant").loc[DISTANCE_CONTROL]
+    expected = (low["value"] - value).mean()
+    assert (against["verdict"], against["effect"]) == (verdict, pytest.approx(expected))
+    assert against["note"].startswith("at 2 % of the ReLUs; the control is that of the masks " + masks)
+    assert DISTANCE_CONTROL not in set(findings(table)["variant"])
 
 
 def test_mitigation_is_judged_on_networks_that_lost_relus():

@@ -111,6 +111,27 @@ def test_a_control_is_another_network_than_the_base():
     assert '"domain":["base network","100 %"' in re.sub(r"\s*\n\s*|(?<=[:,]) ", "", drawn)
 
 
+def test_the_line_of_figure_8_is_of_networks_that_lost_relus():
+    """That with all of them was trained on for as long as the lowest budget, so it is no end of the line."""
+    table = study_table()
+    low = table.query("measure == 'parameter_distance' and percent == 2")
+    whole = low.assign(percent=100, asked=low["total_relus"], relus=low["total_relus"])
+    specification = json.loads(draw(pd.concat([table, whole], ignore_index=True), [8])[8].to_json())
+    layers = next(part["layer"] for part in specification["concat"] if "layer" in part)
+    held = {}
+    for layer in layers:
+        rows = specification["datasets"][(layer.get("data") or specification["data"])["name"]]
+        hollow = layer["mark"].get("fill") == "white"
+        held[layer["mark"]["type"], hollow] = {row["percent"] for row in rows}
+    cut = set(BUDGETS[1:])
+    assert held == {
+        ("line", False): cut,
+        ("point", False): cut,
+        ("point", True): {100},
+        ("rule", False): cut | {100},
+    }
+
+
 @pytest.mark.parametrize(
     ("number", "seeds", "words"),
     [

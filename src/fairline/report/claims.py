@@ -40,6 +40,7 @@ HARDLY = 2.0
 #: Variants of a claim's number, shown beside it.
 POINTS, CONTROL = "in points", "against the control"
 LOWEST, LOWEST_CONTROL = "in points, lowest budget", "in points, lowest budget, against the control"
+DISTANCE_CONTROL = "lowest budget, against the control"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def disparity_grows(table: pd.DataFrame) -> Iterator[Finding]:
 
         in_points = beyond(_lost(after, base, relative=False))
         yield judge(1, panel.title, _slopes(in_points), note=note, variant=POINTS)
-        control, masks = _control(table, panel, own)
+        whole, masks = _control(table, panel, own)
+        control = wide_of(whole, "accuracy")
         low = after.index.get_level_values("percent") == own["percent"].min()
         if control.empty or own["percent"].min() == 100:
             continue
@@ -137,7 +139,7 @@ def _lost(after: pd.DataFrame, before: pd.DataFrame, *, relative: bool) -> pd.Da
 
 
 def _control(table: pd.DataFrame, panel: Panel, own: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Accuracies of the network that kept all its ReLUs and was finetuned alike, and the name of its masks."""
+    """Rows of the network that kept all its ReLUs and was finetuned alike, and the name of its masks."""
     # With all ReLUs kept little is left of how masks were found, so another method's does where there is no own.
     whole = own[own["relus"] == own["total_relus"]]
     if whole.empty:
@@ -145,7 +147,7 @@ def _control(table: pd.DataFrame, panel: Panel, own: pd.DataFrame) -> tuple[pd.D
         fits = panel.of(table) & (table["study"] == study) & (table["data_label"] == own["data_label"].iloc[0])
         rows = finetuned(table[fits & (table["relus"] == table["total_relus"])])
         whole = rows[rows["masks"] == rows["masks"].iloc[0]] if len(rows) else rows
-    return wide_of(whole, "accuracy"), str(whole["masks"].iloc[0]) if len(whole) else ""
+    return whole, str(whole["masks"].iloc[0]) if len(whole) else ""
 
 
 def gradient_norms_higher(table: pd.DataFrame) -> Iterator[Finding]:
@@ -195,13 +197,22 @@ def margins_lower(table: pd.DataFrame) -> Iterator[Finding]:
 
 
 def distance_grows(table: pd.DataFrame) -> Iterator[Finding]:
-    """Claim 5."""
+    """Claim 5; at the lowest budget beside the control as well."""
     for panel in tested_panels(table):
         rows = finetuned(rows_of(table, panel))
-        if "parameter_distance" in set(rows["measure"]):
-            slopes = _slopes(wide_of(rows, "parameter_distance")[OVERALL])
-            if len(slopes):
-                yield judge(5, panel.title, slopes)
+        if "parameter_distance" not in set(rows["measure"]):
+            continue
+        distance = wide_of(rows, "parameter_distance")[OVERALL]
+        slopes = _slopes(distance)
+        if len(slopes):
+            yield judge(5, panel.title, slopes)
+        whole, masks = _control(table, panel, rows)
+        if "parameter_distance" not in set(whole["measure"]) or rows["percent"].min() == 100:
+            continue
+        low = distance.xs(rows["percent"].min(), level="percent")
+        further = low - wide_of(whole, "parameter_distance")[OVERALL].droplevel("percent")
+        note = f"at {lowest(rows)['budget'].iloc[0]} of the ReLUs; the control is that of the masks {masks}"
+        yield judge(5, panel.title, further.dropna(), note=note, variant=DISTANCE_CONTROL)
 
 
 def accuracy_hardly_moves(table: pd.DataFrame) -> Iterator[Finding]:
@@ -361,6 +372,10 @@ CLAIMS: dict[int, Claim] = {
         "growth of ‖θ̃ − θ‖ for each halving of the ReLUs",
         "above 0",
         distance_grows,
+        variants={
+            DISTANCE_CONTROL: "‖θ̃ − θ‖ at the lowest budget less that of the network that kept all its ReLUs and was "
+            "trained on alike",
+        },
     ),
     6: Claim(
         "The overall accuracy hardly moves.",

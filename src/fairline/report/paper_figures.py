@@ -261,14 +261,16 @@ def _distance_and_scatters(own: pd.DataFrame) -> list[Any]:
             title="ReLUs kept (logarithmic)",
         )
         y = alt.Y("value:Q", title="‖θ̃ − θ‖", scale=alt.Scale(zero=False))
-        drawn = alt.Chart(distance)
-        charts.append(
-            alt.layer(
-                drawn.mark_line(color=PALETTE[0]).encode(x=x, y=y),
-                drawn.mark_rule(color=PALETTE[0]).encode(x=x, y="low:Q", y2="high:Q"),
-                drawn.mark_point(filled=True, size=60, color=PALETTE[0], opacity=1).encode(x=x, y=y),
-            ).properties(width=240, height=220)
-        )
+        # The control was trained on for as long as the lowest budget, so it is no end of the line.
+        cut, whole = alt.Chart(distance[distance["percent"] < 100]), alt.Chart(distance[distance["percent"] == 100])
+        points = {"size": 60, "color": PALETTE[0], "opacity": 1}
+        layers = [
+            cut.mark_line(color=PALETTE[0]).encode(x=x, y=y),
+            alt.Chart(distance).mark_rule(color=PALETTE[0]).encode(x=x, y="low:Q", y2="high:Q"),
+            cut.mark_point(filled=True, **points).encode(x=x, y=y),
+            whole.mark_point(fill="white", **points).encode(x=x, y=y),
+        ]
+        charts.append(alt.layer(*layers).properties(width=240, height=220))
     lowest = own[(own["percent"] == own["percent"].min()) & (own["group"] != OVERALL)]
     for measure, title in (("gradient_norm", "gradient norm"), ("margin", "softmax margin p₁ − p₂")):
         if measure in set(lowest["measure"]):
