@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import json
 import math
+import operator
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +24,10 @@ import pytest
 import torch
 from pandas.testing import assert_frame_equal
 
+from fairline import data, models
 from fairline._cores import quota
 from fairline.errors import FairlineError
+from fairline.jobs import finetune_job, linearize_job, train_job
 from fairline.study.cell import Cell
 from fairline.study.cells import cells_of, require_known
 from fairline.study.estimate import estimate
@@ -447,6 +454,39 @@ def test_what_nothing_knows_is_refused_before_anything_runs(tmp_path, change, wo
     assert f"Study 'digits_tiny', {words}" in str(refused.value)
     assert not (tmp_path / "store").exists()
     require_known(load_spec(SPEC))
+
+
+#: What a study hands to each call beside what its file says there, by where it says it.
+HANDED = {
+    ("data", "x", "options"): (data.load, ("name", "root")),
+    ("model", "options"): (models.build, ("name", "num_classes", "in_channels", "image_size")),
+    ("train",): (train_job, ("out", "data", "model", "model_options", "seed", "device", "progress")),
+    ("finetune",): (finetune_job, ("source", "out", "objective", "objective_options", "seed", "device", "progress")),
+    ("masks", "plain", "settings"): (
+        linearize_job,
+        ("source", "out", "budgets", "method", "objective", "objective_options", "seed", "device", "progress"),
+    ),
+}
+
+
+@pytest.mark.parametrize("where", HANDED, ids=".".join)
+@pytest.mark.parametrize("value", [3, None, "cpu"])
+def test_what_a_study_gives_itself_is_not_for_its_file_to_say(where, value):
+    call, names = HANDED[where]
+    assert set(names) <= set(inspect.signature(call).parameters)
+    plain = {
+        "data": {"x": {"name": "digits", "options": {}}},
+        "model": {"name": "cnn", "options": {}},
+        "train": {},
+        "finetune": {},
+        "masks": {"plain": {"budgets": [0.1], "settings": {}}},
+    }
+    for name in names:
+        change = copy.deepcopy(plain)
+        functools.reduce(operator.getitem, where, change)[name] = value
+        spec = type(load_spec(SPEC)).model_validate({**load_spec(SPEC).model_dump(), **change})
+        with pytest.raises(FairlineError, match=f"Study '{spec.name}', {re.escape('.'.join(where[:1]))}.*'{name}'"):
+            require_known(spec)
 
 
 @pytest.mark.slow

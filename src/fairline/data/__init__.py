@@ -108,6 +108,10 @@ def load(
     family, _, task = name.partition(":")
     if family not in REGISTRY:
         raise FairlineError(f"There is no data set '{name}'; choose one of {', '.join(REGISTRY)}.")
+    if "task" in options:
+        raise FairlineError(
+            f"Data '{name}' take no option 'task'; it stands behind the name: '{family}:{options['task']}'."
+        )
     groups = options.get("groups")
     if not isinstance(groups, str | list | tuple | None):
         # The command line reads a column called 1 as a number.

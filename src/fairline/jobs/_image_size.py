@@ -14,7 +14,7 @@ from fairline import models
 from fairline.data import folder
 from fairline.errors import FairlineError
 from fairline.inference import logits_of
-from fairline.runs import DataSpec
+from fairline.runs import DataSpec, ModelSpec
 from fairline.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def _fitting(model: str, num_classes: int, options: Mapping[str, Any], weights: 
     for side in COMMON:
         try:
             with torch.random.fork_rng():
-                network = models.build(model, num_classes, 3, side, **options)
+                network = ModelSpec(model, num_classes, 3, side, options).build()
             load_weights(network, weights)
         except FairlineError as error:
             reasons.append(str(error))

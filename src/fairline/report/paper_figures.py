@@ -263,7 +263,7 @@ def _distance_and_scatters(own: pd.DataFrame) -> list[Any]:
         y = alt.Y("value:Q", title="‖θ̃ − θ‖", scale=alt.Scale(zero=False))
         # The control was trained on for as long as the lowest budget, so it is no end of the line.
         cut, whole = alt.Chart(distance[distance["percent"] < 100]), alt.Chart(distance[distance["percent"] == 100])
-        points = {"size": 60, "color": PALETTE[0], "opacity": 1}
+        points: dict[str, Any] = {"size": 60, "color": PALETTE[0], "opacity": 1}
         layers = [
             cut.mark_line(color=PALETTE[0]).encode(x=x, y=y),
             alt.Chart(distance).mark_rule(color=PALETTE[0]).encode(x=x, y="low:Q", y2="high:Q"),

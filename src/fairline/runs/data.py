@@ -46,6 +46,16 @@ class DataSpec:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse as an option what stands beside the options.
+
+        Raises:
+            FairlineError: There is such an option.
+        """
+        for option in ("name", "root"):
+            if option in self.options:
+                raise FairlineError(f"Data '{self.name}' take no option '{option}': it stands beside the options.")
+
     def load(self) -> tuple[DataSpec, dict[str, GroupedData]]:
         """Load and split the data.
 

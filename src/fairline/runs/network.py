@@ -41,7 +41,17 @@ class ModelSpec:
     files: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """One form for each size, also when it comes from JSON: an int for a square image."""
+        """One form for each size, also when it comes from JSON: an int for a square image.
+
+        Raises:
+            FairlineError: An option is what the network is given anyway.
+        """
+        for option in ("name", "num_classes", "in_channels", "image_size"):
+            if option in self.options:
+                raise FairlineError(
+                    f"Model '{self.name}' takes no option '{option}': classes, channels and image size are the data’s, "
+                    "and the name stands beside the options."
+                )
         height, width = models.image_sides(self.image_size)
         object.__setattr__(self, "image_size", height if height == width else (height, width))
 

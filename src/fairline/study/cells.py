@@ -16,14 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from fairline import data, jobs, models, objectives
+from fairline import data, jobs, objectives
 from fairline._own import files, identity, is_own, located
 from fairline._registry import fitting, kinds_of_arguments
 from fairline.audit import REGISTRY as MEASURES
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
 from fairline.ranks import launch
-from fairline.runs import DataSpec, Run
+from fairline.runs import DataSpec, ModelSpec, Run
 from fairline.study.cell import Cell
 from fairline.study.naming import baseline_among, require_baseline
 from fairline.study.spec import Finetune, StudySpec
@@ -51,8 +51,9 @@ def require_known(spec: StudySpec) -> None:
         raise FairlineError(f"Study '{spec.name}', {named[0]}; choose among {', '.join(MEASURES)}.")
     checks: list[tuple[str, Callable[[], object]]] = [
         # Ten classes of small images: the smallest network that tells whether the options are known.
-        ("model", lambda: models.build(located(spec.model.name, spec.folder), 10, 3, 32, **spec.model.options))
+        ("model", lambda: ModelSpec(located(spec.model.name, spec.folder), 10, 3, 32, spec.model.options).build())
     ]
+    checks += [(f"data.{label}", partial(DataSpec, each.name, None, each.options)) for label, each in spec.data.items()]
     for name, masks in spec.masks.items():
         placed_under = masks.method, located(masks.objective, spec.folder), masks.options
         checks.append((f"masks.{name}", partial(jobs.build_linearizer, *placed_under, **masks.settings)))
@@ -61,17 +62,7 @@ def require_known(spec: StudySpec) -> None:
         for place, method in enumerate(spec.methods)
         for _, options in method.variants()
     ]
-    named_settings: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
-        ("train", train, spec.train),
-        ("finetune", finetune, spec.finetune),
-    ]
-    named_settings += [(f"masks.{name}.finetune", finetune, masks.finetune) for name, masks in spec.masks.items()]
-    for where, call, settings in named_settings:
-        known = {*inspect.signature(call).parameters, *DEFAULTS}
-        for setting in settings:
-            if setting not in known:
-                raise FairlineError(f"Study '{spec.name}', {where}: there is no setting '{setting}'.")
-        fitting(f"Study '{spec.name}', {where}", kinds_of_arguments(call), settings)
+    _require_settings(spec)
     compared = [cell for name in spec.data for cell in _of_one(spec, name, spec.seeds[0])[1]]
     checks.append(("baseline", partial(require_baseline, compared, spec.baseline)))
     for where, check in checks:
@@ -79,6 +70,32 @@ def require_known(spec: StudySpec) -> None:
             check()
         except FairlineError as error:
             raise FairlineError(f"Study '{spec.name}', {where}: {error}") from None
+
+
+#: What is a study's own to give: the data, networks, seeds and devices of its cells, and where these are kept.
+_GIVEN = ("seed", "device", "progress", "checkpoint", "history", "objective", "objective_options", "method")
+
+
+def _require_settings(spec: StudySpec) -> None:
+    """Refuse settings that nothing has, of another kind, or that a study gives itself."""
+    named: list[tuple[str, Callable[..., Any], dict[str, Any]]] = [
+        ("train", train, spec.train),
+        ("finetune", finetune, spec.finetune),
+    ]
+    named += [(f"masks.{name}.finetune", finetune, masks.finetune) for name, masks in spec.masks.items()]
+    for where, call, settings in named:
+        asked = {name for name, one in inspect.signature(call).parameters.items() if one.kind is one.KEYWORD_ONLY}
+        for setting in settings:
+            if setting not in asked | {*DEFAULTS}:
+                raise FairlineError(f"Study '{spec.name}', {where}: there is no setting '{setting}'.")
+    named += [(f"masks.{name}.settings", jobs.build_linearizer, masks.settings) for name, masks in spec.masks.items()]
+    for where, call, settings in named:
+        for setting in settings:
+            if setting in _GIVEN:
+                raise FairlineError(
+                    f"Study '{spec.name}', {where}: '{setting}' is no setting; the study gives it itself."
+                )
+        fitting(f"Study '{spec.name}', {where}", kinds_of_arguments(call), settings)
 
 
 def try_objectives(spec: StudySpec, root: str | None) -> None:
