@@ -50,11 +50,15 @@ def build_named(kind: str, registry: Mapping[str, type[T]], name: str, options: 
     """
     if name not in registry:
         raise FairlineError(f"There is no {kind} '{name}'; choose one of {', '.join(registry)}.")
-    given = fitting(f"{kind.capitalize()} '{name}'", kinds_of_options(registry[name]), options)
+    whose, takes = f"{kind.capitalize()} '{name}'", kinds_of_options(registry[name])
+    given = fitting(whose, takes, options)
     try:
         return registry[name](**given)
     except TypeError as error:
-        raise FairlineError(f"{kind.capitalize()} '{name}': {error}.") from None
+        for option in given:
+            if option not in takes:
+                raise FairlineError(f"{whose} knows no option '{option}'; it takes {', '.join(takes)}.") from None
+        raise FairlineError(f"{whose}: {error}.") from None
 
 
 def fitting(whose: str, takes: Mapping[str, tuple[Any, ...]], options: Mapping[str, Any]) -> dict[str, Any]:
