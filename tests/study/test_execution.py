@@ -438,13 +438,23 @@ def test_processes_end_with_their_pool_whatever_they_do():
         ({"finetune": {"clip": "none"}}, "finetune: option 'clip' is a number or none, not 'none'"),
         ({"finetune": {"lrr": 3}}, "finetune: there is no setting 'lrr'"),
         ({"masks": {"plain": {"budgets": [0.1], "method": "snip"}}}, "masks.plain: There is no linearizer 'snip'"),
-        ({"masks": {"plain": {"budgets": [0.1], "settings": {"lamb": 1}}}}, "masks.plain: Linearizer 'snl': "),
+        (
+            {"masks": {"plain": {"budgets": [0.1], "settings": {"lamb": 1}}}},
+            "masks.plain: Linearizer 'snl' knows no option",
+        ),
         (
             {"masks": {"plain": {"budgets": [0.1], "settings": {"for_cost": {"protocol": "morse"}}}}},
             "masks.plain: There is no cost model of 'morse'",
         ),
         ({"methods": [{"objective": "fair", "masks": ["plain"]}]}, "methods.0: There is no objective 'fair'"),
         ({"audit": {"measures": ["speed"]}}, "audit.measures: there is no measure 'speed'"),
+        ({"audit": {"base": ["speed"]}}, "audit.base: there is no measure 'speed'"),
+        ({"audit": {"options": {"speed": {}}}}, "audit.options: there is no measure 'speed'"),
+        ({"audit": {"options": {"margin": {}}}}, "audit.options: 'margin' is not measured."),
+        (
+            {"audit": {"base": ["curvature"], "options": {"curvature": {"tolerence": 1e-3}}}},
+            "audit.options.curvature: The measure 'curvature' knows no option 'tolerence'",
+        ),
     ],
 )
 def test_what_nothing_knows_is_refused_before_anything_runs(tmp_path, change, words):
@@ -454,6 +464,25 @@ def test_what_nothing_knows_is_refused_before_anything_runs(tmp_path, change, wo
     assert f"Study 'digits_tiny', {words}" in str(refused.value)
     assert not (tmp_path / "store").exists()
     require_known(load_spec(SPEC))
+
+
+@pytest.mark.parametrize(
+    ("audit", "of_base", "of_others"),
+    [
+        ({"base": ["curvature"]}, {"curvature", "accuracy"}, {"accuracy"}),
+        ({"measures": ["curvature"]}, {"curvature", "accuracy"}, {"curvature", "accuracy"}),
+        ({"explain": True}, {"curvature", "accuracy"}, {"curvature", "accuracy"}),
+    ],
+)
+def test_options_of_measures_go_where_these_are_taken(audit, of_base, of_others):
+    options = {"curvature": {"tolerance": 1e-3}, "accuracy": {}}
+    spec = type(load_spec(SPEC)).model_validate(
+        {**load_spec(SPEC).model_dump(), "audit": {**audit, "options": options}}
+    )
+    require_known(spec)
+    audits = [cell for cell in cells_of(spec) if cell.kind == "audit"]
+    given = {cell.parents[0].kind: set(cell.arguments["options"]) for cell in audits}
+    assert given == {"train": of_base, "finetune": of_others}
 
 
 #: What a study hands to each call beside what its file says there, by where it says it.
@@ -559,6 +588,9 @@ def test_a_dry_run_estimates_from_steps_and_then_from_what_was_run(finished, tmp
     many = {**spec.model_dump()["masks"]["plain"], "settings": {"max_epochs": 2000}}
     longer = spec.model_copy(update={"masks": {"plain": Masks(**many)}})
     assert estimate([longer], Storage(str(store))).set_index("kind").loc["linearize", "basis"] == "reckoned"
+    # How often a search trains, its settings do not say.
+    searched = spec.model_copy(update={"masks": {"plain": Masks(budgets=[0.1], method="delphi")}})
+    assert estimate([searched], Storage(str(store))).set_index("kind").loc["linearize", "basis"] == "unknown"
 
 
 def test_an_audit_without_the_base_network_has_a_frontier(finished, tmp_path):

@@ -61,7 +61,20 @@ def test_a_baseline_that_is_there_is_taken(wanted, masks):
     assert baselines(spec) == {wanted}
 
 
-@pytest.mark.parametrize("wanted", ["lagrangian", "lagrangian mu=0.05", "deepreduce: erm", "x, erm", "erm "])
+def test_a_baseline_may_be_told_by_its_settings_where_there_are_several():
+    masks = {"slow": {"budgets": [0.1]}, "fast": {"budgets": [0.1], "settings": {"lam": 0.01}}}
+    methods = [{"objective": "erm", "masks": ["slow", "fast"]}]
+    for wanted in ("erm", "masks lam=0.01, erm", "masks lam=0.01, erm, epochs=3"):
+        require_known(changed(baseline=wanted, masks=masks, methods=methods))
+    for wanted in ("masks, erm", "lam=0.01, erm", "masks lam=0.01, lagrangian", "erm, logit adjust tau=1"):
+        with pytest.raises(FairlineError, match="No method will be called"):
+            require_known(changed(baseline=wanted, masks=masks, methods=methods))
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    ["masks lam=0.01, erm", "erm, epochs=3", "lagrangian", "lagrangian mu=0.05", "deepreduce: erm", "x, erm", "erm "],
+)
 def test_a_baseline_that_no_method_is_called_is_refused_before_anything_runs(wanted):
     with pytest.raises(FairlineError) as refused:
         require_known(changed(baseline=wanted))

@@ -184,6 +184,9 @@ def test_a_study_may_extend_another_and_name_scales(tmp_path):
             r"child\.yaml: train: Input should be .* \(line 4\)\.$",
         ),
         ("extends: base.yaml\nscales: {tiny: {}}\n", "paper", r"has no scale 'paper'; it has tiny\.$"),
+        ("extends: base.yaml\nscales:\n", "paper", r"has no scale 'paper'; it has none\.$"),
+        ("extends: base.yaml\nscales: [tiny]\n", "tiny", "scales are names with fields under each"),
+        ("extends: base.yaml\nscales: {tiny: 3}\n", None, "scales are names with fields under each"),
     ],
 )
 def test_an_error_names_file_line_and_field(tmp_path, text, scale, words):

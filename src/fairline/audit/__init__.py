@@ -285,18 +285,32 @@ def audit_subject(
         entry = REGISTRY[measure]
         if entry.needs_reference and subject.reference is None:
             raise FairlineError(f"The measure '{measure}' compares with a reference network, and there is none.")
-        module, _, function = entry.source.partition(":")
-        own = dict((options or {}).get(measure, {}))
-        call: Callable[..., list[Row]] = getattr(importlib.import_module(module), function)
-        subject.rows += call(subject, **_fitting(measure, call, own))
+        subject.rows += _call(measure)(subject, **measure_options(measure, (options or {}).get(measure, {})))
     frame = pd.DataFrame([vars(row) for row in subject.rows]).rename(columns={"label": "class"})
     frame = frame.assign(model=subject.name, split=split)[COLUMNS]
     return AuditReport(frame, _per_sample(subject))
 
 
-def _fitting(measure: str, call: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a measure, which knows them all."""
-    kinds = kinds_of_arguments(call)
+def _call(measure: str) -> Callable[..., list[Row]]:
+    module, _, function = REGISTRY[measure].source.partition(":")
+    call: Callable[..., list[Row]] = getattr(importlib.import_module(module), function)
+    return call
+
+
+def measure_options(measure: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a measure as they are handed on.
+
+    Args:
+        measure: A key of :data:`REGISTRY`.
+        options: Their values.
+
+    Returns:
+        The values.
+
+    Raises:
+        FairlineError: It knows no such option, or one is of another kind.
+    """
+    kinds = kinds_of_arguments(_call(measure))
     for option in options:
         if option not in kinds:
             takes = f"it takes {', '.join(kinds)}" if kinds else "it takes none"
@@ -362,4 +376,5 @@ __all__ = [
     "audit_subject",
     "compares_groups",
     "explaining",
+    "measure_options",
 ]

@@ -19,6 +19,7 @@ from typing import Any, cast
 from fairline import data, jobs, objectives
 from fairline._own import files, identity, is_own, located
 from fairline._registry import fitting, kinds_of_arguments
+from fairline.audit import EXPLAIN, measure_options
 from fairline.audit import REGISTRY as MEASURES
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
@@ -42,16 +43,23 @@ def require_known(spec: StudySpec) -> None:
                 f"Study '{spec.name}', data.{label}: there is no data set '{source.name}'; choose one of "
                 f"{', '.join(data.REGISTRY)}."
             )
-    named = [
-        f"audit.measures: there is no measure '{m}'"
-        for m in (*spec.audit.measures, *spec.audit.base)
-        if m not in MEASURES
-    ]
-    if named:
-        raise FairlineError(f"Study '{spec.name}', {named[0]}; choose among {', '.join(MEASURES)}.")
+    for where in ("measures", "base", "options"):
+        for measure in getattr(spec.audit, where):
+            if measure not in MEASURES:
+                raise FairlineError(
+                    f"Study '{spec.name}', audit.{where}: there is no measure '{measure}'; choose among "
+                    f"{', '.join(MEASURES)}."
+                )
+    for measure in spec.audit.options:
+        if measure not in _measured(spec, base=True):
+            raise FairlineError(f"Study '{spec.name}', audit.options: '{measure}' is not measured.")
     checks: list[tuple[str, Callable[[], object]]] = [
         # Ten classes of small images: the smallest network that tells whether the options are known.
         ("model", lambda: ModelSpec(located(spec.model.name, spec.folder), 10, 3, 32, spec.model.options).build())
+    ]
+    checks += [
+        (f"audit.options.{measure}", partial(measure_options, measure, own))
+        for measure, own in spec.audit.options.items()
     ]
     checks += [(f"data.{label}", partial(DataSpec, each.name, None, each.options)) for label, each in spec.data.items()]
     for name, masks in spec.masks.items():
@@ -280,13 +288,21 @@ def _where(spec: StudySpec, objective: str) -> str:
 
 def _audited(spec: StudySpec, cell: Cell) -> Cell:
     """The audit of a cell's networks; base networks may be measured in more ways."""
-    more = spec.audit.base if cell.kind == "train" else []
+    base = cell.kind == "train"
+    asked = spec.audit.model_dump(mode="json", exclude={"base"})
     arguments = {
-        **spec.audit.model_dump(mode="json", exclude={"base"}),
-        "measures": [*spec.audit.measures, *more],
+        **asked,
+        "measures": [*spec.audit.measures, *(spec.audit.base if base else [])],
+        "options": {name: own for name, own in asked["options"].items() if name in _measured(spec, base=base)},
         "seed": cell.about["seed"],
     }
     return Cell("audit", arguments, (cell,), f"{cell.where}-audit", cell.about)
+
+
+def _measured(spec: StudySpec, *, base: bool) -> set[str]:
+    """Measures that may be taken of a base network, or of another."""
+    asked = {"accuracy", "recall", *spec.audit.measures, *(spec.audit.base if base else [])}
+    return asked | set(EXPLAIN if spec.audit.explain else ())
 
 
 def _beside(cell: Cell, name: str) -> str:

@@ -148,6 +148,10 @@ def _signature(content: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]
     return json_digest({"kind": content["kind"], "arguments": arguments, "parents": parents})
 
 
+#: Methods whose settings say how often they pass over the training images; of others rounds, stages, searches do.
+_TOLD = ("snl", "autorep", "layerwise", "block_relu", "magnitude", "random")
+
+
 def _epochs(cell: Cell) -> float | None:
     """Passes over the training images, in steps of the student, at most; None where they cannot be told."""
     given = cell.arguments
@@ -158,6 +162,8 @@ def _epochs(cell: Cell) -> float | None:
             count = len(cell.parents[0].arguments["budgets"])
             passes = _DISTILLING if (DEFAULTS | given["settings"])["augment"] else 1.0
             return count * float(_setting(finetune, given["settings"], "epochs")) * passes
+        case "linearize" if given["method"] not in _TOLD:
+            return None
         case "linearize":
             method = linearize.REGISTRY[given["method"]]
             names = [name for name in inspect.signature(method).parameters if name.endswith("epochs")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,13 +32,21 @@ def told(cell: Cell) -> str:
 def may_be_called(cell: Cell, name: str) -> bool:
     """Whether a comparison may call a cell's networks so.
 
-    Masks that are placed otherwise than SNL does by itself are told before the rest, which is not looked into.
+    Masks that are placed otherwise than SNL does by itself are told before the rest, which is not looked into; nor are
+    settings, which a comparison tells where nothing else differs: ``"masks lam=0.01, erm, epochs=3"``.
 
     Returns:
         Whether it may.
     """
-    own = told(cell)
-    return name == own if _plainly_placed(cell) else name.endswith((f", {own}", f": {own}"))
+    own, plain = told(cell), _without_settings(name)
+    if _plainly_placed(cell):
+        return own in (name, plain)
+    return any(each.endswith((f", {own}", f": {own}")) for each in (name, plain))
+
+
+def _without_settings(name: str) -> str:
+    """A method's name without the settings of masks before it and of a finetune behind it."""
+    return re.sub(r"(, \w+=[^\s,]+)+$", "", re.sub(r"^masks \w+=\S+( \w+=\S+)*, ", "", name))
 
 
 def baseline_among(cells: Sequence[Cell], wanted: str) -> str | None:
@@ -62,7 +71,9 @@ def require_baseline(cells: Iterable[Cell], wanted: str) -> None:
     if wanted == PLAIN:
         return
     compared = list(cells)
-    if not any(may_be_called(cell, wanted) for cell in compared):
+    found = [cell for cell in compared if may_be_called(cell, wanted)]
+    # Settings are told where several methods have one name.
+    if not found or (len(found) == 1 and wanted != told(found[0]) and _plainly_placed(found[0])):
         names = dict.fromkeys(told(cell) if _plainly_placed(cell) else f"…: {told(cell)}" for cell in compared)
         raise FairlineError(f"No method will be called '{wanted}'; choose among {', '.join(names)}.")
 

@@ -454,14 +454,16 @@ def load_spec(path: str | Path, scale: str | None = None) -> StudySpec:
     source = _read(Path(path), ())
     content = source.content
     _forbid_noted(source, path)
-    scales = content.pop("scales", {}) if isinstance(content, dict) else {}
+    scales = (content.pop("scales", None) if isinstance(content, dict) else None) or {}
+    if not isinstance(scales, dict) or not all(isinstance(own, dict | None) for own in scales.values()):
+        raise FairlineError(f"{path}: scales are names with fields under each, such as tiny: {{seeds: [0]}}.")
     if scale is not None:
-        if not isinstance(scales, dict) or scale not in scales:
+        if scale not in scales:
             known = ", ".join(map(str, scales)) or "none"
             raise FairlineError(f"{path} has no scale '{scale}'; it has {known}.")
         inside = {where[2:]: line for where, line in source.lines.items() if where[:2] == ("scales", scale)}
         own = {"name": re.sub(r"[^a-z0-9_]", "_", f"{content['name']}_{scale}".lower())} if "name" in content else {}
-        source = source.replaced_by(_Source(_merged(own, scales[scale]), inside))
+        source = source.replaced_by(_Source(_merged(own, scales[scale] or {}), inside))
         content = source.content
     try:
         spec = StudySpec.model_validate(content)
