@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import re
 
@@ -20,6 +21,7 @@ from fairline.report.claims import (
     LOWEST,
     LOWEST_CONTROL,
     POINTS,
+    _of_every_group,
     findings,
     over_panels,
     summary,
@@ -27,6 +29,7 @@ from fairline.report.claims import (
 from fairline.report.claims_page import write_claims
 from fairline.report.evidence import corrected
 from fairline.report.finding import FAILS, HOLDS, UNDECIDED, Finding, judge
+from fairline.report.panels import variants_of_mu
 from tests.report.study_table import study_table
 
 #: Planted effects, by claim, for which it holds and for which it does not.
@@ -331,3 +334,87 @@ def test_panels_together():
     assert one["pooled"] == 0
     assert math.isnan(one["mean"])
     assert over_panels(findings(study_table()[:0])).empty
+
+
+def test_seeds_that_agree_tell_nothing_of_others():
+    """Two seeds of a small group often do, and rounding is no spread."""
+    for values in ([5.0, 5.0], [100 * (0.9 - 0.8), 100 * (0.8 - 0.7)], [0.0, 0.0, 0.0]):
+        found = judge(1, "here", values)
+        assert (found.verdict, found.seeds, found.effect) == (UNDECIDED, len(values), pytest.approx(values[0]))
+        assert all(map(math.isnan, (found.low, found.high, found.p, found.spread, found.needed)))
+    assert judge(1, "here", [5.0, 5.001]).verdict == HOLDS
+    assert judge(1, "here", [0.0, 0.0]).agrees is None
+
+
+def test_groups_of_one_size_are_not_set_against_each_other():
+    whole = main(study_table(groups={"a": 500, "b": 500, "c": 502}))
+    assert set(whole["claim"]) == {5, 6, 8}
+    # Two sizes, of several groups each.
+    assert {1, 2, 3, 4, 11} <= set(main(study_table(groups={"a": 500, "b": 502, "c": 90, "d": 90}))["claim"])
+
+
+@given(
+    means=st.lists(st.sampled_from([-2.0, -0.5, 0.5, 2.0]), min_size=2, max_size=6),
+    spread=st.sampled_from([0.1, 1.0, 4.0]),
+    seed=st.integers(0, 5),
+)
+def test_every_group_must_gain_and_one_must_surely_lose(means, spread, seed):
+    rng = np.random.default_rng(seed)
+    gains = [mean + spread * rng.normal(size=3) for mean in means]
+    found = _of_every_group([judge(8, "here", own, note=f"group {place}") for place, own in enumerate(gains)])
+    p = [stats.ttest_1samp(own, 0).pvalue for own in gains]
+    lost = [each for each, own in zip(p, gains, strict=True) if own.mean() <= 0]
+    together = min(1.0, len(gains) * min(lost)) if lost else max(p)
+    assert found.p == pytest.approx(together)
+    assume(abs(together - 0.05) > 1e-9)
+    assert (found.verdict == FAILS) == bool(lost and together < 0.05)
+    assert (found.verdict == HOLDS) == (not lost and together < 0.05)
+    assert math.isnan(found.needed) == (found.verdict != UNDECIDED)
+    assert not found.needed <= 3
+    least = int(np.argmin([own.mean() for own in gains]))
+    told = int(np.argmin([each if own.mean() <= 0 else 2 for each, own in zip(p, gains, strict=True)]))
+    place = told if found.verdict == FAILS else least
+    assert found.note.startswith(f"group {place}, which ")
+    assert found.effect == pytest.approx(gains[place].mean())
+
+
+def test_a_minimum_has_neither_sign_test_nor_mean():
+    table = pd.concat([study_table(), study_table(study="b", data="utkface:age")])
+    summed = over_panels(findings(table)).set_index(["claim", "variant"])
+    assert (summed.loc[(8, ""), ["on_side", "signed", "pooled"]] == [2, 2, 0]).all()
+    assert summed.loc[(8, ""), ["p_sign", "mean", "tau"]].isna().all()
+    assert summed.loc[(11, ""), ["p_sign", "mean", "tau"]].notna().all()
+
+
+def test_values_of_mu_are_those_that_differ_in_nothing_else():
+    table = study_table(mus=(0.1, 0.2), mu_effect=1.0, noise=0.01)
+    held = table[table["objective"] == "lagrangian"]
+    options = held["objective_options"].map(lambda text: json.dumps({**json.loads(text), "on": "val"}))
+    held = held.assign(objective_options=options, finetune="held-" + held["finetune"], value=0.1)
+    both = pd.concat([table, held], ignore_index=True)
+    assert variants_of_mu(both) == variants_of_mu(table) == [(0.1, "lagrangian"), (0.2, "lagrangian-1")]
+    assert main(both).query("claim == 9")["effect"].tolist() == pytest.approx([1.0], abs=0.1)
+    # One value, held out or not, is no range; without one it is the default.
+    one = both[both["finetune"].isin(["erm", "lagrangian", "held-lagrangian", ""])]
+    assert len(variants_of_mu(one)) == 1
+    assert main(one).query("claim == 9").empty
+    plain = one.assign(objective_options="{}")
+    assert variants_of_mu(plain) == [(5e-3, "lagrangian")]
+
+
+def test_methods_are_set_against_each_other_on_the_same_base_networks():
+    snl, other = study_table(), study_table(study="b", method="deepreduce", slope=8, noise=0.3)
+    assert len(verdicts(pd.concat([snl.assign(cell="one"), other.assign(cell="one")]), 7)) == 1
+    assert verdicts(pd.concat([snl.assign(cell="one"), other.assign(cell="two")]), 7) == []
+    wide = study_table(study="c", model="wide_resnet22_8")
+    for scale, told in (("Planted: numbers of a test.", True), ("Another.", False)):
+        (note,) = main(pd.concat([snl, wide.assign(scale=scale)])).query("claim == 10")["note"]
+        assert ("ResNet-18" in note) == told
+
+
+def test_the_slope_of_distances_is_of_networks_that_lost_relus():
+    table = study_table(distance=0.5)
+    low = table.query("measure == 'parameter_distance' and percent == 2 and finetune == 'erm'")
+    whole = low.assign(percent=100, asked=low["total_relus"], relus=low["total_relus"], value=90.0 + low["seed"])
+    with_it = main(pd.concat([table, whole], ignore_index=True)).query("claim == 5")
+    assert with_it["effect"].tolist() == main(table).query("claim == 5")["effect"].tolist()

@@ -106,3 +106,14 @@ def test_each_groups_drop_is_drawn_before_and_after():
             expected |= {(name, budget, group): by_group[:, place].mean() for place, group in enumerate(GROUPS)}
     assert found == pytest.approx(expected)
     assert draw_shifted(TABLE, pd.DataFrame()) == {}
+
+
+def test_masks_that_comparisons_call_otherwise_are_not_told():
+    """Of two masks of one method in a study, the second would be told the first's numbers."""
+    compared = by_seed(np.random.default_rng(0).uniform(40, 60, (4, 2, len(SEEDS), len(GROUPS))))
+    cut = TABLE[TABLE["stage"] == "finetuned"]
+    both = pd.concat([TABLE, cut.assign(masks="fast")], ignore_index=True)
+    assert effects(TABLE, compared)
+    assert not effects(both, compared)
+    # Another method's masks have names of their own.
+    assert effects(pd.concat([TABLE, cut.assign(masks="dr", method="deepreduce")], ignore_index=True), compared)

@@ -111,6 +111,21 @@ def test_a_control_is_another_network_than_the_base():
     assert '"domain":["base network","100 %"' in re.sub(r"\s*\n\s*|(?<=[:,]) ", "", drawn)
 
 
+def test_seeds_are_counted_that_are_drawn_and_base_networks_are_of_them():
+    """A study under way has base networks of seeds that nothing was made of yet."""
+    table = study_table(seeds=(0, 1))
+    made = table[(table["seed"] == 0) | (table["stage"] == "base")]
+    base = made[(made["stage"] == "base") & (made["measure"] == "accuracy") & (made["group"] == "small")]
+    for number in (1, 6, 8):
+        said = "".join(draw(made, [number])[number].to_dict()["title"]["subtitle"])
+        assert "1 seed; 95 % interval of the images." in said
+    bars = [row for row in contents(draw(made, [1])[1]) if row["budget"] == "100 %" and row["group"] == "small"]
+    assert [row["value"] for row in bars] == [base.loc[base["seed"] == 0, "value"].item()]
+    apart = pd.concat([study_table(study="a", seeds=(0, 1, 2)), study_table(study="b", seeds=(3, 4))])
+    drawn = draw_others(apart)["relative_drop"].to_dict()["title"]["subtitle"]
+    assert "2 to 3 seeds;" in " ".join(drawn)
+
+
 def test_the_line_of_figure_8_is_of_networks_that_lost_relus():
     """That with all of them was trained on for as long as the lowest budget, so it is no end of the line."""
     table = study_table()

@@ -144,6 +144,17 @@ def test_an_equal_seed_counts_once_whoever_computed_it(shares, parts, tmp_path):
     assert not list((tmp_path / "growing" / NAME).glob("*.png"))
 
 
+def test_a_merge_brings_the_pictures_of_all_seeds_and_leaves_others_alone(shares, tmp_path):
+    shutil.copytree(shares / "0", tmp_path / "kept")
+    kept, whole = tmp_path / "kept" / NAME, shares / "whole" / NAME
+    drawn = {picture.name: picture.read_bytes() for picture in whole.glob("*.png")}
+    assert drawn
+    (kept / "mine.png").write_bytes(b"mine")
+    (kept / "digits_of_before.png").write_bytes(b"before")
+    merge_results([kept, whole], tmp_path / "kept")
+    assert {picture.name: picture.read_bytes() for picture in kept.glob("*.png")} == {**drawn, "mine.png": b"mine"}
+
+
 def _told_otherwise(folder: Path, **more: object) -> None:
     file = folder / "provenance.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | more))

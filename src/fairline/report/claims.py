@@ -18,13 +18,14 @@ import pandas as pd
 
 from fairline.audit.intervals import LEVEL
 from fairline.data.grouped import OVERALL
-from fairline.report.evidence import Pooled, corrected, pooled, sign_test
+from fairline.report.evidence import Pooled, corrected, pooled, seeds_needed, sign_test
 from fairline.report.finding import (
     FAILS,
     HOLDS,
     UNDECIDED,
     Extreme,
     Finding,
+    comparable,
     extremes,
     judge,
     lowest,
@@ -55,6 +56,8 @@ class Claim:
         test: Takes the table and yields findings.
         threshold: What the number is tested against.
         ratio: Whether the number is a ratio, whose logarithm is tested.
+        least: Whether the number is of the group that is worst off, which chance alone puts on one side, so that panels
+            have no sign test and no mean.
         variants: What other numbers are, by their names.
     """
 
@@ -65,6 +68,7 @@ class Claim:
     test: Callable[[pd.DataFrame], Iterator[Finding]]
     threshold: float = 0.0
     ratio: bool = False
+    least: bool = False
     variants: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -100,7 +104,7 @@ def _judged_slopes(claim: int, panel: Panel, table: pd.DataFrame, more: str = ""
 
 def disparity_grows(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 1; in points, and beside the control, as well."""
-    for panel in tested_panels(table):
+    for panel in comparable(table):
         yield from _judged_slopes(1, panel, table)
         rows = rows_of(table, panel)
         own = finetuned(rows)
@@ -152,7 +156,7 @@ def _control(table: pd.DataFrame, panel: Panel, own: pd.DataFrame) -> tuple[pd.D
 
 def gradient_norms_higher(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 2."""
-    for panel in tested_panels(table):
+    for panel in comparable(table):
         rows = rows_of(table, panel)
         own = lowest(finetuned(rows))
         yield from _ratio(2, panel, own, "gradient_norm", f"at {own['budget'].iloc[0]} of the ReLUs")
@@ -161,7 +165,7 @@ def gradient_norms_higher(table: pd.DataFrame) -> Iterator[Finding]:
 def eigenvalues_higher(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 3; a base network that several methods share is tested once."""
     seen = set()
-    for panel in tested_panels(table):
+    for panel in comparable(table):
         rows = rows_of(table, panel)
         rows = rows[rows["stage"] == "base"]
         # Named by what they hold: studies share them.
@@ -187,7 +191,7 @@ def _ratio(claim: int, panel: Panel, rows: pd.DataFrame, measure: str, note: str
 
 def margins_lower(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 4."""
-    for panel in tested_panels(table):
+    for panel in comparable(table):
         rows = lowest(finetuned(rows_of(table, panel)))
         if "margin" in set(rows["measure"]):
             largest, smallest = extremes(rows)
@@ -203,7 +207,9 @@ def distance_grows(table: pd.DataFrame) -> Iterator[Finding]:
         if "parameter_distance" not in set(rows["measure"]):
             continue
         distance = wide_of(rows, "parameter_distance")[OVERALL]
-        slopes = _slopes(distance)
+        # A control is trained for as long as the lowest budget, so it is no end of the line.
+        cut = rows.loc[rows["relus"] < rows["total_relus"], "percent"].unique()
+        slopes = _slopes(distance[distance.index.isin(cut, level="percent")])
         if len(slopes):
             yield judge(5, panel.title, slopes)
         whole, masks = _control(table, panel, rows)
@@ -230,10 +236,13 @@ def accuracy_hardly_moves(table: pd.DataFrame) -> Iterator[Finding]:
 
 def deepreduce_is_worse(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 7."""
-    held = tested_panels(table)
+    held = comparable(table)
     for panel in held:
-        other = _like(panel, held, method=DR)
-        if panel.method != SNL or other is None:
+        if panel.method != SNL:
+            continue
+        # Of the same base networks, since it is asked seed by seed.
+        other = _like(panel, held, table, "cell", method=DR)
+        if other is None:
             continue
         rows, others = (lowest(finetuned(rows_of(table, one))) for one in (panel, other))
         _, smallest = extremes(rows)
@@ -253,21 +262,37 @@ def mitigation_helps_all(table: pd.DataFrame) -> Iterator[Finding]:
             continue
         gains = _gains(rows)
         tested = [judge(8, panel.title, gains[group], note=str(group)) for group in gains if group != OVERALL]
-        least = min(tested, key=lambda one: one.effect)
-        verdicts = {one.verdict for one in tested}
-        whole = FAILS if FAILS in verdicts else HOLDS if verdicts == {HOLDS} else UNDECIDED
-        note = f"{least.note}, which gains least of {len(tested)} groups; mean over budgets"
-        # All must gain for the claim, one must lose against it: of many groups one seems to by chance.
-        lost = [one.p for one in tested if one.effect <= 0]
-        together = min(1.0, len(tested) * min(lost)) if lost else max(one.p for one in tested)
-        needed = max(one.needed for one in tested) if least.effect > 0 else least.needed
-        unsure = whole == UNDECIDED and not math.isnan(together)
-        yield replace(least, verdict=whole, note=note, p=together, needed=needed if unsure else math.nan)
+        if tested:
+            yield _of_every_group(tested)
+
+
+def _of_every_group(tested: Sequence[Finding]) -> Finding:
+    """All must gain for the claim, one must lose against it: of many groups one seems to by chance (Bonferroni)."""
+    least = min(tested, key=lambda one: math.inf if math.isnan(one.effect) else one.effect)
+    told = f"which gains least of {len(tested)} groups"
+    lost = [one for one in tested if one.effect <= 0 and not math.isnan(one.p)]
+    if lost:
+        surest = min(lost, key=lambda one: one.p)
+        p = min(1.0, len(tested) * surest.p)
+        needed = seeds_needed(surest.effect, surest.spread, tests=len(tested))
+        if p < 1 - LEVEL:
+            told = told if surest is least else f"which of {len(tested)} groups loses most surely"
+            least = replace(surest, verdict=FAILS)
+        else:
+            least = replace(least, verdict=UNDECIDED)
+    else:
+        # The largest of the groups' says whether all gain; unknown of one group, it is unknown.
+        p = float(np.max([one.p for one in tested]))
+        least = replace(least, verdict=HOLDS if {one.verdict for one in tested} == {HOLDS} else UNDECIDED)
+        needed = max((one.needed for one in tested if not math.isnan(one.needed)), default=math.nan)
+    unsure = least.verdict == UNDECIDED and not math.isnan(p)
+    note = f"{least.note}, {told}; mean over budgets"
+    return replace(least, note=note, p=p, needed=needed if unsure else math.nan)
 
 
 def mitigation_helps_the_smallest(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 11."""
-    for panel in tested_panels(table):
+    for panel in comparable(table):
         rows = rows_of(table, panel)
         if len(finetuned(rows, "lagrangian")):
             _, smallest = extremes(rows)
@@ -283,7 +308,7 @@ def _gains(rows: pd.DataFrame) -> pd.DataFrame:
 
 def step_hardly_matters(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 9."""
-    for panel in tested_panels(table):
+    for panel in comparable(table):
         rows = rows_of(table, panel)
         variants = variants_of_mu(rows)
         if len(variants) < 2:
@@ -303,20 +328,31 @@ def step_hardly_matters(table: pd.DataFrame) -> Iterator[Finding]:
 
 def other_networks_alike(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 10: claim 1 in other networks; how far they differ from ResNet-18 is in the note."""
-    held = tested_panels(table)
+    held = comparable(table)
     for panel in held:
         if panel.model not in (VGG, WRN):
             continue
-        twin = _like(panel, held, model=R18)
+        twin = _like(panel, held, table, "scale", model=R18)
         usual = f"; ResNet-18: {_disparity_slopes(rows_of(table, twin))[0].mean():+.2f}" if twin is not None else ""
         yield from _judged_slopes(10, panel, table, usual)
 
 
-def _like(panel: Panel, held: Sequence[Panel], **differs: str) -> Panel | None:
-    """The panel of the same data that differs in its network or method alone; of the same study, if that has one."""
+def _like(panel: Panel, held: Sequence[Panel], table: pd.DataFrame, shared: str, **differs: str) -> Panel | None:
+    """The panel of the same data that differs in network or method alone, and whose base networks share a value."""
     kind = replace(panel, **differs).kind
-    alike = [other for other in held if other.kind == kind and other.label == panel.label]
+    own = set(_bases(table, panel)[shared])
+    alike = [
+        other
+        for other in held
+        if other.kind == kind and other.label == panel.label and own & set(_bases(table, other)[shared])
+    ]
+    # Of the same study, if that has one.
     return min(alike, key=lambda other: other.study != panel.study, default=None)
+
+
+def _bases(table: pd.DataFrame, panel: Panel) -> pd.DataFrame:
+    rows = rows_of(table, panel)
+    return rows[rows["stage"] == "base"]
 
 
 #: The claims, by number.
@@ -401,6 +437,7 @@ CLAIMS: dict[int, Claim] = {
         "gain of accuracy over plain distillation, points",
         "above 0 for every group",
         mitigation_helps_all,
+        least=True,
     ),
     9: Claim(
         "The step μ of the multipliers hardly matters.",
@@ -478,21 +515,28 @@ def over_panels(found: pd.DataFrame) -> pd.DataFrame:
         A row for each claim and variant: ``panels``, ``tested`` (of two seeds or more), how many ``holds``, ``fails``
         and are ``undecided``, and the first two after Holm (``holds_holm``, ``fails_holm``); ``on_side`` of ``signed``
         means, with the sign test's ``p_sign``; of a random-effects mean ``mean``, ``low``, ``high``, ``tau``, ``i2``
-        and ``pooled`` panels, missing where fewer than two have a spread.
+        and ``pooled`` panels, missing where fewer than two have a spread. Claim 8, whose number is that of the group
+        worst off, has neither test nor mean.
     """
     rows = []
     for (number, variant), own in found.groupby(["claim", "variant"], sort=False):
         signs = own["agrees"].dropna().astype(bool)
-        summed = _pooled(own, CLAIMS[number].ratio)
+        least = CLAIMS[number].least
+        summed = _columns(_NONE) if least else _pooled(own, CLAIMS[number].ratio)
         counts = {
             f"{name}{suffix}": int((own[column] == verdict).sum())
             for column, suffix in (("verdict", ""), ("corrected", "_holm"))
             for name, verdict in (("holds", HOLDS), ("fails", FAILS), ("undecided", UNDECIDED))
         }
         about = {"claim": number, "variant": variant, "panels": len(own), "tested": int((own["seeds"] > 1).sum())}
-        sides = {"on_side": int(signs.sum()), "signed": len(signs), "p_sign": sign_test(int(signs.sum()), len(signs))}
+        p_sign = math.nan if least else sign_test(int(signs.sum()), len(signs))
+        sides = {"on_side": int(signs.sum()), "signed": len(signs), "p_sign": p_sign}
         rows.append({**about, **counts, **sides, **summed})
     return pd.DataFrame(rows)
+
+
+#: Where there is no mean over panels.
+_NONE = Pooled(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
 
 
 def _pooled(own: pd.DataFrame, ratio: bool) -> dict[str, float]:
@@ -501,8 +545,7 @@ def _pooled(own: pd.DataFrame, ratio: bool) -> dict[str, float]:
     variances = own["spread"].to_numpy(float) ** 2 / own["seeds"].clip(lower=1).to_numpy(float)
     found = pooled(np.log(means) if ratio else means, variances)
     if found is None:
-        none = Pooled(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
-        return _columns(none)
+        return _columns(_NONE)
     if ratio:
         mean, low, high = (math.exp(each) for each in (found.mean, found.low, found.high))
         found = replace(found, mean=mean, low=low, high=high)

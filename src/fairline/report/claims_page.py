@@ -129,10 +129,12 @@ def _number(value: float) -> str:
 
 def _together(row: Mapping[str, Any], claim: Claim) -> str:
     """The random-effects mean, in a sentence."""
+    if claim.least:
+        return "The number is of the group worst off, which chance alone puts below 0, so no mean over panels is told."
     if not row["pooled"]:
         return "Fewer than two panels have a spread over seeds, so no mean over panels is told."
     left = row["panels"] - row["pooled"]
-    of = f"{row['pooled']} panels" + (f" ({left} of one seed or none left out)" if left else "")
+    of = f"{row['pooled']} panels" + (f" ({left} without a spread over seeds left out)" if left else "")
     spread = f"τ = {_number(row['tau'])}" + (" on the logarithm" if claim.ratio else "")
     return (
         f"Random-effects mean of {of}: {_number(row['mean'])} [{_number(row['low'])}, {_number(row['high'])}]; "
@@ -145,6 +147,8 @@ def _signs(row: Mapping[str, Any]) -> str:
     if not row["signed"]:
         return ""
     side = "above 0" if row["variant"] in (MOVED, MOVED_CONTROL) else "on the claim’s side"
+    if math.isnan(row["p_sign"]):
+        return f"{row['on_side']} of {row['signed']} lie {side}."
     p = _probability(row["p_sign"])
     p = p if p.startswith("<") else f"= {p}"
     return f"{row['on_side']} of {row['signed']} means lie {side} (sign test: p {p})."
@@ -161,7 +165,7 @@ def _power(rows: pd.DataFrame) -> str:
         panels = "panel" if len(needed) == 1 else "panels"
         parts.append(f"{len(needed)} undecided {panels} of several seeds would need {many} of them")
     if single:
-        parts.append(f"for {single} of one seed or none that is not known")
+        parts.append(f"for {single} without a spread over seeds that is not known")
     told = "; ".join(parts)
     return f"{told[:1].upper()}{told[1:]}." if parts else ""
 

@@ -63,12 +63,13 @@ def corrected(p: Sequence[float]) -> list[float]:
     return [float(each) for each in found]
 
 
-def power(effect: float, seeds: int) -> float:
+def power(effect: float, seeds: int, tests: int = 1) -> float:
     """How often Student's two-sided test at 5 % decides, under the noncentral t.
 
     Args:
         effect: Distance of the true mean from the threshold, in standard deviations.
         seeds: How many, two at least.
+        tests: Of how many it is one, any of which may decide (Bonferroni).
 
     Returns:
         The share.
@@ -76,20 +77,21 @@ def power(effect: float, seeds: int) -> float:
     from scipy.stats import nct, t
 
     freedom, centre = seeds - 1, abs(effect) * math.sqrt(seeds)
-    limit = t.ppf((1 + LEVEL) / 2, freedom)
+    limit = t.isf((1 - LEVEL) / 2 / tests, freedom)
     found = float(nct.sf(limit, freedom, centre))
     # Where scipy cannot tell it the other side is Φ(−centre) at most, which is nothing there.
     other = float(nct.cdf(-limit, freedom, centre))
     return found if math.isnan(other) else found + other
 
 
-def seeds_needed(mean: float, spread: float, threshold: float = 0.0) -> float:
+def seeds_needed(mean: float, spread: float, threshold: float = 0.0, tests: int = 1) -> float:
     """The fewest seeds with which a test would decide in 80 %, were mean and spread the true ones.
 
     Args:
         mean: Of the seeds that there are.
         spread: Their standard deviation.
         threshold: What the mean is tested against.
+        tests: As for :func:`power`.
 
     Returns:
         The number; infinite beyond :data:`MOST`, NaN where no spread is known.
@@ -102,7 +104,7 @@ def seeds_needed(mean: float, spread: float, threshold: float = 0.0) -> float:
     if spread == 0:
         return math.inf if mean == threshold else 2.0
     effect, counts = abs(mean - threshold) / spread, range(2, MOST + 1)
-    place = bisect_left(counts, POWER, key=lambda seeds: power(effect, seeds))
+    place = bisect_left(counts, POWER, key=lambda seeds: power(effect, seeds, tests))
     return float(counts[place]) if place < len(counts) else math.inf
 
 

@@ -30,14 +30,15 @@ class Finding:
         seeds: How many.
         verdict: ``holds``, ``does not hold`` or ``undecided``.
         note: Which groups and budgets it is about.
-        agrees: Whether the mean, whatever its interval, lies on the claim's side; None where there is none.
+        agrees: Whether the mean, whatever its interval, lies on the claim's side; None where there is none or where
+            it is the threshold.
         variant: Which other number of the claim this is; empty for the claim's own.
         spread: Standard deviation over seeds; of a ratio, that of its logarithm.
-        p: Two-sided probability under Student's t that the mean is at the threshold; NaN of one seed.
+        p: Two-sided probability under Student's t that the mean is at the threshold; NaN of one seed, or if all agree.
         p_holm: The same after Holm's correction for all tests of the table.
         corrected: The verdict if that is below 5 %, else ``undecided``.
         needed: Seeds with which an undecided panel would be decided in 80 %, were mean and spread the true ones;
-            infinite beyond 1,000, NaN of one seed and where it is decided.
+            infinite beyond 1,000, NaN where no spread is known and where it is decided.
     """
 
     claim: int
@@ -71,7 +72,8 @@ def judge(
     Args:
         claim: Number of the claim.
         panel: Where.
-        values: One number a seed; those that are not finite are left out.
+        values: One number a seed; those that are not finite are left out. Where all seeds agree, nothing tells how far
+            others lie, so nothing is decided, as of one seed.
         above: The threshold.
         note: What the numbers are about.
         sign: −1 tests whether it lies below.
@@ -83,8 +85,9 @@ def judge(
     own = np.asarray(values, float)
     own = own[np.isfinite(own)]
     mean = float(own.mean()) if len(own) else math.nan
-    agrees = None if math.isnan(mean) else sign * mean > sign * above
-    if len(own) < 2:
+    agrees = None if math.isnan(mean) or mean == above else sign * mean > sign * above
+    # A spread of rounding alone is none.
+    if len(own) < 2 or np.ptp(own) <= 1e-9 * np.abs(own).max():
         return Finding(claim, panel, mean, math.nan, math.nan, len(own), UNDECIDED, note, agrees, variant)
     low, high = student_interval(own)
     near, far = (low, high) if sign > 0 else (-high, -low)
@@ -110,6 +113,16 @@ class Extreme:
     def of(self, wide: pd.DataFrame) -> pd.Series:
         """Their mean in a table with a column a group."""
         return wide.reindex(columns=list(self.groups)).mean(axis=1)
+
+
+def comparable(table: pd.DataFrame) -> list[Panel]:
+    """Tested panels whose smallest group is not also one of the largest."""
+    found = []
+    for panel in tested_panels(table):
+        largest, smallest = extremes(rows_of(table, panel))
+        if not set(largest.groups) & set(smallest.groups):
+            found.append(panel)
+    return found
 
 
 def extremes(rows: pd.DataFrame) -> tuple[Extreme, Extreme]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,14 +118,24 @@ def merge_results(folders: Sequence[str | Path], target: str | Path) -> Path:
     for name, line in lines.items():
         with atomic_path(out / name) as temporary:
             line.to_csv(temporary, index=False, float_format="%.5g")
-    if whole is None:
+    if whole is None or whole.folder.resolve() != out.resolve():
         # Figures of fewer seeds would stand beside tables of more.
-        for figure in out.glob("*.png"):
+        for figure in _figures(out, compared["results"].unique()):
             figure.unlink()
+    if whole is not None and whole.folder.resolve() != out.resolve():
+        for figure in _figures(whole.folder, compared["results"].unique()):
+            with atomic_path(out / figure.name) as temporary:
+                shutil.copyfile(figure, temporary)
     write_table(out / "by_seed.parquet", compared)
     write_table(out / "results.parquet", table)
     write_text(out / "provenance.json", json.dumps(about, indent=2) + "\n")
     return out
+
+
+def _figures(folder: Path, results: Iterable[str]) -> list[Path]:
+    """The pictures that ``study results`` writes; others are no business of a merge."""
+    of_comparisons = [picture for name in results for picture in folder.glob(f"{glob.escape(name)}_*.png")]
+    return sorted({*of_comparisons, *folder.glob("moved_prior.png")})
 
 
 def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:

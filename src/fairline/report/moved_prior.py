@@ -11,7 +11,7 @@ import pandas as pd
 from fairline.data.grouped import OVERALL
 from fairline.jobs import settings_told
 from fairline.report.figures import budget_labels
-from fairline.report.finding import Finding, extremes, judge, tested_panels, wide_of
+from fairline.report.finding import Finding, comparable, extremes, judge, wide_of
 from fairline.report.panels import SNL, Panel, finetuned, rows_of
 
 #: Variants of claim 1.
@@ -65,9 +65,13 @@ def shifted_panels(table: pd.DataFrame, compared: pd.DataFrame) -> Iterator[tupl
         compared: What their comparisons say of each seed.
 
     Yields:
-        The panel, its rows of the table, and what is said of plain distillation there.
+        The panel, its rows of the table, and what is said of plain distillation there; nothing where a study has
+        several masks of one method, which comparisons tell apart in words of their own.
     """
-    for panel in tested_panels(table) if len(compared) else []:
+    held = comparable(table) if len(compared) else []
+    for panel in held:
+        if [(other.kind, other.study, other.label) for other in held].count((panel.kind, panel.study, panel.label)) > 1:
+            continue
         rows = rows_of(table, panel)
         one = finetuned(rows).iloc[0]
         fits = (compared["study"] == one["study"]) & (compared["results"] == one["data_label"])

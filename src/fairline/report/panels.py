@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass, replace
 
@@ -11,11 +12,15 @@ import pandas as pd
 from fairline.audit.accuracy import relative_drop
 from fairline.audit.intervals import mean_interval
 from fairline.errors import FairlineError
+from fairline.objectives import Lagrangian
 from fairline.report.figures import METHOD_NAMES, budget_labels
 
 RACE, AGE, SVHN, CIFAR = "utkface:race", "utkface:age", "svhn", "cifar10"
 R18, R34, VGG, WRN = "resnet18", "resnet34", "vgg19", "wide_resnet22_8"
 SNL, DR = "snl", "deepreduce"
+
+#: Of Algorithm 1 by default.
+_MU = float(inspect.signature(Lagrangian).parameters["mu"].default)
 
 _DATA = {RACE: "UTKFace, race", AGE: "UTKFace, age", SVHN: "SVHN", CIFAR: "CIFAR-10"}
 _MODELS = {R18: "ResNet-18", R34: "ResNet-34", VGG: "VGG-19", WRN: "WRN-22-8"}
@@ -236,10 +241,20 @@ def mitigation_drop(rows: pd.DataFrame, finetune: str = "lagrangian") -> pd.Data
 
 
 def variants_of_mu(rows: pd.DataFrame) -> list[tuple[float, str]]:
-    """Each μ that Algorithm 1 was run with, smallest first, and the finetune's name; none that was chosen."""
+    """Values of μ that Algorithm 1 was run with, and that nothing else tells apart; none that was chosen.
+
+    Args:
+        rows: Of one panel, from :func:`rows_of`.
+
+    Returns:
+        Each μ, smallest first, and the finetune's name; of several sets of other options that with most values.
+    """
     tried = pd.to_numeric(rows["tried"], errors="coerce").fillna(1)
     own = rows[(rows["objective"] == "lagrangian") & (tried <= 1)]
     own = own[["objective_options", "finetune"]].drop_duplicates()
-    return sorted(
-        (float(json.loads(text).get("mu", 0)), str(name)) for text, name in own.itertuples(index=False, name=None)
-    )
+    found: dict[str, dict[float, str]] = {}
+    for text, name in own.itertuples(index=False, name=None):
+        options = json.loads(text or "{}")
+        mu = float(options.pop("mu", _MU))
+        found.setdefault(json.dumps(options, sort_keys=True), {}).setdefault(mu, str(name))
+    return sorted(max(found.values(), key=len, default={}).items())

@@ -76,15 +76,21 @@ def _group_bars(rows: pd.DataFrame, panel: Panel, measure: str, axis_title: str,
 
 
 def _arranged(
-    charts: Sequence[Any], columns: int, title: str, rows: pd.DataFrame, *, of_images: bool = True, note: str = ""
+    charts: Sequence[Any],
+    columns: int,
+    title: str,
+    used: Sequence[pd.DataFrame],
+    *,
+    of_images: bool = True,
+    note: str = "",
 ) -> Any:
     """Panels side by side under one title that says what they are of, and whether a single seed has an interval."""
-    seeds = rows.groupby(["data", "model"])["seed"].nunique()
-    count = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
-    scales = " / ".join(dict.fromkeys(rows["scale"]))
+    seeds = [rows["seed"].nunique() for rows in used]
+    count = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
+    scales = " / ".join(dict.fromkeys(scale for rows in used for scale in rows["scale"]))
     single = "95 % interval of the images" if of_images else "no interval"
-    interval = "mean and 95 % interval over seeds" if seeds.max() > 1 else single
-    if seeds.min() == 1 < seeds.max():
+    interval = "mean and 95 % interval over seeds" if max(seeds) > 1 else single
+    if min(seeds) == 1 < max(seeds):
         interval += f" ({single} where there is one)"
     words = f"{scales} {count} seed{'' if count == '1' else 's'}; {interval}. {note}".strip()
     subtitle = textwrap.wrap(words, 62 * min(columns, len(charts)) + 28)
@@ -112,18 +118,23 @@ def _by_group(
         rows = rows_of(table, panel)
         own = pick(rows) if len(rows) else rows
         if len(own) and with_base:
-            own = pd.concat([_beside(rows[rows["stage"] == "base"], own), own])
+            own = pd.concat([_beside(_of_seeds(_bases(rows), own), own), own])
         if not len(own) or measure not in set(own["measure"]):
             continue
         charts.append(_group_bars(own, panel, measure, axis_title, axis()))
-        used.append(rows)
+        used.append(_of_seeds(rows, own[own["measure"] == measure]))
         shown = _shown_groups(own[own["measure"] == measure], panel.data)
         undefined |= bool((shown.groupby("group")["value"].count() == 0).any())
     if not charts:
         return None
     note = "No bars where the base network gets none of a group right." if undefined else ""
     of_images = measure != "mitigation_drop"
-    return _arranged(charts, columns, title, pd.concat(used), of_images=of_images, note=note)
+    return _arranged(charts, columns, title, used, of_images=of_images, note=note)
+
+
+def _of_seeds(rows: pd.DataFrame, drawn: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the seeds that are drawn: a base network of others would shift what it is compared with."""
+    return rows[rows["seed"].isin(drawn["seed"])]
 
 
 def _beside(base: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
@@ -188,8 +199,9 @@ def _overall(table: pd.DataFrame, wanted: Sequence[Panel], title: str) -> Any:
         rows = rows[(rows["measure"] == "accuracy") & (rows["group"] == OVERALL)]
         if not len(rows):
             continue
-        base = over_seeds(rows[rows["stage"] == "base"])
-        own = over_seeds(_reference(rows))
+        drawn = _reference(rows)
+        base = over_seeds(_of_seeds(_bases(rows), drawn))
+        own = over_seeds(drawn)
         if own.empty or base.empty:
             continue
         line = alt.Chart(base).mark_rule(color="#C00000", strokeWidth=2).encode(y="value:Q")
@@ -204,8 +216,8 @@ def _overall(table: pd.DataFrame, wanted: Sequence[Panel], title: str) -> Any:
                 title=_panel_title(panel.title),
             )
         )
-        used.append(rows)
-    return _arranged(charts, 2, title, pd.concat(used)) if charts else None
+        used.append(drawn)
+    return _arranged(charts, 2, title, used) if charts else None
 
 
 def figure_6(table: pd.DataFrame) -> Any:
@@ -239,9 +251,10 @@ def figure_8(table: pd.DataFrame) -> Any:
     rows = rows_of(table, panel)
     if not len(rows):
         return None
-    charts = _distance_and_scatters(over_seeds(_reference(rows)))
+    drawn = _reference(rows)
+    charts = _distance_and_scatters(over_seeds(drawn))
     title = f"Figure 8: distance of the weights, gradient norms and margins ({panel.title})"
-    return _arranged(charts, 3, title, rows) if charts else None
+    return _arranged(charts, 3, title, [drawn]) if charts else None
 
 
 def _reference(rows: pd.DataFrame) -> pd.DataFrame:
@@ -344,8 +357,8 @@ def _without_and_with(
     if not len(rows) or not len(finetuned(rows, "lagrangian")):
         return None
     charts = []
+    pair = [finetuned(rows), finetuned(rows, "lagrangian")]
     for measure, axis_title, axis in measures:
-        pair = [finetuned(rows), finetuned(rows, "lagrangian")]
         if any(measure not in set(own["measure"]) for own in pair):
             continue
         charts.append(
@@ -353,21 +366,22 @@ def _without_and_with(
                 y="shared"
             )
         )
-    return _arranged(charts, 1, title, rows) if charts else None
+    return _arranged(charts, 1, title, pair) if charts else None
 
 
 def figure_15(table: pd.DataFrame) -> Any:
     """What Algorithm 1 changes under each μ, where there are several; races, ResNet-18, SNL."""
     rows = rows_of(table, Panel(RACE))
-    charts = []
+    charts, used = [], []
     for mu, finetune in variants_of_mu(rows):
-        drops = over_seeds(mitigation_drop(rows, finetune))
-        charts.append(_drawn(drops, "mitigation_drop", MITIGATION_DROP, f"μ = {mu:g}"))
+        drops = mitigation_drop(rows, finetune)
+        charts.append(_drawn(over_seeds(drops), "mitigation_drop", MITIGATION_DROP, f"μ = {mu:g}"))
+        used.append(_of_seeds(rows, drops))
     if len(charts) < 2:
         return None
     shared = alt.hconcat(*charts).resolve_scale(y="shared")
     return _arranged(
-        [shared], 1, f"Figure 15: the step μ of the multipliers ({Panel(RACE).title})", rows, of_images=False
+        [shared], 1, f"Figure 15: the step μ of the multipliers ({Panel(RACE).title})", used, of_images=False
     )
 
 
@@ -453,10 +467,11 @@ def _explained(table: pd.DataFrame, wanted: Sequence[Panel]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for place, panel in enumerate(wanted, start=1):
         rows = rows_of(table, panel)
-        charts = _distance_and_scatters(over_seeds(_reference(rows)))
+        drawn = _reference(rows)
+        charts = _distance_and_scatters(over_seeds(drawn))
         title = f"Distance of the weights, gradient norms and margins ({panel.title})"
         name = "explanations" if len(wanted) == 1 else f"explanations_{place}"
-        found[name] = _arranged(charts, 3, title, rows) if charts else None
+        found[name] = _arranged(charts, 3, title, [drawn]) if charts else None
     return found
 
 
@@ -521,12 +536,12 @@ def draw_shifted(table: pd.DataFrame, compared: pd.DataFrame) -> dict[str, Any]:
             for name, said in (("before", "as finetuned"), ("after", "biases shifted"))
         ]
         charts += pair
-        used.append(rows)
+        used.append(_of_seeds(rows, own))
     if not charts:
         return {}
     note = "Both networks of a drop are shifted by what validation images chose for the linearized one."
     title = "What each group lost, before and after a free shift of the output biases"
-    return {"moved_prior": _arranged(charts, 2, title, pd.concat(used), of_images=False, note=note)}
+    return {"moved_prior": _arranged(charts, 2, title, used, of_images=False, note=note)}
 
 
 def draw(table: pd.DataFrame, numbers: Sequence[int] | None = None) -> dict[int, Any]:
