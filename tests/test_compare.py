@@ -156,7 +156,7 @@ def test_a_panel_without_a_drop_says_why(compared):
     group = next(name for name in frame["group"] if name not in ("overall", "worst group"))
     frame.loc[(frame["group"] == group) & (frame["measure"] == "relative_drop"), "value"] = float("nan")
     titles = [panel.to_dict()["title"] for panel in drop_by_budget(frame)]
-    assert {"text": group, "subtitle": "no drop: the base network gets none right"} in titles
+    assert {"text": group, "subtitle": "no drop: a base network gets none right"} in titles
     assert group not in titles
 
 

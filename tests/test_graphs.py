@@ -217,3 +217,15 @@ def test_a_capture_keeps_autocast_but_not_what_it_has_converted(monkeypatch, on)
         assert torch.is_autocast_cache_enabled()
         assert captured(torch.zeros(1, 2)).dtype == (torch.bfloat16 if on else torch.float32)
     assert seen == [(on, False, {"allow_unused_input": True})]
+
+
+def test_a_network_with_hooks_is_never_captured(monkeypatch):
+    """A replay runs none of them."""
+    hooked = network()
+    assert graphs.wanted(True, hooked)
+    handle = hooked[2].register_forward_hook(lambda *_: None)
+    monkeypatch.setenv(graphs.VARIABLE, "1")
+    assert not graphs.wanted(True, hooked)
+    assert not graphs.wanted(None, hooked)
+    handle.remove()
+    assert graphs.wanted(None, hooked)

@@ -93,3 +93,21 @@ def test_the_control_was_trained_alike():
     about["total_relus"] = 100
     assert [control_of(about.loc[name], about) for name in about.index] == ["c", None, None, None, None]
     assert control_of(about.loc["a"], about.drop(index="c")) == "b"
+
+
+def test_a_control_of_the_same_method_is_that_of_the_same_run():
+    """Two finetunes of one objective with other settings: each has its own control, or none."""
+    rows = [("one/budget-10", 10), ("one/budget-100", 100), ("two/budget-10", 10), ("two/budget-100", 100)]
+    about = pd.DataFrame(rows, columns=["model", "relus"]).assign(
+        stage="finetune", method="snl", objective="lagrangian", total_relus=100
+    )
+    named = about.set_index("model")
+    assert control_of(named.loc["one/budget-10"], named) == "one/budget-100"
+    assert control_of(named.loc["two/budget-10"], named) == "two/budget-100"
+    assert control_of(about.iloc[2], named) == "two/budget-100"
+    assert control_of(named.loc["two/budget-10"], named.drop(index="two/budget-100")) is None
+    # Masks of other methods that keep all ReLUs are alike; of two nobody knows whose.
+    other = named.drop(index="two/budget-100").assign(method=["random", "random", "snl"])
+    assert control_of(other.loc["two/budget-10"], other) == "one/budget-100"
+    more = pd.concat([other, other.loc[["one/budget-100"]].rename(index={"one/budget-100": "three/budget-100"})])
+    assert control_of(more.loc["two/budget-10"], more) is None

@@ -140,7 +140,9 @@ def test_limits_of_means():
     assert student_interval(values) == pytest.approx((low, high))
     assert mean_interval(values, most=1.05) == pytest.approx((low, 1.05))
     assert mean_interval(np.array([0.0, 1.0]), least=0, most=1) == (0, 1)
-    for nothing in (np.array([]), np.array([2.0]), np.array([2.0, 2.0, 2.0])):
+    rounded = 100 * (np.array([0.6, 0.8]) - np.array([0.5, 0.7]))
+    assert rounded[0] != rounded[1]
+    for nothing in (np.array([]), np.array([2.0]), np.array([2.0, 2.0, 2.0]), rounded, rounded - rounded[0]):
         assert np.isnan(mean_interval(nothing)).all()
 
 

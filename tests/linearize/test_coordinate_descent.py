@@ -14,7 +14,7 @@ from fairline.linearize import CoordinateDescent, Random
 from fairline.linearize.coordinate_descent import _Rounds, cached_forward, draw_anywhere, draw_within_a_layer
 from fairline.masking import mask_relus, masked_relus
 from fairline.models import build
-from fairline.objectives import ERM, Batch, GroupDRO, Lagrangian
+from fairline.objectives import ERM, AdaAlpha, Batch, GroupDRO, Lagrangian
 from tests.commands import ok
 from tests.test_masking import Branching, ImageNetResNet
 
@@ -274,3 +274,13 @@ def test_bad_settings(options, message):
 def test_too_few_images(parts, trained):
     with pytest.raises(FairlineError, match="5 images are too few"):
         list(CoordinateDescent(held_out=0.1).linearize(trained, parts[0].select(torch.arange(5)), [0.5]))
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+@pytest.mark.parametrize("with_val", [False, True])
+def test_blocks_are_tried_under_an_objective_that_sees_the_teacher(parts, trained, epochs, with_val):
+    """Before any training has shown it."""
+    method = CoordinateDescent(**{**WITHIN, "refresh_epochs": epochs, "step": 100}, objective=AdaAlpha())
+    val = parts[1] if with_val else None
+    (cut,) = method.linearize(trained, parts[0], [200], val=val)
+    assert cut.relus == 200

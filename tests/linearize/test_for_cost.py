@@ -156,6 +156,12 @@ def test_the_search_against_brute_force(drawn):
     assert sum(lost[name] for name in emptied) <= limit
     assert emptied < set(layers)
     assert len(search.measured) == len(set(search.measured)) <= measurements
+    # Interrupted after some measurements, it makes the others and chooses the same.
+    kept = drawn.draw(st.integers(0, len(search.rows)), label="kept")
+    again = fake_search(layers, lost, price, limit, measurements)
+    again.saved = {row["emptied"]: row for row in search.rows[:kept]}
+    again.choose()
+    assert (again.emptied, again.rows, again.measured) == (emptied, search.rows, search.measured[kept:])
     if measurements < 40:
         return
     # The furthest tail of layers that is allowed is within what was emptied.
@@ -174,6 +180,7 @@ def fake_search(layers, lost, price, limit, measurements):
             self.stages = [frozenset(n for n in layers if n.startswith(f"layer{s}")) for s in (1, 2, 3)]
             self.blocks = [frozenset(block) for block in blocks_of(layers)]
             self.emptied, self.known, self.measured = frozenset(), {}, []
+            self.rows, self.saved = [], {}
             self.settings = ForCost(count_layers, may_lose=limit / 1000, measurements=measurements)
             self.measuring = range(1000)
 
@@ -185,7 +192,8 @@ def fake_search(layers, lost, price, limit, measurements):
 
         def _measure(self, emptied, key):
             self.measured.append(key)
-            self.known[key] = {"accuracy": 1 - sum(lost[name] for name in emptied) / 1000}
+            self.known[key] = {"emptied": key, "accuracy": 1 - sum(lost[name] for name in emptied) / 1000}
+            self.rows.append(self.known[key])
 
     return Fake()
 

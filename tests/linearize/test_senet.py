@@ -303,3 +303,11 @@ def test_on_the_command_line(runs, tmp_path):
 def test_bad_settings(options, message):
     with pytest.raises(FairlineError, match=message):
         SENet(**options)
+
+
+def test_a_teacher_with_other_relus_is_refused_before_anything_is_trained(parts, trained):
+    for teacher in (build("cnn", 3, 1, 8, width=8), build("resnet18", 3, 1, 8, width=2)):
+        history: list[dict[str, float]] = []
+        with pytest.raises(FairlineError, match="which must have the same ReLUs"):
+            list(SENet(**FAST, teacher=teacher).linearize(trained, parts[0], [60], history=history))
+        assert not history

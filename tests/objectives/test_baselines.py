@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 import fairline as fl
 from fairline.errors import FairlineError
 from fairline.objectives import Batch, LogitAdjust, Reweighting
-from fairline.objectives.last_layer import output_layer, retrain_last_layer
+from fairline.objectives.last_layer import _mean_of, output_layer, retrain_last_layer
 from tests.conftest import make_data
 from tests.objectives.problems import SHARE, N, solve
 
@@ -171,3 +172,38 @@ def test_what_cannot_be_retrained(parts, trained):
     small = val.select(torch.cat([torch.nonzero(val.groups != 2).flatten(), torch.nonzero(val.groups == 2)[0]]))
     with pytest.raises(FairlineError, match="“class 2” has one held-out image"):
         retrain_last_layer(trained, small)
+
+
+def test_a_class_is_averaged_over_the_fits_that_held_it():
+    """One subset without a rare class takes nothing from it; a class that none held is chosen nowhere."""
+    rng = np.random.default_rng(0)
+    features = 50 * rng.normal(size=(300, 4))
+    fits = []
+    for held in ([0, 1, 2], [0, 1], [0, 1, 2]):
+        weight, bias = np.full((4, 4), np.nan), np.full(4, np.nan)
+        weight[held], bias[held] = rng.normal(size=(len(held), 4)), rng.normal(size=len(held))
+        fits.append((weight, bias))
+    weight, bias = _mean_of(fits, features)
+    assert weight[0] == pytest.approx(np.mean([fit[0][0] for fit in fits], axis=0))
+    assert bias[1] == pytest.approx(np.mean([fit[1][1] for fit in fits]))
+    assert weight[2] == pytest.approx((fits[0][0][2] + fits[2][0][2]) / 2)
+    assert bias[2] == pytest.approx((fits[0][1][2] + fits[2][1][2]) / 2)
+    logits = features @ weight.T + bias
+    assert np.isfinite(logits).all()
+    assert (logits[:, 3] < logits[:, :3].min()).all()
+
+
+def test_a_retrained_layer_still_knows_a_class_that_few_subsets_hold(trained, parts):
+    """Subsets of balanced groups are as small as the smallest group, and miss a rare class now and then."""
+    val = parts[1]
+    rare = val.labels == 2
+    few = torch.cat([torch.where(~rare)[0], torch.where(rare)[0][:3]])
+    data = val.select(few)
+    groups = torch.zeros(len(data), dtype=torch.long)
+    groups[:10] = 1
+    data = replace(data, groups=groups, group_names=("many", "few"))
+    network = copy.deepcopy(trained)
+    retrain_last_layer(network, data, strengths=[1.0], repeats=20, balance="group")
+    bias = output_layer(network, data)[0].bias.detach()
+    # By a fit that missed it the class lost a hundred.
+    assert float(bias.max() - bias.min()) < 50

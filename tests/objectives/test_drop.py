@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pandas as pd
@@ -336,3 +337,14 @@ def test_masks_learn_under_it_by_their_training_images(parts, trained):
         snl()
     (cut,) = snl(on="train")
     assert cut.relus > 0
+
+
+@pytest.mark.parametrize("excess", [False, True])
+def test_of_a_group_without_images_nothing_is_said_to_be_met(excess):
+    logits, targets, batch = random_batch(60, 3, 3, 0)
+    batch = replace(batch, groups=batch.groups % 2)
+    objective = begun(GroupDrop(epsilon=0.1, excess=excess, on="train"), 3, [0.0, 0.0, 0.0])
+    objective.held_out(logits, targets, batch)
+    found = objective.violations["val"]
+    assert found[2].isnan()
+    assert found[:2].isfinite().all()

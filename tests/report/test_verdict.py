@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -12,6 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fairline.audit.cells import cells
+from fairline.audit.paired import images_needed
 from fairline.audit.verdict import CANNOT_TELL, MAY, MAY_NOT, verdict
 from fairline.cli import console
 from fairline.errors import FairlineError
@@ -115,9 +118,9 @@ def test_weights_from_a_file_may_have_seen_the_test_images(lesions, tmp_path):
     assert "The test part was not used to train" in other
 
 
-def candidate(*counted, within: float = 5.0, **others) -> told.Candidate:
+def candidate(*counted, within: float = 5.0, critical: Sequence[str] = (), **others) -> told.Candidate:
     about = {"model": "m", "variant": "SNL", "budget": "5 %", "relus": 500, "percent": 5.0}
-    return told.Candidate(**about | others, verdict=verdict(list(counted), within))
+    return told.Candidate(**about | others, verdict=verdict(list(counted), within, critical))
 
 
 def counted(*sets):
@@ -224,6 +227,43 @@ def test_sentences_agree_with_the_answer(first, second, within):
             assume(len(kept) > 0)
             assert (kept["low"] >= -within).all()
         assert "nan" not in " ".join([reason, each.overall_told(), each.sure_told(), each.control_told()])
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(sets, st.floats(0, 30), st.sets(st.sampled_from("xy"), min_size=1))
+def test_a_critical_class_is_refused_in_words_of_its_own(rows, within, critical):
+    """What is said to be beyond chance after Holm's correction is; a critical class may be refused without."""
+    assume(critical <= {row[1] for row in rows})
+    each = candidate(counted(*map(whole, rows)), within=within, critical=sorted(critical))
+    cells, reason = each.verdict.cells, each.reason()
+    surely = cells[(cells["flag"] == "loss") & (cells["change"] < -within)]
+    is_sure = each.verdict.decisive.name in surely.index
+    assert ("Holm" in reason) == (each.answer == MAY_NOT and is_sure)
+    assert bool(re.search(r"So do(es)? ", reason)) == ("Holm" in reason and len(surely) > 1)
+    refused = cells[cells["beyond"] & ~cells.index.isin(surely.index)]
+    assert refused["critical"].all()
+    assert bool(re.search(r"w(as|ere) named critical and may not fall", reason)) == (
+        "Holm" in reason and len(refused) > 0
+    )
+    assert ("its recall may not fall" in reason) == (each.answer == MAY_NOT and not is_sure)
+
+
+def test_images_of_a_critical_class_that_would_tell():
+    """Of 100 images 3 were lost and 1 gained: any loss is asked about, not one of 5 points."""
+    rows = [("a", "x", 100, 90, 3, 1), ("b", "y", 5000, 4000, 9, 9)]
+    needed = {}
+    for critical in ((), ("x",)):
+        each = candidate(counted(*rows), critical=critical)
+        cells = each.verdict.cells
+        needed[critical] = float(cells.loc[(cells["class"] == "x") & (cells["kind"] != "cell"), "needed"].iloc[0])
+    assert needed["x",] == pytest.approx(images_needed(3, 1, 100, 0))
+    assert needed["x",] > needed[()]
+
+
+def test_a_control_whose_seeds_agree_is_not_told_for_sure():
+    control = told.Control("control", 0.0, -10.0, math.nan, math.nan)
+    each = candidate(counted(("a", "x", 1000, 800, 100, 0), ("b", "y", 1000, 800, 0, 0)), control=control)
+    assert "all seeds agree, so there are no limits, and it may be chance" in each.control_told()
 
 
 def test_what_the_control_explains():

@@ -152,7 +152,9 @@ def _row(
 ) -> dict[str, Any]:
     """A row of the table; ``each`` is a value a replicate, between which the limits lie where images give none."""
     low, high = mean_interval(each) if limits is None else limits
-    row = {**own, "group": group, "class": label, "measure": measure, "value": float(each.mean())}
+    value = float(each.mean())
+    low, high = (math.nan, math.nan) if math.isnan(value) else (low, high)
+    row = {**own, "group": group, "class": label, "measure": measure, "value": value}
     return {**row, "low": low, "high": high, "n": n, "replicates": len(each)}
 
 

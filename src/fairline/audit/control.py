@@ -66,9 +66,13 @@ class Control:
 def control_of(row: pd.Series[Any], about: pd.DataFrame) -> str | None:
     """The network that kept all its ReLUs and was trained on alike; of several, that of the same method.
 
+    Within a run all networks are trained alike. Of another run a network of the same method is another recipe's; one of
+    another method, with hardly anything left of how its masks were found, is taken if it is the only one.
+
     Args:
-        row: A network: ``stage``, ``method``, ``objective``, ``relus`` and ``total_relus``.
-        about: All networks, by name, with the same columns.
+        row: A network: ``stage``, ``method``, ``objective``, ``relus``, ``total_relus``; named by ``model`` or as that
+            row is.
+        about: All networks, by name (``RUN/NETWORK``, where there are several runs), with the same columns.
 
     Returns:
         Its name, if there is one.
@@ -77,8 +81,13 @@ def control_of(row: pd.Series[Any], about: pd.DataFrame) -> str | None:
     whole = whole[whole["objective"] == row["objective"]]
     if row["relus"] == row["total_relus"] or whole.empty:
         return None
-    own = whole[whole["method"] == row["method"]]
-    return str((own if len(own) else whole).index[0])
+    run = str(row.get("model", row.name)).rpartition("/")[0]
+    mine = whole[whole.index.astype(str).str.rpartition("/").get_level_values(0) == run]
+    if mine.empty:
+        others = whole[whole["method"] != row["method"]]
+        return str(others.index[0]) if len(others) == 1 else None
+    own = mine[mine["method"] == row["method"]]
+    return str((own if len(own) else mine).index[0])
 
 
 def beside(predictions: pd.DataFrame, control: pd.DataFrame) -> pd.DataFrame:

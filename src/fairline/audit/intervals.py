@@ -226,6 +226,21 @@ def student_interval(values: Floats, level: float = LEVEL) -> tuple[float, float
     return mean - half, mean + half
 
 
+def agree(values: Floats) -> bool:
+    """Whether numbers are all equal but for rounding, so that they say nothing of how far others lie.
+
+    >>> agree(np.array([100 * (0.6 - 0.5), 100 * (0.8 - 0.7)]))
+    True
+
+    Args:
+        values: (n,), one at least.
+
+    Returns:
+        Whether they are.
+    """
+    return float(np.ptp(values)) <= 1e-12 + 1e-9 * float(np.abs(values).max())
+
+
 def mean_interval(values: Floats, least: float = -math.inf, most: float = math.inf) -> tuple[float, float]:
     """Student's 95 % interval of the mean of a number that each image has, such as its loss.
 
@@ -242,7 +257,7 @@ def mean_interval(values: Floats, least: float = -math.inf, most: float = math.i
     >>> mean_interval(np.array([1.0]))
     (nan, nan)
     """
-    if len(values) < 2 or values.min() == values.max():
+    if len(values) < 2 or agree(values):
         return math.nan, math.nan
     low, high = student_interval(values)
     return max(low, least), min(high, most)

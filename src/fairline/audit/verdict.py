@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fairline.audit.intervals import LEVEL, Floats, student_interval
+from fairline.audit.intervals import LEVEL, Floats, agree, student_interval
 from fairline.audit.paired import change_interval, images_needed, p_below, score
 from fairline.errors import FairlineError
 
@@ -103,20 +103,26 @@ def verdict(counted: Sequence[pd.DataFrame], within: float = 5.0, critical: Sequ
     if not counted:
         raise FairlineError("A verdict needs at least one network.")
     asked = counted[0]["kind"].ne("cell") | counted[0]["n"].ge(LEAST)
-    table = _of_images(counted[0][asked], within) if len(counted) == 1 else _of_seeds(counted, within)
+    one = len(counted) == 1
+    table = _of_images(counted[0][asked], within, critical) if one else _of_seeds(counted, within, critical)
     classes = [str(name) for name in table.loc[table["kind"] != "cell", "class"] if name]
     unknown = [name for name in critical if name not in classes]
     if unknown:
         raise FairlineError(
             f"There is no class '{unknown[0]}' to be critical of; the classes are {', '.join(classes)}."
         )
-    table["critical"] = table["class"].isin(critical) & table["kind"].ne("cell")
+    table["critical"] = _critical(table, critical)
     table["p"] = holm(table["p"].to_numpy())
     table["flag"] = np.where(table["p"] < 1 - LEVEL, np.where(table["change"] < 0, "loss", "gain"), "")
     table["beyond"] = (table["flag"] == "loss") & (table["change"] < -within) | table["critical"] & (table["high"] < 0)
     table["inside"] = (table["low"] >= -within) & (~table["critical"] | (table["change"] >= 0))
     answer, decisive = _decided(table)
     return Verdict(answer, within, table, decisive, len(counted), int((~asked).sum()))
+
+
+def _critical(table: pd.DataFrame, critical: Sequence[str]) -> pd.Series[bool]:
+    """Which sets are classes whose recall may not fall."""
+    return table["class"].isin(critical) & table["kind"].ne("cell")
 
 
 def holm(p: Floats) -> Floats:
@@ -158,14 +164,15 @@ def _decided(table: pd.DataFrame) -> tuple[str, pd.Series[Any]]:
     return MAY, asked.loc[asked["change"].idxmin()]
 
 
-def _of_images(counted: pd.DataFrame, within: float) -> pd.DataFrame:
+def _of_images(counted: pd.DataFrame, within: float, critical: Sequence[str]) -> pd.DataFrame:
     """Changes of one network, limited by its images."""
     lost, gained, n = (counted[name].to_numpy() for name in ("lost", "gained", "n"))
     low, high = change_interval(lost, gained, n)
     # Without an image that changed nothing speaks for a change.
     still = np.where(lost + gained > 0, score(lost, gained, n, 0), 0)
     table = counted[[*_KEYS, "n"]].reset_index(drop=True)
-    needed = [_images_needed(*row, within, len(table)) for row in zip(lost, gained, n, strict=True)]
+    may_not_fall = _critical(table, critical)
+    needed = [_images_needed(*row, within, len(table)) for row in zip(lost, gained, n, may_not_fall, strict=True)]
     return table.assign(
         before=counted["before"].to_numpy() / n,
         after=counted["after"].to_numpy() / n,
@@ -177,8 +184,11 @@ def _of_images(counted: pd.DataFrame, within: float) -> pd.DataFrame:
     )
 
 
-def _images_needed(lost: int, gained: int, n: int, within: float, sets: int) -> float:
+def _images_needed(lost: int, gained: int, n: int, critical: bool, within: float, sets: int) -> float:
     """Images until it is beyond chance that there is a loss, if it is more than is tolerated, or that it is less."""
+    # Of a critical class no loss is tolerated, and it is asked for by itself.
+    if critical and gained < lost:
+        return images_needed(lost, gained, n, 0)
     if 100 * (gained - lost) / n < -within:
         return images_needed(lost, gained, n, 0, _quantile(sets))
     return images_needed(lost, gained, n, -within / 100)
@@ -191,7 +201,7 @@ def _quantile(sets: int) -> float:
     return float(norm.isf((1 - LEVEL) / 2 / sets))
 
 
-def _of_seeds(counted: Sequence[pd.DataFrame], within: float) -> pd.DataFrame:
+def _of_seeds(counted: Sequence[pd.DataFrame], within: float, critical: Sequence[str]) -> pd.DataFrame:
     """Changes of a method, limited by its base networks."""
     shares = pd.concat(
         [
@@ -204,21 +214,30 @@ def _of_seeds(counted: Sequence[pd.DataFrame], within: float) -> pd.DataFrame:
     # A split may leave a base network without an image of a small set.
     table = grouped[["n", "before", "after", "change"]].mean()[grouped.size() == len(counted)]
     table = table[(table.index.get_level_values("kind") != "cell") | (table["n"] >= LEAST)]
-    limits = [_seed_limits(grouped.get_group(key)["change"].to_numpy(), within, len(table)) for key in table.index]
+    may_not_fall = _critical(table.index.to_frame(), critical)
+    limits = [
+        _seed_limits(grouped.get_group(key)["change"].to_numpy(), within, len(table), falls)
+        for key, falls in may_not_fall.items()
+    ]
     columns = ["low", "high", "p", "needed"]
     return table.assign(**pd.DataFrame(limits, columns=columns, index=table.index)).reset_index()
 
 
-def _seed_limits(changes: np.ndarray[Any, np.dtype[np.float64]], within: float, sets: int) -> tuple[float, ...]:
+def _seed_limits(
+    changes: np.ndarray[Any, np.dtype[np.float64]], within: float, sets: int, critical: bool
+) -> tuple[float, ...]:
     """Limits of the mean, the probability of one so far from 0, and the seeds that would tell."""
     from scipy.stats import t
 
     spread, mean = float(changes.std(ddof=1)), float(changes.mean())
-    if np.ptp(changes) < 1e-9:
+    if agree(changes):
         # Seeds that agree wholly do not tell how far others would be.
         return math.nan, math.nan, 1.0, math.inf
     level = (1 - LEVEL) / 2
-    away, level = (abs(mean), level / sets) if mean < -within else (mean + within, level)
+    if critical and mean < 0:
+        away = abs(mean)
+    else:
+        away, level = (abs(mean), level / sets) if mean < -within else (mean + within, level)
     p = 2 * t.sf(abs(mean) / spread * math.sqrt(len(changes)), len(changes) - 1)
     return *student_interval(changes), float(p), _seeds_needed(away / spread, level)
 

@@ -154,8 +154,10 @@ class _Search:
         self.cost = settings.cost(run.student, run.train.normalized(slice(1)).cpu())
         self.emptied: frozenset[str] = frozenset()
         self.file = run.file("layers")
-        self.rows: list[dict[str, Any]] = here().first(self._saved)
-        self.known = {row["emptied"]: row for row in self.rows}
+        # Looked up as if measured anew, so that an interrupted run decides as an unbroken one does.
+        self.saved: dict[str, dict[str, Any]] = {row["emptied"]: row for row in here().first(self._saved)}
+        self.rows: list[dict[str, Any]] = []
+        self.known: dict[str, dict[str, Any]] = {}
         self.costs: dict[frozenset[str], dict[int, float]] = {}
 
     def _saved(self) -> list[dict[str, Any]]:
@@ -281,7 +283,10 @@ class _Search:
     def _accuracy(self, emptied: frozenset[str]) -> float:
         """Of a candidate, on the images set aside; measured once."""
         key = self._key(emptied)
-        if key not in self.known:
+        if key not in self.known and key in self.saved:
+            self.known[key] = self.saved[key]
+            self.rows.append(self.saved[key])
+        elif key not in self.known:
             self._measure(emptied, key)
         return float(self.known[key]["accuracy"])
 

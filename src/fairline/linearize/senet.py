@@ -133,10 +133,17 @@ class SENet(Linearizer):
             One network a budget; ``info["layers"]`` says how many ReLUs each layer was given.
 
         Raises:
-            FairlineError: ``torch.fx`` cannot trace the model, so that the weights before each ReLU are not known.
+            FairlineError: ``torch.fx`` cannot trace the model, so that the weights before each ReLU are not known, or
+                the teacher has other ReLUs, so that activations cannot be compared.
         """
         sources = weights_before(run.student)
         training = _Runs(self, run.teacher, run.train, run.device, run.progress, precision=run.arithmetic)
+        own, theirs = (
+            {name: tuple(layer.shape) for name, layer in masked_relus(network).items()}
+            for network in (run.student, training.masked_teacher())
+        )
+        if own != theirs:
+            raise FairlineError("SENet compares activations with its teacher's, which must have the same ReLUs.")
         training.history.rows = run.rows
         densities = self.densities(run.student, sources, training, run.folder)
         sizes = {name: layer.num_kept for name, layer in masked_relus(run.student).items()}

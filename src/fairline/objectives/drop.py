@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fairline.data.grouped import GroupedData
 from fairline.errors import FairlineError
+from fairline.inference import group_mean
 from fairline.objectives.base import Batch, group_means
 from fairline.objectives.constrained import Constrained
 
@@ -154,9 +155,9 @@ class GroupDrop(Constrained):
 
     def _measure(self, part: str, sizes: Tensor) -> None:
         """Violations of a part, whose groups have these sizes, from what its images cost."""
-        drops, _ = group_means(self._seen.detach().double(), self._members, len(sizes))
+        drops = group_mean(self._seen.detach(), self._members, len(sizes))
         if self.excess:
-            drops = drops - (drops * sizes).sum() / sizes.sum()
+            drops = drops - (drops.nan_to_num() * sizes).sum() / sizes.sum()
         self.violations[part] = drops - self.epsilon
 
     def judge(self, row: Mapping[str, float]) -> None:

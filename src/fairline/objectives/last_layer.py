@@ -72,7 +72,7 @@ def retrain_last_layer(
     right = {}
     for strength in sorted(penalties):
         chosen = _balanced(cells, halves.first, rng=np.random.default_rng(seed))
-        weight, bias = _fit(features, labels, chosen, strength, held_out.num_classes)
+        weight, bias = _mean_of([_fit(features, labels, chosen, strength, held_out.num_classes)], features)
         right[float(strength)] = (features @ weight.T + bias).argmax(1) == labels
     # Of equals the stronger penalty.
     found = halves.chosen(right, within, logits.argmax(1).cpu().numpy() == labels)
@@ -84,8 +84,20 @@ def retrain_last_layer(
     everything = np.ones_like(halves.first)
     subsets = (_balanced(cells, everything, rng) for _ in range(int(repeats)))
     fits = [_fit(features, labels, subset, penalty, held_out.num_classes) for subset in subsets]
-    _replace(layer, np.mean([w for w, _ in fits], axis=0), np.mean([b for _, b in fits], axis=0))
+    _replace(layer, *_mean_of(fits, features))
     return found
+
+
+def _mean_of(fits: Sequence[tuple[Floats, Floats]], features: Floats) -> tuple[Floats, Floats]:
+    """Mean weights and biases of fits; of each class, of those that held it. A class that none held is not chosen."""
+    weights, biases = (np.stack(parts) for parts in zip(*fits, strict=True))
+    held = np.isfinite(biases)
+    count = np.maximum(held.sum(0), 1)
+    weight = np.where(held[..., None], weights, 0).sum(0) / count[:, None]
+    bias = np.where(held, biases, 0).sum(0) / count
+    ever = held.any(0)
+    bias[~ever] = (features @ weight[ever].T + bias[ever]).min() - 1e2
+    return weight, bias
 
 
 @dataclass(frozen=True)
@@ -231,7 +243,7 @@ def _balanced(cells: NDArray[np.int64], among: NDArray[np.bool_], rng: np.random
 def _fit(
     features: Floats, labels: NDArray[np.int64], chosen: NDArray[np.int64], strength: float, num_classes: int
 ) -> tuple[Floats, Floats]:
-    """Weights (K, F) and biases (K,) of a logistic regression on standardised features, in the features' own units."""
+    """Logistic regression on standardised features: weights (K, F), biases (K,), NaN of a class that is not held."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -243,9 +255,7 @@ def _fit(
     if len(model.classes_) == 2:
         coefficients = np.concatenate([-coefficients, coefficients]) / 2
         intercepts = np.concatenate([-intercepts, intercepts]) / 2
-    weight = np.zeros((num_classes, features.shape[1]))
-    # A class that the subset does not hold is not chosen.
-    bias = np.full(num_classes, intercepts.min() - 1e2)
+    weight, bias = np.full((num_classes, features.shape[1]), np.nan), np.full(num_classes, np.nan)
     weight[model.classes_] = coefficients / scaler.scale_
     bias[model.classes_] = intercepts - (coefficients * scaler.mean_ / scaler.scale_).sum(1)
     return weight, bias

@@ -226,7 +226,7 @@ def drop_by_budget(frame: pd.DataFrame) -> list[Any]:
         zero = alt.Chart(pd.DataFrame({"y": [0]})).mark_rule(color="#888", strokeDash=[4, 3]).encode(y="y:Q")
         title: Any = group
         if own["value"].isna().all():
-            title = alt.TitleParams(group, subtitle="no drop: the base network gets none right")
+            title = alt.TitleParams(group, subtitle="no drop: a base network gets none right")
         panels.append(alt.layer(zero, chart).properties(height=190, title=title))
     return panels
 
@@ -419,7 +419,8 @@ def headline(frame: pd.DataFrame, found: Sequence[Candidate]) -> list[str]:
     own = frame[(frame["budget"] == budget) & (frame["class"] == "")]
     here = own.set_index(["measure", "group", "method"]).sort_index()
     worst = here.loc["accuracy", WORST]["value"]
-    best = str(worst.idxmax())
+    # Equal to the baseline is no winner.
+    best = baseline if worst[baseline] >= worst.max() else str(worst.idxmax())
     sentences = [verdict.headline(found)] if found else []
     sentences.append(_best_told(here, budget, baseline, best) + _answer_told(found, best, budget))
     if told := null_front.summary(frame, budget):
@@ -534,7 +535,8 @@ def table(frame: pd.DataFrame, budget: str) -> list[dict[str, Any]]:
                 row["gain"], row["interval"] = signed(gain["value"]), limits(gain)
                 row["sure"] = "gain" if gain["low"] > 0 else ("loss" if gain["high"] < 0 else "")
             if (name, method, "mitigation_drop") in found.index:
-                row["mitigation"] = f"{signed(found.loc[(name, method, 'mitigation_drop'), 'value'])} %"
+                drop = float(found.loc[(name, method, "mitigation_drop"), "value"])
+                row["mitigation"] = "" if math.isnan(drop) else f"{signed(drop)} %"
             if name == OVERALL:
                 row["front"] = "◆" if method in set(front) else ""
                 if (name, method, "balanced_accuracy") in found.index:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from fairline.audit.intervals import student_interval
+from fairline.audit.intervals import agree, student_interval
 from fairline.data.grouped import OVERALL
 from fairline.report.evidence import seeds_needed, student_p
 from fairline.report.panels import Panel, finetuned, panels, rows_of
@@ -86,8 +86,7 @@ def judge(
     own = own[np.isfinite(own)]
     mean = float(own.mean()) if len(own) else math.nan
     agrees = None if math.isnan(mean) or mean == above else sign * mean > sign * above
-    # A spread of rounding alone is none.
-    if len(own) < 2 or np.ptp(own) <= 1e-9 * np.abs(own).max():
+    if len(own) < 2 or agree(own):
         return Finding(claim, panel, mean, math.nan, math.nan, len(own), UNDECIDED, note, agrees, variant)
     low, high = student_interval(own)
     near, far = (low, high) if sign > 0 else (-high, -low)

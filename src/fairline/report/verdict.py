@@ -122,6 +122,8 @@ class Candidate:
         same = f"with all ReLUs kept and finetuned alike, {who} {moved(control.change)}"
         rest = f"the remaining {signed(control.beyond)} points are linearization’s{_limits(control.low, control.high)}"
         unsure = ", which may be none" if control.low <= 0 <= control.high else ""
+        if math.isnan(control.low):
+            unsure = "; all seeds agree, so there are no limits, and it may be chance"
         whose = {
             "finetune": "It is mostly the finetune, not the ReLUs",
             "ReLUs": "It is mostly the ReLUs",
@@ -256,7 +258,7 @@ def reason(judged: Verdict) -> str:
     tolerated = f"the {judged.within:g} points tolerated"
     critical = bool(cell["critical"])
     if judged.answer == MAY_NOT:
-        if critical and change >= -judged.within:
+        if not _surely_more(cell, judged):
             return f"{moves}, and was named critical: its recall may not fall."
         return f"{moves}, more than {tolerated}; that it loses is beyond chance{_corrected(judged)}.{_others(judged)}"
     if judged.answer == MAY:
@@ -277,12 +279,26 @@ def reason(judged: Verdict) -> str:
 def _others(judged: Verdict) -> str:
     """What else loses more than is tolerated, beyond chance."""
     cells = judged.cells[judged.cells["beyond"]].drop(index=judged.decisive.name).sort_values("change")
-    told = [f"{named(cell)} ({_shares(cell, judged)})" for cell in cells.to_dict("records")]
-    if not told:
-        return ""
+    told: dict[bool, list[str]] = {True: [], False: []}
+    for cell in cells.to_dict("records"):
+        told[_surely_more(cell, judged)].append(f"{named(cell)} ({_shares(cell, judged)})")
+    sure, critical = told[True], told[False]
+    words = f" So {'does' if len(sure) == 1 else 'do'} {_first(sure)}." if sure else ""
+    if critical:
+        words += (
+            f" {sentence(_first(critical))} {'was' if len(critical) == 1 else 'were'} named critical and may not fall."
+        )
+    return words
+
+
+def _surely_more(cell: Mapping[str, Any], judged: Verdict) -> bool:
+    """Whether a set loses more than is tolerated, beyond chance after Holm; a critical class may be refused without."""
+    return bool(cell["flag"] == "loss" and cell["change"] < -judged.within)
+
+
+def _first(told: Sequence[str]) -> str:
     rest = len(told) - _MENTIONED
-    listed = f"{', '.join(told[:_MENTIONED])} and {rest} more" if rest > 0 else _listed(told)
-    return f" So {'does' if len(told) == 1 else 'do'} {listed}."
+    return f"{', '.join(told[:_MENTIONED])} and {rest} more" if rest > 0 else _listed(told)
 
 
 def _shares(cell: Mapping[str, Any], judged: Verdict) -> str:

@@ -30,7 +30,7 @@ def wanted(asked: bool | None, network: nn.Module) -> bool:
 
     Args:
         asked: By the caller; None leaves it to :data:`VARIABLE`.
-        network: Where neither says so, one of modules of torch and fairline alone is, unless it has hooks.
+        network: With hooks it never is. Where nothing else says so, one of modules of torch and fairline alone is.
 
     Returns:
         The answer.
@@ -38,6 +38,9 @@ def wanted(asked: bool | None, network: nn.Module) -> bool:
     Raises:
         FairlineError: The variable is neither 0 nor 1.
     """
+    # A replay runs no hook.
+    if any(module._forward_hooks or module._forward_pre_hooks for module in network.modules()):
+        return False
     if asked is not None:
         return asked
     told = os.environ.get(VARIABLE)
@@ -45,10 +48,7 @@ def wanted(asked: bool | None, network: nn.Module) -> bool:
         raise FairlineError(f"{VARIABLE} is 1 or 0, not '{told}'.")
     if told is not None:
         return told == "1"
-    return all(
-        type(module).__module__.startswith(KNOWN) and not (module._forward_hooks or module._forward_pre_hooks)
-        for module in network.modules()
-    )
+    return all(type(module).__module__.startswith(KNOWN) for module in network.modules())
 
 
 class Replay:
