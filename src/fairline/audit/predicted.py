@@ -172,6 +172,12 @@ def _names(truth: Sequence[str], given: Sequence[_Given], class_names: Sequence[
     for each in given:
         if each.names and class_names is None:
             class_names = each.names
+    for each in given:
+        if class_names is None and _written_otherwise(set(each.texts), set(truth)):
+            told, known = (_listed(sorted(set(texts), key=_natural)) for texts in (each.texts, truth))
+            raise FairlineError(
+                f"{each.what} has the classes {told}, and y_true has {known}, so nothing would be right; write them alike."
+            )
     widths = {each.what: each.probabilities.shape[1] for each in given if each.is_probable}
     if class_names is not None:
         names = [str(name) for name in class_names]
@@ -189,6 +195,23 @@ def _names(truth: Sequence[str], given: Sequence[_Given], class_names: Sequence[
                 "with class_names, or in a frame."
             )
     return names
+
+
+def _written_otherwise(texts: set[str], truth: set[str]) -> bool:
+    """Whether classes are the truth's in another form: truth values beside 0 and 1, 1.0 beside 1, or probabilities."""
+    if not texts or texts & truth:
+        return False
+    own, others = ({_value(text) for text in each} for each in (texts, truth))
+    return bool(own & others) or all(isinstance(value, float) and 0 < value < 1 for value in own)
+
+
+def _value(text: str) -> float | str:
+    """The number that a text stands for, if it does."""
+    told = {"true": "1", "false": "0"}.get(text.lower(), text)
+    try:
+        return float(told)
+    except ValueError:
+        return text
 
 
 def _natural(text: str) -> tuple[int, float, str]:
