@@ -107,7 +107,7 @@ HALF = [[0.5, 0.5]] * 2
         ),
         ((["a", "b"], ["a", "b"], {}), "The groups have no column"),
         (([], [], []), "one class a sample"),
-        (([0, 1], [False, True], ["x", "y"]), "predicted has the classes False, True, and y_true has 0, 1, so nothing"),
+        (([0, 1], [False, True], ["x", "y"]), "predicted has the classes False, True, and y_true has 0, 1, so none"),
         (([1, 2], ["1.0", "2.0"], ["x", "y"]), "write them alike"),
         (([0, 1], np.array([0.2, 0.7]), ["x", "y"]), "predicted has the classes 0.2, 0.7, and y_true has 0, 1"),
     ],

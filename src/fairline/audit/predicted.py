@@ -176,7 +176,7 @@ def _names(truth: Sequence[str], given: Sequence[_Given], class_names: Sequence[
         if class_names is None and _written_otherwise(set(each.texts), set(truth)):
             told, known = (_listed(sorted(set(texts), key=_natural)) for texts in (each.texts, truth))
             raise FairlineError(
-                f"{each.what} has the classes {told}, and y_true has {known}, so nothing would be right; write them alike."
+                f"{each.what} has the classes {told}, and y_true has {known}, so none would be right; write them alike."
             )
     widths = {each.what: each.probabilities.shape[1] for each in given if each.is_probable}
     if class_names is not None:
