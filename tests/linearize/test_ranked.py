@@ -107,5 +107,5 @@ def test_bad_settings(parts, trained):
         list(Random().linearize(trained, parts[0], [10**9]))
     with pytest.raises(FairlineError, match="no ReLU"):
         list(Random().linearize(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), parts[0], [1]))
-    with pytest.raises(FairlineError, match=r"Linearizer 'random': .*objective"):
+    with pytest.raises(FairlineError, match=r"Linearizer 'random' knows no option 'objective'"):
         build("random", objective=fl.ERM())

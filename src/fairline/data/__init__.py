@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,18 +108,11 @@ def load(
     family, _, task = name.partition(":")
     if family not in REGISTRY:
         raise FairlineError(f"There is no data set '{name}'; choose one of {', '.join(REGISTRY)}.")
-    if "task" in options:
-        raise FairlineError(
-            f"Data '{name}' take no option 'task'; it stands behind the name: '{family}:{options['task']}'."
-        )
     groups = options.get("groups")
     if not isinstance(groups, str | list | tuple | None):
         # The command line reads a column called 1 as a number.
         options["groups"] = str(groups)
-    for option, value in {**options, "keep_together": keep_together}.items():
-        texts = value if isinstance(value, list | tuple) else [value]
-        if value == [] or any(isinstance(text, str) and not text.strip() for text in texts):
-            raise FairlineError(f"Data '{name}': option '{option}' is empty.")
+    _require_options(name, {**options, "keep_together": keep_together})
     if pack:
         options["pack"] = True
     module = importlib.import_module(REGISTRY[family])
@@ -127,6 +120,17 @@ def load(
     data = scaled(data, normalization, mean, std)
     data = data if keep_together is None else replace(data, keep_together=str(keep_together))
     return data if classes is None else ordered(data, classes)
+
+
+def _require_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse an option that is empty, or that is the task."""
+    if "task" in options:
+        named = f"{name.partition(':')[0]}:{options['task']}"
+        raise FairlineError(f"Data '{name}' take no option 'task'; it stands behind the name: '{named}'.")
+    for option, value in options.items():
+        texts = value if isinstance(value, list | tuple) else [value]
+        if value == [] or any(isinstance(text, str) and not text.strip() for text in texts):
+            raise FairlineError(f"Data '{name}': option '{option}' is empty.")
 
 
 __all__ = [
