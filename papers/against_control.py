@@ -5,7 +5,9 @@ validation images chose for it, and c(τ) the control's: the loss is c(0) − a(
 (a(τ) − a(0)) − (c(τ) − c(0)), and what is left their difference; points, Student's 95 % interval over seeds. "beyond"
 is a group's less that of the largest.
 
-    python papers/against_control.py papers/results/repairs_utkface_race
+    python papers/against_control.py papers/results/repairs_utkface_race 0,1
+
+Without seeds behind it it is over all of them.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ def told(values: pd.Series) -> str:
 def main() -> None:
     """Print them for plain distillation, by budget and group."""
     rows = pd.read_parquet(Path(sys.argv[1]) / "by_seed.parquet")
+    if len(sys.argv) > 2:
+        rows = rows[rows["seed"].isin([int(seed) for seed in sys.argv[2].split(",")])]
     rows = rows[(rows["method"] == "erm") & (rows["class"] == "") & ~rows["results"].str.endswith("_curves")]
     rows = rows.dropna(subset="train_n")
     largest = rows.groupby("group")["train_n"].mean().idxmax()

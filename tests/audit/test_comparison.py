@@ -77,6 +77,17 @@ def test_every_measure_by_hand():
     assert not frame.duplicated(["relus", "method", "group", "class", "measure"]).any()
 
 
+def test_what_is_not_defined_has_no_limits():
+    """The baseline gets none of a group right, so nothing is lost relative to it, however images are weighted."""
+    one = scored(0, CHANCES)
+    one.correct["erm", 20][one.groups == 1] = False
+    frame = compare([one], GROUPS, "erm", resamples=200)
+    row = pick(frame, "fair", "mitigation_drop", "few")
+    assert row[["value", "low", "high"]].isna().all()
+    undefined = frame[frame["value"].isna()]
+    assert undefined[["low", "high"]].isna().all(axis=None)
+
+
 def test_the_draws_are_paired():
     """Each image weighted at random, the same for both methods."""
     one = scored(1, CHANCES)

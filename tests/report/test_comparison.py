@@ -104,6 +104,14 @@ def test_the_headline_says_what_the_verdicts_say():
     assert "Against the base network it may ship" in told[1]
 
 
+def test_what_is_no_better_than_the_baseline_is_no_winner():
+    """Also where it comes first in the alphabet, and where nobody gets anything of the worst group right."""
+    for lost in (DOGS, dict.fromkeys(SETS, 600)):
+        frame, images = compared(seen("a", {("erm", 20): lost, ("dull", 20): lost}))
+        told = headline(frame, methods(frame, images))
+        assert "no method has a higher worst-group accuracy than “erm”" in told[1]
+
+
 def test_the_table_has_everyone_and_a_comparison_of_an_earlier_version_its_groups():
     frame, images = compared(seen("a", {("erm", 20): DOGS, ("fair", 20): MILD}))
     people = ["overall", "worst group", "women", "men", "class “cat”", "class “dog”"]

@@ -111,7 +111,6 @@ def verdict(counted: Sequence[pd.DataFrame], within: float = 5.0, critical: Sequ
         raise FairlineError(
             f"There is no class '{unknown[0]}' to be critical of; the classes are {', '.join(classes)}."
         )
-    table["critical"] = _critical(table, critical)
     table["p"] = holm(table["p"].to_numpy())
     table["flag"] = np.where(table["p"] < 1 - LEVEL, np.where(table["change"] < 0, "loss", "gain"), "")
     table["beyond"] = (table["flag"] == "loss") & (table["change"] < -within) | table["critical"] & (table["high"] < 0)
@@ -171,8 +170,8 @@ def _of_images(counted: pd.DataFrame, within: float, critical: Sequence[str]) ->
     # Without an image that changed nothing speaks for a change.
     still = np.where(lost + gained > 0, score(lost, gained, n, 0), 0)
     table = counted[[*_KEYS, "n"]].reset_index(drop=True)
-    may_not_fall = _critical(table, critical)
-    needed = [_images_needed(*row, within, len(table)) for row in zip(lost, gained, n, may_not_fall, strict=True)]
+    table["critical"] = _critical(table, critical)
+    needed = [_images_needed(*row, within, len(table)) for row in zip(lost, gained, n, table["critical"], strict=True)]
     return table.assign(
         before=counted["before"].to_numpy() / n,
         after=counted["after"].to_numpy() / n,
@@ -214,10 +213,10 @@ def _of_seeds(counted: Sequence[pd.DataFrame], within: float, critical: Sequence
     # A split may leave a base network without an image of a small set.
     table = grouped[["n", "before", "after", "change"]].mean()[grouped.size() == len(counted)]
     table = table[(table.index.get_level_values("kind") != "cell") | (table["n"] >= LEAST)]
-    may_not_fall = _critical(table.index.to_frame(), critical)
+    table["critical"] = _critical(table.index.to_frame(), critical)
     limits = [
-        _seed_limits(grouped.get_group(key)["change"].to_numpy(), within, len(table), falls)
-        for key, falls in may_not_fall.items()
+        _seed_limits(grouped.get_group(key)["change"].to_numpy(), within, len(table), may_not_fall)
+        for key, may_not_fall in table["critical"].items()
     ]
     columns = ["low", "high", "p", "needed"]
     return table.assign(**pd.DataFrame(limits, columns=columns, index=table.index)).reset_index()

@@ -171,6 +171,10 @@ class _Rounds(Rounds):
             objective=method.objective,
             seed=method.seed,
         )
+        # Blocks within a layer are tried under the objective, the first ones before the loop has shown it the teacher.
+        if method.within_layers and getattr(self.objective, "sees_teacher", False):
+            seen = (training if run.val is None else run.val).to(run.device)
+            self.objective.see_teacher(predict(run.teacher, seen), seen, run.val is not None)
 
     def remove(self) -> None:
         """Remove the next round's ReLUs, and begin its row."""

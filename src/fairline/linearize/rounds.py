@@ -14,7 +14,6 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from fairline.data.grouped import GroupedData
-from fairline.inference import predict
 from fairline.linearize.base import Cut, Linearization
 from fairline.masking import copy_model
 from fairline.objectives.base import Objective
@@ -84,10 +83,6 @@ class Rounds(ABC):
         self.seed = seed
         self.objective = copy.deepcopy(objective) or ERM()
         self.objective.start(training)
-        # Rounds may ask it before the loop trains.
-        if getattr(self.objective, "sees_teacher", False):
-            seen = (training if run.val is None else run.val).to(run.device)
-            self.objective.see_teacher(predict(run.teacher, seen), seen, run.val is not None)
         self.removed = 0
         self.rows: list[dict[str, float]] = []
 

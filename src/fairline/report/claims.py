@@ -33,7 +33,7 @@ from fairline.report.finding import (
     wide_of,
 )
 from fairline.report.moved_prior import MOVED, MOVED_CONTROL, SHIFTED, SHIFTED_CONTROL, moved_prior
-from fairline.report.panels import DR, R18, SNL, VGG, WRN, Panel, finetuned, rows_of, variants_of_mu
+from fairline.report.panels import DR, R18, SNL, VGG, WRN, Panel, bases, finetuned, rows_of, variants_of_mu
 
 #: Points of overall accuracy that "hardly moves" allows, and points that μ may make of a difference.
 HARDLY = 2.0
@@ -109,7 +109,7 @@ def disparity_grows(table: pd.DataFrame) -> Iterator[Finding]:
         rows = rows_of(table, panel)
         own = finetuned(rows)
         after = wide_of(own, "accuracy")
-        base = wide_of(rows[rows["stage"] == "base"], "accuracy")
+        base = wide_of(bases(rows), "accuracy")
         if own["asked"].nunique() < 2 or base.empty:
             continue
         largest, smallest = extremes(rows)
@@ -166,8 +166,7 @@ def eigenvalues_higher(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 3; a base network that several methods share is tested once."""
     seen = set()
     for panel in comparable(table):
-        rows = rows_of(table, panel)
-        rows = rows[rows["stage"] == "base"]
+        rows = bases(rows_of(table, panel))
         # Named by what they hold: studies share them.
         known = (panel.data, panel.model, panel.label, *sorted(set(rows["cell"])))
         if known not in seen:
@@ -225,10 +224,11 @@ def accuracy_hardly_moves(table: pd.DataFrame) -> Iterator[Finding]:
     """Claim 6."""
     for panel in tested_panels(table):
         rows = rows_of(table, panel)
-        if not (rows["stage"] == "base").any():
+        before = bases(rows)
+        if before.empty:
             continue
         own = lowest(finetuned(rows))
-        base = wide_of(rows[rows["stage"] == "base"], "accuracy")[OVERALL].droplevel("percent")
+        base = wide_of(before, "accuracy")[OVERALL].droplevel("percent")
         after = wide_of(own, "accuracy")[OVERALL].droplevel("percent")
         note = f"{own['budget'].iloc[0]} of the ReLUs, finetuned, less all of them"
         yield judge(6, panel.title, 100 * (after - base).dropna(), -HARDLY, note)
@@ -340,19 +340,14 @@ def other_networks_alike(table: pd.DataFrame) -> Iterator[Finding]:
 def _like(panel: Panel, held: Sequence[Panel], table: pd.DataFrame, shared: str, **differs: str) -> Panel | None:
     """The panel of the same data that differs in network or method alone, and whose base networks share a value."""
     kind = replace(panel, **differs).kind
-    own = set(_bases(table, panel)[shared])
+    own = set(bases(rows_of(table, panel))[shared])
     alike = [
         other
         for other in held
-        if other.kind == kind and other.label == panel.label and own & set(_bases(table, other)[shared])
+        if other.kind == kind and other.label == panel.label and own & set(bases(rows_of(table, other))[shared])
     ]
     # Of the same study, if that has one.
     return min(alike, key=lambda other: other.study != panel.study, default=None)
-
-
-def _bases(table: pd.DataFrame, panel: Panel) -> pd.DataFrame:
-    rows = rows_of(table, panel)
-    return rows[rows["stage"] == "base"]
 
 
 #: The claims, by number.

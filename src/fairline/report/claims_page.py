@@ -130,7 +130,10 @@ def _number(value: float) -> str:
 def _together(row: Mapping[str, Any], claim: Claim) -> str:
     """The random-effects mean, in a sentence."""
     if claim.least:
-        return "The number is of the group worst off, which chance alone puts below 0, so no mean over panels is told."
+        return (
+            "The number is of one of several groups, some of which chance alone puts below 0: the claim does not hold "
+            "where a group loses after Bonferroni’s correction for the groups, and no mean over panels is told."
+        )
     if not row["pooled"]:
         return "Fewer than two panels have a spread over seeds, so no mean over panels is told."
     left = row["panels"] - row["pooled"]

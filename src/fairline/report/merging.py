@@ -109,23 +109,21 @@ def merge_results(folders: Sequence[str | Path], target: str | Path) -> Path:
     about = {**first.about, "seeds": seeds, **_together([part.about for part in parts])}
     out = make_folder(Path(target) / first.about["study"])
     whole = next((part for part in parts if part.about["seeds"] == seeds), None)
-    for name, own in compared.groupby("results", sort=False):
-        if whole is None:
+    if whole is None:
+        for name, own in compared.groupby("results", sort=False):
             write_comparison(over_seeds(own.drop(columns="results")), out / f"{name}.csv")
-        elif whole.folder.resolve() != out.resolve():
-            with atomic_path(out / f"{name}.csv") as temporary:
-                shutil.copyfile(whole.folder / f"{name}.csv", temporary)
     for name, line in lines.items():
         with atomic_path(out / name) as temporary:
             line.to_csv(temporary, index=False, float_format="%.5g")
     if whole is None or whole.folder.resolve() != out.resolve():
+        results = list(compared["results"].unique())
         # Figures of fewer seeds would stand beside tables of more.
-        for figure in _figures(out, compared["results"].unique()):
+        for figure in _figures(out, results):
             figure.unlink()
-    if whole is not None and whole.folder.resolve() != out.resolve():
-        for figure in _figures(whole.folder, compared["results"].unique()):
-            with atomic_path(out / figure.name) as temporary:
-                shutil.copyfile(figure, temporary)
+        tables = [] if whole is None else [whole.folder / f"{name}.csv" for name in results]
+        for file in tables + ([] if whole is None else _figures(whole.folder, results)):
+            with atomic_path(out / file.name) as temporary:
+                shutil.copyfile(file, temporary)
     write_table(out / "by_seed.parquet", compared)
     write_table(out / "results.parquet", table)
     write_text(out / "provenance.json", json.dumps(about, indent=2) + "\n")

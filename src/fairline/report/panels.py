@@ -160,6 +160,11 @@ def _plain(table: pd.DataFrame) -> pd.Series[bool]:
     return (table["stage"] == "finetuned") & (table["placement"] == "") & (table["surrogate"] == "identity")
 
 
+def bases(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the base networks."""
+    return rows[rows["stage"] == "base"]
+
+
 def finetuned(rows: pd.DataFrame, objective: str = "erm") -> pd.DataFrame:
     """Rows of the networks finetuned under one objective; of several variants of it, the one without a label."""
     own = rows[(rows["stage"] == "finetuned") & (rows["objective"] == objective)]

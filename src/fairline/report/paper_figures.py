@@ -34,6 +34,7 @@ from fairline.report.panels import (
     VGG,
     WRN,
     Panel,
+    bases,
     finetuned,
     mitigation_drop,
     one_of_several,
@@ -118,7 +119,7 @@ def _by_group(
         rows = rows_of(table, panel)
         own = pick(rows) if len(rows) else rows
         if len(own) and with_base:
-            own = pd.concat([_beside(_of_seeds(_bases(rows), own), own), own])
+            own = pd.concat([_beside(_of_seeds(bases(rows), own), own), own])
         if not len(own) or measure not in set(own["measure"]):
             continue
         charts.append(_group_bars(own, panel, measure, axis_title, axis()))
@@ -172,17 +173,13 @@ def figure_3(table: pd.DataFrame) -> Any:
 
 def figure_4(table: pd.DataFrame) -> Any:
     """Largest Hessian eigenvalue of each race for the base network; ResNet-18."""
-
-    def base(rows: pd.DataFrame) -> pd.DataFrame:
-        return rows[rows["stage"] == "base"]
-
     return _by_group(
         table,
         [Panel(RACE)],
         "Figure 4: largest Hessian eigenvalue by group, base network",
         "hessian_max",
         "λ_max of the group Hessian",
-        pick=base,
+        pick=bases,
     )
 
 
@@ -200,7 +197,7 @@ def _overall(table: pd.DataFrame, wanted: Sequence[Panel], title: str) -> Any:
         if not len(rows):
             continue
         drawn = _reference(rows)
-        base = over_seeds(_of_seeds(_bases(rows), drawn))
+        base = over_seeds(_of_seeds(bases(rows), drawn))
         own = over_seeds(drawn)
         if own.empty or base.empty:
             continue
@@ -418,10 +415,6 @@ def _kind(measure: str, title: str, axis_title: str, **more: Any) -> Callable[[p
     return lambda table, wanted: _by_group(table, wanted, title, measure, axis_title, **{"pick": _reference, **more})
 
 
-def _bases(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows["stage"] == "base"]
-
-
 #: Figures of any panels, by name of the file.
 KINDS: dict[str, Callable[[pd.DataFrame, Sequence[Panel]], Any]] = {
     "accuracy_by_group": _kind("accuracy", "Accuracy by group", "accuracy", with_base=True, axis=_percent_axis),
@@ -434,7 +427,7 @@ KINDS: dict[str, Callable[[pd.DataFrame, Sequence[Panel]], Any]] = {
         "hessian_max",
         "Largest Hessian eigenvalue by group, base network",
         "λ_max of the group Hessian",
-        pick=_bases,
+        pick=bases,
     ),
     "margin": _kind("margin", "Softmax margin by group", "softmax margin p₁ − p₂", with_base=True),
 }

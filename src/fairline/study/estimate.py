@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairline import linearize, models
+from fairline import linearize
 from fairline._io import json_digest, read_table, resolve_device
 from fairline.precision import Precision, default_precision
-from fairline.runs import DataSpec
+from fairline.runs import DataSpec, ModelSpec
 from fairline.study.cell import Cell
 from fairline.study.cells import cells_of, require_known
 from fairline.study.spec import StudySpec
@@ -199,13 +199,9 @@ def _speed(
     if key not in speeds:
         _, parts = DataSpec(data["name"], root, data["options"], base.arguments["seed"]).load()
         part = parts["train"]
-        network = models.build(
-            str(base.about.get("own_model") or model["name"]),
-            part.num_classes,
-            part.images.shape[1],
-            part.images.shape[2:],
-            **model["options"],
-        )
+        _, channels, height, width = part.images.shape
+        name = str(base.about.get("own_model") or model["name"])
+        network = ModelSpec(name, part.num_classes, channels, (height, width), model["options"]).build()
         size = min(int((DEFAULTS | base.arguments["settings"])["batch_size"]), len(part))
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, threads // jobs))
